@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure one system in a process of its own: python measure.py SYSTEM MODEL_FOLDER -> one JSON line.
+
+SYSTEM is `vllm` (whatever platform this interpreter's vLLM finds), `transformers`, or `operators` (microseconds per simulated operator).
+"""
+
+import json
+import os
+import sys
+import time
+
+TOKENS = 32
+REPEATS = 3
+BATCHES = (1, 8)
+PROMPT = "Once upon a time, in a village at the edge of the forest, there lived"
+
+
+def rate(generate, batch):
+    """Best of REPEATS, in generated tokens a second, after one warm-up."""
+    generate(batch)
+    best = float("inf")
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        generate(batch)
+        best = min(best, time.perf_counter() - start)
+    return batch * TOKENS / best
+
+
+def vllm(model):
+    start = time.perf_counter()
+    from vllm import LLM, SamplingParams
+
+    imported = time.perf_counter()
+    llm = LLM(
+        model, dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=512,
+        kv_cache_memory_bytes=256 << 20, enable_prefix_caching=False,
+    )  # fmt: skip
+    ready = time.perf_counter()
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, ignore_eos=True)
+    result = {str(b): rate(lambda n: llm.generate([PROMPT] * n, sampling, use_tqdm=False), b) for b in BATCHES}
+    llm.llm_engine.engine_core.shutdown()
+    return {"tokens_per_second": result, "import_s": imported - start, "start_s": ready - imported}
+
+
+def transformers(model):
+    start = time.perf_counter()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    imported = time.perf_counter()
+    tokenizer, network = (
+        AutoTokenizer.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+    )
+    ready = time.perf_counter()
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+
+    def generate(batch):
+        many = ids.repeat(batch, 1)
+        with torch.inference_mode():
+            network.generate(
+                many,
+                attention_mask=torch.ones_like(many),
+                max_new_tokens=TOKENS,
+                min_new_tokens=TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    return {
+        "tokens_per_second": {str(b): rate(generate, b) for b in BATCHES},
+        "import_s": imported - start,
+        "start_s": ready - imported,
+    }
+
+
+def operators(_model):
+    import torch
+    import torch_npu
+
+    x = torch.randn(8, 576, device="npu")
+    w = torch.randn(576, device="npu")
+    big = torch.randn(1536, 576, device="npu")
+    gates = torch.randn(8, 3072, device="npu")
+    cases = {
+        "add": lambda: x + x,
+        "view (unsqueeze)": lambda: x.unsqueeze(0),
+        "linear 8x576 @ 576x1536": lambda: torch.nn.functional.linear(x, big),
+        "npu_rms_norm": lambda: torch_npu.npu_rms_norm(x, w, 1e-5),
+        "npu_add_rms_norm": lambda: torch_npu.npu_add_rms_norm(x, x, w, 1e-5),
+        "npu_swiglu": lambda: torch_npu.npu_swiglu(gates),
+    }
+    result = {}
+    for name, run in cases.items():
+        for _ in range(200):
+            run()
+        start = time.perf_counter()
+        for _ in range(2000):
+            run()
+        result[name] = (time.perf_counter() - start) / 2000 * 1e6
+    return {"microseconds": result}
+
+
+if __name__ == "__main__":
+    os.environ["ASCEND_SIM_STRICT"] = "0"
+    os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))  # the same for every system
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    system, folder = sys.argv[1:]
+    print(
+        "RESULT " + json.dumps({"vllm": vllm, "transformers": transformers, "operators": operators}[system](folder)),
+        flush=True,
+    )

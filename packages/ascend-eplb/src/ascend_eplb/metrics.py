@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good a placement is for a load. A rank's load is the sum of its slots'; replicas of an expert share its load
+evenly.
+
+Legend: L layers, E logical experts, R ranks, K slots per rank.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ascend_eplb.placement import Placement
+
+__all__ = ["FloatArray", "as_load", "balancedness", "moved_slots", "peak_to_mean", "rank_loads", "stays"]
+
+FloatArray = NDArray[np.float64]
+
+
+def as_load(load: ArrayLike, *, num_experts: int | None = None, layers: int | None = None) -> FloatArray:
+    """Check a load and return it as float64 `[L, E]`; `[E]` is one layer.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: wrong axes or sizes, NaN, infinite or negative values (named by layer and expert).
+
+    Complexity: O(L * E).
+    """
+    try:
+        load_LE = np.array(load, dtype=np.float64, ndmin=2)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"load must be numbers with the axes [layers, experts]: {error}") from error
+    if load_LE.ndim != 2 or 0 in load_LE.shape:
+        raise ValueError(f"load must have the axes [layers, experts], not shape {load_LE.shape}")
+    if num_experts is not None and load_LE.shape[1] != num_experts:
+        raise ValueError(f"load has {load_LE.shape[1]} experts, the placement {num_experts}")
+    if layers is not None and load_LE.shape[0] != layers:
+        raise ValueError(f"load has {load_LE.shape[0]} layers, the placement {layers}")
+    wrong = ~np.isfinite(load_LE) | (load_LE < 0)
+    if wrong.any():
+        layer, expert = np.argwhere(wrong)[0]
+        value = load_LE[layer, expert]
+        raise ValueError(f"load of layer {layer}, expert {expert} is {value}; it must be finite and not negative")
+    return load_LE
+
+
+def rank_loads(placement: Placement, load: ArrayLike) -> FloatArray:
+    """float64 `[L, R]`: the load of each rank under `load` `[L, E]`, in the load's unit (tokens, as a rule). O(L *
+    S)."""
+    load_LE = as_load(load, num_experts=placement.num_experts, layers=placement.layers)
+    share_LE: FloatArray = load_LE / placement.replicas
+    ids_LS = placement.physical_to_logical.reshape(placement.layers, -1)
+    share_LRK = np.take_along_axis(share_LE, ids_LS, axis=1).reshape(placement.physical_to_logical.shape)
+    return np.asarray(share_LRK.sum(axis=2))
+
+
+def balancedness(placement: Placement, load: ArrayLike) -> FloatArray:
+    """float64 `[L]`: mean rank load / greatest rank load, 1.0 being perfect (also without any load). O(L * S)."""
+    loads_LR = rank_loads(placement, load)
+    return np.asarray(balance_of(loads_LR))
+
+
+def peak_to_mean(placement: Placement, load: ArrayLike) -> FloatArray:
+    """float64 `[L]`: greatest rank load / mean rank load, the factor by which the hottest rank is late. O(L * S)."""
+    return np.asarray(1.0 / balancedness(placement, load))
+
+
+def balance_of(loads_LR: FloatArray) -> FloatArray:
+    """Balancedness `[L]` of rank loads `[L, R]`."""
+    peak_L = loads_LR.max(axis=1)
+    ones_L = np.ones_like(peak_L)
+    ratio_L = np.divide(loads_LR.mean(axis=1), peak_L, out=ones_L, where=peak_L > 0)
+    return np.asarray(np.minimum(ratio_L, 1.0))
+
+
+def stays(old: Placement, new: Placement) -> NDArray[np.bool_]:
+    """bool `[L, R, K]`: slots of `new` whose expert was on the same rank in `old`, so that no weight has to travel.
+
+    Raises:
+        ValueError: the placements differ in layers, experts or ranks.
+
+    Complexity: O(L * R * E).
+    """
+    for name in ("layers", "num_experts", "ranks"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            raise ValueError(f"old and new placement differ in {name}: {before} and {after}")
+    held_LRE = np.zeros((old.layers, old.ranks, old.num_experts), dtype=bool)
+    np.put_along_axis(held_LRE, old.physical_to_logical, True, axis=2)
+    return np.take_along_axis(held_LRE, new.physical_to_logical, axis=2)
+
+
+def moved_slots(old: Placement, new: Placement) -> NDArray[np.int64]:
+    """int64 `[L]`: slots of `new` whose weights have to come from another rank of `old`. Errors as `stays`."""
+    return np.asarray((~stays(old, new)).sum(axis=(1, 2)), dtype=np.int64)

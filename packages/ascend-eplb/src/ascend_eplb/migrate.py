@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From one placement to the next: keeping what can stay, and who sends which slot to whom.
+
+Legend: L layers, R ranks, K slots per rank, E experts, N nodes, M transfers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ascend_eplb.maps import replica_table
+from ascend_eplb.placement import IntArray, Placement
+from ascend_eplb.topology import Topology
+
+__all__ = ["TransferPlan", "align_slots", "relabel_ranks", "transfer_plan"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TransferPlan:
+    """Transfers, as int32 arrays `[M]` of one length: the expert in a slot of `old` goes to a slot of `new`.
+
+    `layer` counts rows 0..L-1 of the placements (not model-global numbers). Where source and destination rank are the
+    same
+    the transfer is a local copy. All sources mean the contents before any transfer.
+    """
+
+    layer: IntArray
+    expert: IntArray
+    source_rank: IntArray
+    source_slot: IntArray
+    target_rank: IntArray
+    target_slot: IntArray
+    ranks_per_node: int
+
+    def __len__(self) -> int:
+        """M, the number of transfers, local copies included."""
+        return len(self.layer)
+
+    @property
+    def local(self) -> NDArray[np.bool_]:
+        """bool `[M]`: copies within a rank."""
+        return np.asarray(self.source_rank == self.target_rank)
+
+    @property
+    def within_node(self) -> NDArray[np.bool_]:
+        """bool `[M]`: transfers between ranks of one node, or within a rank."""
+        return np.asarray(self.source_rank // self.ranks_per_node == self.target_rank // self.ranks_per_node)
+
+    def bytes_moved(self, expert_bytes: int) -> int:
+        """Bytes that leave a rank, at `expert_bytes` an expert (all its weights in one layer)."""
+        return int((~self.local).sum()) * expert_bytes
+
+    def bytes_between_nodes(self, expert_bytes: int) -> int:
+        """Bytes that leave a node."""
+        return int((~self.within_node).sum()) * expert_bytes
+
+    def select(self, index: NDArray[np.generic]) -> TransferPlan:
+        """The transfers at these positions, in this order."""
+        columns = ("layer", "expert", "source_rank", "source_slot", "target_rank", "target_slot")
+        picked = {name: getattr(self, name)[index] for name in columns}
+        return TransferPlan(**picked, ranks_per_node=self.ranks_per_node)
+
+
+def align_slots(old: Placement, new: Placement) -> Placement:
+    """`new` with every expert that stays on its rank in the slot it has in `old`; newcomers fill the rest in order.
+
+    Raises:
+        ValueError: the placements differ in layers, experts, ranks or slots.
+
+    Complexity: O(L * R * E + L * S log K).
+    """
+    _check_alike(old, new)
+    slot_LRE = np.full((old.layers, old.ranks, old.num_experts), -1, dtype=np.int32)
+    number_K = np.broadcast_to(np.arange(old.slots_per_rank, dtype=np.int32), old.physical_to_logical.shape)
+    np.put_along_axis(slot_LRE, old.physical_to_logical, number_K, axis=2)
+    kept_LRK = np.take_along_axis(slot_LRE, new.physical_to_logical, axis=2)
+    layer, rank, slot = np.nonzero(kept_LRK >= 0)
+    ids_LRK = np.full(kept_LRK.shape, -1, dtype=np.int32)
+    ids_LRK[layer, rank, kept_LRK[layer, rank, slot]] = new.physical_to_logical[layer, rank, slot]
+    ids_LRK[ids_LRK < 0] = new.physical_to_logical[kept_LRK < 0]
+    return Placement(ids_LRK, new.num_experts, new.layer_ids)
+
+
+def relabel_ranks(old: Placement, new: Placement, *, nodes: int = 1) -> Placement:
+    """`new` with its ranks renumbered, layer by layer, so that more experts are where `old` has them already.
+
+    Ranks are exchanged within a node only. Greedy matching by overlap, then exchanges of two while that helps: never
+    fewer experts stay than without relabelling. Loads and balancedness do not change.
+
+    Raises:
+        ValueError: the placements differ in shape, or `nodes` does not divide the ranks.
+
+    Complexity: O(L * R^2 * (E + R)).
+    """
+    _check_alike(old, new)
+    node_R = Topology(ranks=old.ranks, nodes=nodes).node_of()
+    overlap_LRQ = _overlap(old, new)
+    allowed_RQ = node_R[:, None] == node_R
+    source_LR = _match(np.where(allowed_RQ, overlap_LRQ, -1.0))
+    kept_L = np.take_along_axis(overlap_LRQ, source_LR[:, :, None], axis=2).sum(axis=(1, 2))
+    worse_L = kept_L < np.trace(overlap_LRQ, axis1=1, axis2=2)
+    source_LR[worse_L] = np.arange(old.ranks)
+    ids_LRK = np.take_along_axis(new.physical_to_logical, source_LR[:, :, None], axis=1)
+    return Placement(ids_LRK, new.num_experts, new.layer_ids)
+
+
+def transfer_plan(old: Placement, new: Placement, *, nodes: int = 1) -> TransferPlan:
+    """Who sends which slot to whom to get from `old` to `new`, slot by slot as they stand (see `align_slots`).
+
+    A slot that keeps its expert needs nothing. The sender of any other is the rank itself if it holds the expert,
+    else a
+    holder in the same node, else any holder; among equals the one that has sent least in this layer.
+
+    Args:
+        old: the placement in force.
+        new: the placement wanted; same layers, experts, ranks and slots.
+        nodes: number of nodes, which divides the ranks.
+
+    Raises:
+        ValueError: the placements differ in shape, or `nodes` does not divide the ranks.
+
+    Complexity: O(L * S log S), and one vector step for each transfer of a layer with a choice of senders.
+    """
+    _check_alike(old, new)
+    topology = Topology(ranks=old.ranks, nodes=nodes)
+    layer, rank, slot = np.nonzero(old.physical_to_logical != new.physical_to_logical)
+    expert = new.physical_to_logical[layer, rank, slot]
+    order_LS, start_LE, count_LE = replica_table(old)
+    start_M, count_M = start_LE[layer, expert], count_LE[layer, expert]
+    most = int(count_M.max()) if len(layer) else 1
+    turn_C = np.arange(most)
+    column_MC = np.minimum(start_M[:, None] + turn_C, old.slots - 1)
+    physical_MC = order_LS[layer[:, None], column_MC]
+    holder_MC = physical_MC // old.slots_per_rank
+    node_R = topology.node_of()
+    cost_MC = 2 - (node_R[holder_MC] == node_R[rank][:, None]) - (holder_MC == rank[:, None]).astype(np.int64)
+    cost_MC = np.where(turn_C < count_M[:, None], cost_MC, 3)
+    candidate_MC = cost_MC == cost_MC.min(axis=1, keepdims=True)
+    choice_M = _balanced_choice(layer, holder_MC, candidate_MC, (old.layers, old.ranks))
+    source_M = physical_MC[np.arange(len(layer)), choice_M]
+    source_rank, source_slot = np.divmod(source_M, old.slots_per_rank)
+    return TransferPlan(
+        layer=layer.astype(np.int32),
+        expert=expert.astype(np.int32),
+        source_rank=source_rank.astype(np.int32),
+        source_slot=source_slot.astype(np.int32),
+        target_rank=rank.astype(np.int32),
+        target_slot=slot.astype(np.int32),
+        ranks_per_node=topology.ranks_per_node,
+    )
+
+
+def _balanced_choice(
+    layer_M: NDArray[np.int64], holder_MC: IntArray, candidate_MC: NDArray[np.bool_], shape: tuple[int, int]
+) -> NDArray[np.int64]:
+    """`[M]`: the candidate of each transfer, those without a choice counted first, then the least busy sender."""
+    choice_M = candidate_MC.argmax(axis=1)
+    sent_LR = np.zeros(shape, dtype=np.int64)
+    single_M = candidate_MC.sum(axis=1) == 1
+    sender_M = holder_MC[np.arange(len(choice_M)), choice_M]
+    np.add.at(sent_LR, (layer_M[single_M], sender_M[single_M]), 1)
+    open_X = np.flatnonzero(~single_M)
+    counts_L = np.bincount(layer_M[open_X], minlength=shape[0])
+    turn_X = np.arange(len(open_X)) - np.repeat(np.cumsum(counts_L) - counts_L, counts_L)
+    by_turn = open_X[np.argsort(turn_X, kind="stable")]
+    sizes = np.bincount(turn_X, minlength=1)
+    for chunk in np.split(by_turn, np.cumsum(sizes)[:-1]):
+        layer_A = layer_M[chunk]
+        busy_AC = np.where(candidate_MC[chunk], sent_LR[layer_A[:, None], holder_MC[chunk]], np.iinfo(np.int64).max)
+        choice_M[chunk] = busy_AC.argmin(axis=1)
+        sent_LR[layer_A, holder_MC[chunk, choice_M[chunk]]] += 1
+    return np.asarray(choice_M)
+
+
+def _overlap(old: Placement, new: Placement) -> NDArray[np.float32]:
+    """`[L, R, Q]`: experts that rank R of `old` and rank Q of `new` share."""
+    held = []
+    for placement in (old, new):
+        held_LRE = np.zeros((old.layers, old.ranks, old.num_experts), dtype=np.float32)
+        np.put_along_axis(held_LRE, placement.physical_to_logical, np.float32(1), axis=2)
+        held.append(held_LRE)
+    return np.asarray(held[0] @ held[1].transpose(0, 2, 1))
+
+
+def _match(overlap_LRQ: NDArray[np.floating]) -> NDArray[np.int64]:
+    """`[L, R]`: the rank Q that each R takes; greedy by overlap, then the best exchange of two while there is one."""
+    layers, ranks, _ = overlap_LRQ.shape
+    left = overlap_LRQ.copy()
+    source_LR = np.zeros((layers, ranks), dtype=np.int64)
+    row_L = np.arange(layers)
+    for _ in range(ranks):
+        rank_L, other_L = np.divmod(left.reshape(layers, -1).argmax(axis=1), ranks)
+        source_LR[row_L, rank_L] = other_L
+        left[row_L, rank_L], left[row_L, :, other_L] = -2.0, -2.0
+    for _ in range(4 * ranks):
+        taken_LRQ = np.take_along_axis(overlap_LRQ, source_LR[:, None, :].repeat(ranks, axis=1), axis=2)
+        own_LR = np.diagonal(taken_LRQ, axis1=1, axis2=2)
+        gain_LRQ = taken_LRQ + taken_LRQ.transpose(0, 2, 1) - own_LR[:, :, None] - own_LR[:, None, :]
+        best_L = gain_LRQ.reshape(layers, -1).argmax(axis=1)
+        better = np.flatnonzero(gain_LRQ.reshape(layers, -1)[row_L, best_L] > 0)
+        if not len(better):
+            break
+        first, second = np.divmod(best_L[better], ranks)
+        swapped = source_LR[better, second], source_LR[better, first]
+        source_LR[better, first], source_LR[better, second] = swapped
+    return source_LR
+
+
+def _check_alike(old: Placement, new: Placement) -> None:
+    if old.slots_per_rank != new.slots_per_rank:
+        raise ValueError(
+            f"old and new placement differ in slots per rank: {old.slots_per_rank} and {new.slots_per_rank}"
+        )
+    for name in ("layers", "num_experts", "ranks"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            raise ValueError(f"old and new placement differ in {name}: {before} and {after}")

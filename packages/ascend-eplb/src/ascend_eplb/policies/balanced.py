@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`balanced`, the default: the best balance of the policies here, for a load and nothing to keep.
+
+Counts by capped highest averages, packing by balanced differencing beside the published longest-first (the better one
+stays, layer by layer, so that no layer is below the published algorithm), swaps of hot with cold ranks, and, for ranks
+of few slots, a search over the counts. All layers at once.
+
+Legend: L layers, E experts, R ranks, K slots per rank, N nodes, G groups, B = L * N problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from math import comb, factorial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ascend_eplb.metrics import FloatArray
+from ascend_eplb.placement import Placement
+from ascend_eplb.policies.base import Problem
+from ascend_eplb.policies.bound import peak_bound
+from ascend_eplb.policies.deepseek import repaired_assignment
+from ascend_eplb.policies.packing import capped_counts, difference, longest_first, shares, sorted_items
+from ascend_eplb.policies.refine import refine
+from ascend_eplb.policies.repair import repair_duplicates
+from ascend_eplb.policies.search import anneal_counts, ladder_counts
+
+__all__ = ["balanced", "balanced_assignment"]
+
+Ids = NDArray[np.int64]
+_SLACK = 7e-4  # how close to the bound a layer counts as done
+_ROUNDS = 6  # swap rounds: what fits the time of a few milliseconds
+_SMALL = 48  # slots of a problem small enough for annealing
+_PACKINGS = 10  # ways of giving groups to nodes that a small problem tries
+
+
+def balanced(problem: Problem) -> Placement:
+    """The balanced placement of a problem. `previous` is not looked at; it cannot keep to a move limit.
+
+    Raises:
+        ValueError: the problem limits the moves.
+
+    Complexity: O(L * S * (R + K)) for a fixed number of rounds.
+    """
+    if problem.max_moves is not None or problem.max_moves_per_layer is not None:
+        raise ValueError("policy='balanced' places anew and cannot keep to max_moves; use 'incremental'")
+    ids_LRK = balanced_assignment(problem)
+    return Placement(ids_LRK.astype(np.int32), problem.num_experts, problem.layer_ids)
+
+
+def balanced_assignment(problem: Problem) -> Ids:
+    """int64 `[L, R, K]`: see `balanced`."""
+    floor_L = peak_bound(problem)
+    goal_L = floor_L * (1 + _SLACK)
+    best_LRK = repaired_assignment(problem, longest_first)
+    orders = [_pack_groups(problem)]
+    best_LRK = _better(problem, _differenced(problem, orders[0]), best_LRK)
+    best_LRK = _refined(problem, best_LRK, goal_L)
+    if problem.slots == problem.num_experts and not problem.hierarchical:
+        return best_LRK
+    if problem.slots <= _SMALL and problem.hierarchical and _packings(problem.groups, problem.nodes) <= _PACKINGS:
+        orders += _all_orders(problem)
+    for order_LE in orders:
+        behind = np.flatnonzero(_peaks(problem, best_LRK) > goal_L)
+        if len(behind) and (problem.slots_per_rank == 2 or problem.slots <= _SMALL):
+            found_LRK = best_LRK.copy()
+            found_LRK[behind] = _searched(problem, order_LE, behind)
+            best_LRK = _better(problem, best_LRK, _refined(problem, found_LRK, goal_L))
+    return best_LRK
+
+
+def _differenced(problem: Problem, order_LE: Ids) -> Ids:
+    """Highest-average counts, packed by differencing inside each node."""
+    load_BE = _by_node(problem, problem.load, order_LE)
+    nodes = problem.nodes if problem.hierarchical else 1
+    count_BE = capped_counts(load_BE, problem.slots // nodes, problem.replica_cap)
+    ids_BRK = _pack(load_BE, count_BE, problem.ranks // nodes)
+    return _to_global(problem, ids_BRK, order_LE)
+
+
+def _searched(problem: Problem, order_LE: Ids, layers: Ids) -> Ids:
+    """As `_differenced`, for some layers, with searched counts."""
+    load_BE = _by_node(problem, problem.load[layers], order_LE[layers])
+    nodes = problem.nodes if problem.hierarchical else 1
+    ranks, cap = problem.ranks // nodes, problem.replica_cap
+    count_BE = capped_counts(load_BE, problem.slots // nodes, cap)
+    if problem.slots_per_rank == 2:
+        count_BE = ladder_counts(load_BE, count_BE, ranks=ranks, cap=cap)
+    if problem.slots <= _SMALL:
+        count_BE = anneal_counts(load_BE, count_BE, ranks=ranks, cap=cap)
+    return _to_global(problem, _pack(load_BE, count_BE, ranks), order_LE[layers])
+
+
+def _pack(load_BE: FloatArray, count_BE: Ids, ranks: int) -> Ids:
+    """Pack these replicas by differencing, without duplicates."""
+    expert_BS, share_BS = sorted_items(load_BE, count_BE)
+    return repair_duplicates(difference(expert_BS, share_BS, ranks), load_BE)
+
+
+def _pack_groups(problem: Problem) -> Ids:
+    """`[L, E]`: the experts in the order of the nodes that their groups are packed to; 0..E-1 without groups."""
+    layers, groups, nodes = problem.layers, problem.groups, problem.nodes
+    if not problem.hierarchical:
+        return np.broadcast_to(np.arange(problem.num_experts), (layers, problem.num_experts))
+    load_LG = problem.load.reshape(layers, groups, -1).sum(axis=2)
+    one_LG = np.ones((layers, groups), dtype=np.int64)
+    packed_LNP = _pack(load_LG, one_LG, nodes)
+    refine(packed_LNP, shares(load_LG, packed_LNP), load_LG.sum(axis=1) / nodes, 4 * nodes)
+    return _experts_of(problem, packed_LNP)
+
+
+def _experts_of(problem: Problem, packed_LNP: Ids) -> Ids:
+    """`[L, E]`: the experts of the groups `[L, N, G / N]`, in that order."""
+    size = problem.num_experts // problem.groups
+    first_LG1 = packed_LNP.reshape(len(packed_LNP), -1, 1) * size
+    return np.asarray((first_LG1 + np.arange(size)).reshape(len(packed_LNP), -1))
+
+
+def _packings(groups: int, nodes: int) -> int:
+    """In how many ways groups go to nodes, the nodes being alike."""
+    size = groups // nodes
+    ways, left = 1, groups
+    for _ in range(nodes):
+        ways *= comb(left, size)
+        left -= size
+    return ways // factorial(nodes)
+
+
+def _all_orders(problem: Problem) -> list[Ids]:
+    """The expert order of every way of giving groups to nodes, the same for all layers."""
+    size = problem.groups // problem.nodes
+
+    def ways(left: tuple[int, ...]) -> Iterator[list[int]]:
+        if not left:
+            yield []
+            return
+        for mates in combinations(left[1:], size - 1):
+            node = [left[0], *mates]
+            for rest in ways(tuple(group for group in left if group not in node)):
+                yield node + rest
+
+    found = []
+    for way in ways(tuple(range(problem.groups))):
+        packed_1NP = np.array(way, dtype=np.int64).reshape(1, problem.nodes, size)
+        found.append(np.repeat(_experts_of(problem, packed_1NP), problem.layers, axis=0))
+    return found
+
+
+def _by_node(problem: Problem, load_LE: FloatArray, order_LE: Ids) -> FloatArray:
+    """`[L * N, E / N]`: the loads of the experts of each node."""
+    if not problem.hierarchical:
+        return load_LE
+    return np.asarray(np.take_along_axis(load_LE, order_LE, axis=1).reshape(len(load_LE) * problem.nodes, -1))
+
+
+def _to_global(problem: Problem, ids_BRK: Ids, order_LE: Ids) -> Ids:
+    """Node-local expert numbers of `[L * N, R / N, K]` to logical ids of `[L, R, K]`."""
+    shape = (len(order_LE), problem.ranks, problem.slots_per_rank)
+    if not problem.hierarchical:
+        return ids_BRK.reshape(shape)
+    first_N1 = np.arange(problem.nodes)[:, None] * (problem.num_experts // problem.nodes)
+    position_LS = (ids_BRK.reshape(shape[0], problem.nodes, -1) + first_N1).reshape(shape[0], -1)
+    return np.take_along_axis(order_LE, position_LS, axis=1).reshape(shape)
+
+
+def _peaks(problem: Problem, ids_LRK: Ids) -> FloatArray:
+    return np.asarray(shares(problem.load, ids_LRK).sum(axis=2).max(axis=1))
+
+
+def _better(problem: Problem, ours_LRK: Ids, theirs_LRK: Ids) -> Ids:
+    """Per layer the one with the lower peak, ours if equal; theirs only if it respects the replica cap."""
+    lower_L = _peaks(problem, theirs_LRK) < _peaks(problem, ours_LRK)
+    if problem.max_replicas and lower_L.any():
+        flat = theirs_LRK.reshape(problem.layers, -1) + np.arange(problem.layers)[:, None] * problem.num_experts
+        count = np.bincount(flat.ravel(), minlength=problem.layers * problem.num_experts)
+        lower_L &= count.reshape(problem.layers, -1).max(axis=1) <= problem.max_replicas
+    return np.where(lower_L[:, None, None], theirs_LRK, ours_LRK)
+
+
+def _refined(problem: Problem, ids_LRK: Ids, goal_L: FloatArray) -> Ids:
+    """Swap slots within each node until `goal_L` or for a bounded number of rounds."""
+    nodes = problem.nodes if problem.hierarchical else 1
+    shape = (problem.layers * nodes, problem.ranks // nodes, problem.slots_per_rank)
+    ids_BRK = ids_LRK.reshape(shape).copy()
+    share_BRK = shares(problem.load, ids_LRK).reshape(shape).copy()
+    refine(ids_BRK, share_BRK, np.repeat(goal_L, nodes), _ROUNDS)
+    return ids_BRK.reshape(ids_LRK.shape)

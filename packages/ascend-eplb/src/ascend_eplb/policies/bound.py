@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How low the peak rank load can possibly get.
+
+Legend: L layers, E experts, R ranks, N nodes, G groups.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ascend_eplb.metrics import FloatArray
+from ascend_eplb.policies.base import Problem
+from ascend_eplb.policies.packing import capped_counts
+
+__all__ = ["best_balancedness", "peak_bound"]
+
+
+def peak_bound(problem: Problem) -> FloatArray:
+    """float64 `[L]`: a lower bound of the greatest rank load that any valid placement can reach.
+
+    The greatest of: the mean rank load; the least possible greatest load per replica (highest averages, with the
+    replica
+    cap); and, where groups are bound to nodes, the same two inside the node that must hold the heaviest group with the
+    lightest others. Not always reachable. O((S - E) * L * E).
+    """
+    load_LE = problem.load
+    bound_L: FloatArray = load_LE.sum(axis=1) / problem.ranks
+    count_LE = capped_counts(load_LE, problem.slots, problem.replica_cap)
+    bound_L = np.maximum(bound_L, (load_LE / count_LE).max(axis=1))
+    if not problem.hierarchical:
+        return np.asarray(bound_L)
+    per_node = problem.groups // problem.nodes
+    group_LG = np.sort(load_LE.reshape(problem.layers, problem.groups, -1).sum(axis=2), axis=1)
+    node_L = group_LG[:, -1] + group_LG[:, : per_node - 1].sum(axis=1)
+    if per_node == 2:
+        node_L = (group_LG + group_LG[:, ::-1]).max(axis=1)
+    return np.asarray(np.maximum(bound_L, node_L / (problem.ranks // problem.nodes)))
+
+
+def best_balancedness(problem: Problem) -> FloatArray:
+    """float64 `[L]`: an upper bound of the balancedness, from `peak_bound`; 1.0 for a layer without load."""
+    peak_L = peak_bound(problem)
+    mean_L = problem.load.sum(axis=1) / problem.ranks
+    ratio_L = np.divide(mean_L, peak_L, out=np.ones_like(peak_L), where=peak_L > 0)
+    return np.asarray(np.minimum(ratio_L, 1.0))

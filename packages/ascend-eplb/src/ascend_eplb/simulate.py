@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replaying recorded loads: plan on one window, score on the next, which the plan has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ascend_eplb.load import as_history, mean_load
+from ascend_eplb.metrics import balancedness
+from ascend_eplb.placement import Placement, spread
+from ascend_eplb.plan import solve
+from ascend_eplb.policies.base import Policy, Problem
+
+__all__ = ["Score", "simulate"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One step of a replay, averaged over the layers.
+
+    Args:
+        window: number of the window scored (1 is the first, window 0 having been planned on).
+        kept: balancedness of the placement before any rebalancing (the initial one) in this window.
+        planned: what the plan promised for the window it was made for.
+        reached: its balancedness in this window.
+        moved: slots that the plan moved, over all layers.
+    """
+
+    window: int
+    kept: float
+    planned: float
+    reached: float
+    moved: int
+
+
+def simulate(
+    history: ArrayLike,
+    problem: Problem,
+    policy: str | Policy = "balanced",
+    *,
+    window: int = 1,
+    advance: Callable[[], object] | None = None,
+) -> list[Score]:
+    """Plan on each window of `window` steps and score on the next.
+
+    Args:
+        history: loads `[T, L, E]`; at least two whole windows. Steps beyond the last whole window are left out.
+        problem: everything but the load, which each window replaces; its `previous` is the placement at the start
+            (`spread` where there is none).
+        policy: as for `rebalance`.
+        window: steps of a window, whose loads are averaged.
+        advance: called after every window, for progress bars.
+
+    Raises:
+        TypeError, ValueError: fewer than two windows, loads of another shape than the problem's, or as `Problem`.
+
+    Complexity: the policy's, times T / window.
+    """
+    history_TLE = as_history(history)
+    if window < 1 or history_TLE.shape[0] < 2 * window:
+        steps = 2 * max(window, 1)
+        raise ValueError(f"window={window} needs a history of at least {steps} steps, not {len(history_TLE)}")
+    windows = len(history_TLE) // window
+    loads = [mean_load(history_TLE[index * window : (index + 1) * window]) for index in range(windows)]
+    start = problem.previous or _default(problem)
+    current, scores = start, []
+    for index in range(1, windows):
+        plan = solve(replace(problem, load=loads[index - 1], previous=current), policy)
+        current = plan.placement
+        scores.append(
+            Score(
+                window=index,
+                kept=float(np.mean(balancedness(start, loads[index]))),
+                planned=plan.balancedness,
+                reached=float(np.mean(balancedness(current, loads[index]))),
+                moved=plan.moved,
+            )
+        )
+        if advance is not None:
+            advance()
+    return scores
+
+
+def _default(problem: Problem) -> Placement:
+    return spread(
+        num_experts=problem.num_experts,
+        ranks=problem.ranks,
+        redundant=problem.slots - problem.num_experts,
+        layers=problem.layers,
+    )

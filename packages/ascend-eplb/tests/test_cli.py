@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import ascend_eplb as eplb
+from ascend_eplb.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    np.save("load.npy", np.random.default_rng(0).lognormal(0, 1, (3, 2, 256)))
+
+
+def run(capsys, line):
+    status = main(line.split())
+    done = capsys.readouterr()
+    return status, done.out, done.err
+
+
+def run_json(capsys, line):
+    status, out, err = run(capsys, line + " --json")
+    assert status == 0, err
+    return json.loads(out)
+
+
+def test_generate_check_and_the_rank_15_example(capsys):
+    status, out, _ = run(capsys, "generate --experts 256 --ranks 16 --redundant 16 --layers 2 -o map.json")
+    assert status == 0
+    assert "272  (16 redundant)" in out
+    assert eplb.load_placement("map.json") == eplb.spread(num_experts=256, ranks=16, redundant=16, layers=2)
+    status, out, _ = run(capsys, "check map.json")
+    assert status == 0
+    assert "map.json is valid" in out
+    status, out, _ = run(capsys, "show map.json --rank 15")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert rows[0] == ["16", "0", "271", "0"]
+    assert [(int(row[0]), int(row[1])) for row in rows[1:]] == [(slot, 240 + slot) for slot in range(16)]
+    assert "256 entries, 17 here, 239 are -1" in out
+
+
+def test_layouts_and_json(capsys):
+    found = run_json(capsys, "generate --experts 8 --ranks 2 --redundant 2 --layout checkpoint -o map.npz")
+    sizes = {"layers": 1, "experts": 8, "ranks": 2, "slots_per_rank": 5, "slots": 10, "redundant": 2}
+    assert found == {"file": "map.npz", **sizes}
+    assert run_json(capsys, "check map.npz")["valid"] is True
+    assert run_json(capsys, "show map.npz")["experts"] == [[0, 1, 2, 3, 4], [5, 6, 7, 0, 1]]
+    assert run_json(capsys, "show map.npz --rank 1")["experts"] == [5, 6, 7, 0, 1]
+
+
+def test_plan(capsys):
+    found = run_json(capsys, "plan --load load.npy --ranks 32 --slots 288 -o new.json")
+    placement = eplb.load_placement("new.json")
+    load = eplb.mean_load(eplb.read_loads("load.npy"))
+    assert found["balancedness"] == pytest.approx(eplb.balancedness(placement, load).mean())
+    assert found["balancedness"] > 0.99
+    assert found["bound"] == 1.0
+    assert found["moved"] is None
+    np.save("drift.npy", load * np.random.default_rng(1).lognormal(0, 0.3, load.shape))
+    limited = "--window mean --from new.json --max-moves 40 -o b.json"
+    again = run_json(capsys, f"plan --load drift.npy --ranks 32 --slots 288 {limited}")
+    assert again["policy"] == "incremental"
+    moved = eplb.moved_slots(placement, eplb.load_placement("b.json")).sum()
+    assert again["moved"] == moved
+    assert moved > 0
+    assert moved <= 40
+    assert again["bytes_moved"] == moved * 44_000_000
+    by_node = "--nodes 4 --groups 8 --window decayed --from new.json --plot p.png -o c.json"
+    status, out, _ = run(capsys, f"plan --load load.npy --ranks 32 --slots 288 {by_node}")
+    assert status == 0
+    assert "balancedness before" in out
+    assert "GB at 44 MB an expert" in out
+    with open("p.png", "rb") as file:
+        assert file.read(4) == b"\x89PNG"
+
+
+def test_show_heat(capsys):
+    run(capsys, "plan --load load.npy --ranks 32 --slots 288 -o new.json")
+    status, out, _ = run(capsys, "show new.json --layer 1 --load load.npy")
+    assert status == 0
+    assert sum("████████" in line for line in out.splitlines()) == 32
+    assert "balancedness 0.99" in out
+    assert len(run_json(capsys, "show new.json --layer 1 --load load.npy")["rank_loads"]) == 32
+
+
+def test_simulate(capsys):
+    found = run_json(capsys, "simulate --load load.npy --ranks 32 --slots 288")
+    assert [window["window"] for window in found["windows"]] == [1, 2]
+    expected = eplb.simulate(np.load("load.npy"), eplb.Problem(load=np.ones((2, 256)), ranks=32, slots=288))
+    assert [w["reached"] for w in found["windows"]] == pytest.approx([score.reached for score in expected])
+    status, out, _ = run(capsys, "simulate --load load.npy --ranks 32 --slots 288 --policy incremental --plot s.png")
+    assert status == 0
+    assert "score on the next" in out
+    with open("s.png", "rb") as file:
+        assert file.read(4) == b"\x89PNG"
+
+
+def test_convert(capsys):
+    run(capsys, "generate --experts 8 --ranks 2 --redundant 2 --layers 3 -o map.json")
+    for source, target in (("map.json", "a.npz"), ("a.npz", "b.yaml"), ("b.yaml", "c.json")):
+        assert run(capsys, f"convert {source} {target} --ranks 2")[0] == 0
+    with open("map.json") as first, open("c.json") as last:
+        assert first.read() == last.read()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("generate --experts 8 --ranks 3 -o map.json", "do not divide over ranks=3"),
+        ("generate --experts 8 --ranks 2 --layout odd -o map.json", "--layout=odd is not one of spread, checkpoint"),
+        ("generate --experts 8 --ranks 2 -o nowhere/map.json", "nowhere"),
+        ("generate --experts 8 --ranks 2", "Missing option"),
+        ("generate --experts x --ranks 2 -o map.json", "Invalid value for '--experts'"),
+        ("check none.json", "none.json: No such file or directory"),
+        ("check broken.json", "broken.json: not JSON"),
+        ("check load.npy", "phy"),
+        ("check map.txt", "a placement file ends in"),
+        ("show good.json --layer 7", "layer_id=7 is not in this placement"),
+        ("show good.json --rank 7", "--rank=7 is not in 0..1"),
+        ("plan --load load.npy --ranks 32 --slots 287 -o x.json", "slots=287 must be a multiple of ranks=32"),
+        ("plan --load nan.npy --ranks 2 --slots 4 -o x.json", "step 0, layer 0, expert 1 is nan"),
+        ("plan --load load.npy --ranks 32 --slots 288 --policy best -o x.json", "policy='best' is not one of"),
+        ("plan --load load.npy --ranks 32 --slots 288 --window odd -o x.json", "--window=odd"),
+        ("simulate --load load.npy --ranks 32 --slots 288 --window 2", "at least 4 steps, not 3"),
+        ("simulate --load load.npy --ranks 32 --slots 288 --window 0", "window=0"),
+        ("nonsense", "No such command"),
+    ],
+)
+def test_invalid_input_is_one_line_and_status_1(capsys, line, reason):
+    eplb.save_placement(eplb.spread(num_experts=8, ranks=2), "good.json")
+    with open("broken.json", "w") as file:
+        file.write("{")
+    np.save("nan.npy", np.array([[1, np.nan, 1, 1]]))
+    status, out, err = run(capsys, line)
+    assert status == 1
+    assert out == ""
+    assert reason in err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+
+
+def test_check_json_reports_the_reason(capsys):
+    status, out, _ = run(capsys, "check none.json --json")
+    assert status == 1
+    assert json.loads(out) == {"valid": False, "file": "none.json", "error": "none.json: No such file or directory"}
+
+
+def test_module_and_help():
+    done = subprocess.run([sys.executable, "-m", "ascend_eplb", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for command in ("generate", "check", "show", "plan", "simulate", "convert"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra_one_line_says_what_to_install(missing):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; from ascend_eplb.cli import main; sys.exit(main(['check', 'x']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'ascend-eplb[cli]'" in done.stderr
+
+
+def test_import_needs_numpy_alone():
+    code = (
+        "import sys, ascend_eplb\n"
+        "third = ('torch', 'vllm', 'torch_npu', 'typer', 'rich', 'yaml', 'matplotlib', 'scipy', 'pandas')\n"
+        "print([name for name in third if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_public_names():
+    for name in eplb.__all__:
+        assert getattr(eplb, name).__doc__ or name == "Policy"
+    assert eplb.__all__ == sorted(eplb.__all__)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parallel linear ops: how a layer's weight is cut, what its ranks exchange, and the product, in one object.
+
+`get_parallel_op` chooses the op of a layer by its path and the options of a run; every op is also usable on its own.
+"""
+
+from ascend_linear.flashcomm2 import Flashcomm2OProjRowParallelOp
+from ascend_linear.mlp import MLPColumnParallelOp, MLPRowParallelOp
+from ascend_linear.op import (
+    CustomColumnParallelOp,
+    CustomLinearOp,
+    CustomReplicatedOp,
+    CustomRowParallelOp,
+    Gemm,
+    LinearParams,
+    LinearResult,
+)
+from ascend_linear.oproj import OProjRowParallelOp
+from ascend_linear.select import Selected, get_parallel_op, get_replicated_op, is_moe_layer
+from ascend_linear.sequence import SequenceColumnParallelOp, SequenceRowParallelOp
+from ascend_linear.sharded_cp import ShardedCPColumnParallelOp, ShardedCPRowParallelOp
+from ascend_linear.state import LinearEnv, MoeLayers, StepState, plan_step
+
+__all__ = [
+    "CustomColumnParallelOp",
+    "CustomLinearOp",
+    "CustomReplicatedOp",
+    "CustomRowParallelOp",
+    "Flashcomm2OProjRowParallelOp",
+    "Gemm",
+    "LinearEnv",
+    "LinearParams",
+    "LinearResult",
+    "MLPColumnParallelOp",
+    "MLPRowParallelOp",
+    "MoeLayers",
+    "OProjRowParallelOp",
+    "Selected",
+    "SequenceColumnParallelOp",
+    "SequenceRowParallelOp",
+    "ShardedCPColumnParallelOp",
+    "ShardedCPRowParallelOp",
+    "StepState",
+    "get_parallel_op",
+    "get_replicated_op",
+    "is_moe_layer",
+    "plan_step",
+]

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlashComm1: between the layers each TP rank holds a chunk of the tokens instead of a copy of all.
+
+An all-reduce after a row layer becomes a reduce-scatter there and an all-gather before the next column layer; what lies
+between (norms, residuals) runs on 1/TP of the tokens. N: tokens of the TP group, P: N with `StepState.pad_size` rows of
+padding.
+"""
+
+import torch
+from torch import Tensor
+
+from ascend_linear.op import CustomColumnParallelOp, CustomRowParallelOp
+from ascend_linear.state import LinearEnv, StepState
+
+__all__ = ["SequenceColumnParallelOp", "SequenceRowParallelOp"]
+
+
+class SequenceColumnParallelOp(CustomColumnParallelOp):
+    """``[P / TP, in]`` -> all-gather of tokens, padding dropped -> ``[N, in]`` -> product -> ``[N, out / TP]``.
+
+    Where FlashComm1 is not active: ``[N, in] -> [N, out / TP]``.
+    """
+
+    def forward(self, input_: Tensor, state: StepState) -> Tensor:
+        """As above."""
+        if state.flashcomm1:
+            input_ = self._gather_tokens(input_, state)
+        return self.gather_features(self.gemm(input_))
+
+    def _gather_tokens(self, input_: Tensor, state: StepState) -> Tensor:
+        """``[P / TP, in] -> [N, in]``."""
+        self.check_tokens_by_features(input_)
+        gathered = self.group.all_gather(input_, 0)
+        if gathered.shape[0] < state.pad_size:
+            raise ValueError(f"pad_size={state.pad_size}: {self!r} gathered only {gathered.shape[0]} rows")
+        return gathered[: gathered.shape[0] - state.pad_size]
+
+
+class SequenceRowParallelOp(CustomRowParallelOp):
+    """``[N, in / TP]`` -> padding -> product -> reduce-scatter of tokens -> ``[P / TP, out]``.
+
+    Where FlashComm1 is not active: all-reduce, ``[N, in / TP] -> [N, out]``. Product and
+    reduce-scatter are two calls here.
+
+    Args:
+        env: groups and options.
+        prefix: the layer's path in the model. An `o_proj` under `enable_dsa_cp` gets its input padded:
+            ``[P, in / TP]``.
+    """
+
+    must_reduce = True
+
+    def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
+        """As above."""
+        super().__init__(env, prefix=prefix)
+        self._pads = not (env.enable_dsa_cp and prefix.rpartition(".")[2] == "o_proj")
+
+    def forward(self, input_: Tensor, state: StepState) -> Tensor:
+        """As above."""
+        if not state.flashcomm1:
+            return super().forward(input_, state)
+        self.check_tokens_by_features(input_)
+        input_ = self.own_features(input_, self.group)
+        if self._pads and state.pad_size:
+            input_ = torch.nn.functional.pad(input_, (0, 0, 0, state.pad_size))
+        if input_.shape[0] % self.tp_size:
+            raise ValueError(
+                f"pad_size={state.pad_size}: {self!r} has {input_.shape[0]} rows with it, "
+                f"must be a multiple of {self.tp_size} ranks"
+            )
+        return self.group.reduce_scatter(self.partial_product(input_), 0)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an op is told: the groups and options of a run (`LinearEnv`) and what changes with every step (`StepState`)."""
+
+from dataclasses import dataclass
+
+from ascend_comm import CommGroup
+
+__all__ = ["FLASHCOMM1_DENSE_THRESHOLD", "LinearEnv", "MoeLayers", "StepState", "plan_step"]
+
+FLASHCOMM1_DENSE_THRESHOLD = 1000
+"""Tokens up to which a dense model is faster without FlashComm1. Empirical."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeLayers:
+    """Which layers of a model are MoE layers, in the words of its Hugging Face config.
+
+    Args:
+        routed_experts: number of routed experts; 0 for a dense model.
+        first_k_dense_replace: index of the first MoE layer; None where the config has no such key.
+        moe_layer_freq: every how many layers there is one.
+
+    Raises:
+        ValueError: a negative number, or `moe_layer_freq` below 1.
+    """
+
+    routed_experts: int = 0
+    first_k_dense_replace: int | None = None
+    moe_layer_freq: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.routed_experts < 0:
+            raise ValueError(f"routed_experts={self.routed_experts}: must be at least 0")
+        if self.first_k_dense_replace is not None and self.first_k_dense_replace < 0:
+            raise ValueError(f"first_k_dense_replace={self.first_k_dense_replace}: must be at least 0, or None")
+        if self.moe_layer_freq < 1:
+            raise ValueError(f"moe_layer_freq={self.moe_layer_freq}: must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearEnv:
+    """The communication groups of this rank, and the options that decide which layer uses which of them.
+
+    A group that is not None turns its feature on. vLLM's GroupCoordinator fits after `ascend_comm.wrap`.
+
+    Args:
+        tp: the tensor parallel group.
+        mlp_tp: mlp-TP: the DP peers that share dense MLPs.
+        otp: oproj-TP: the DP peers that share o_proj; needs a `tp` of one rank.
+        flashcomm2_odp: FlashComm2 is on: the TP ranks with which tokens are exchanged for heads.
+        flashcomm2_otp: FlashComm2 with k > 1: the k TP ranks that share o_proj.
+        dp_rank: index of this rank along DP, in its own world.
+        enable_flashcomm1: tokens split over `tp` between the layers; needs a `tp` of more than one rank.
+        enable_matmul_allreduce: product and all-reduce in one kernel.
+        enable_dsa_cp: context parallelism of DeepSeek sparse attention; needs `enable_flashcomm1`.
+        enable_shared_expert_dp: shared experts replicated.
+        layer_sharding: last path components of the layers whose weights are spread over ranks.
+        moe: which layers are MoE layers.
+
+    Raises:
+        ValueError: groups whose sizes do not fit each other, options that exclude each other or miss what they need.
+    """
+
+    tp: CommGroup
+    mlp_tp: CommGroup | None = None
+    otp: CommGroup | None = None
+    flashcomm2_odp: CommGroup | None = None
+    flashcomm2_otp: CommGroup | None = None
+    dp_rank: int = 0
+    enable_flashcomm1: bool = False
+    enable_matmul_allreduce: bool = False
+    enable_dsa_cp: bool = False
+    enable_shared_expert_dp: bool = False
+    layer_sharding: tuple[str, ...] = ()
+    moe: MoeLayers = MoeLayers()
+
+    def __post_init__(self) -> None:
+        """Check every rule."""
+        tp = self.tp.world_size
+        if self.dp_rank < 0:
+            raise ValueError(f"dp_rank={self.dp_rank}: must be at least 0")
+        if self.otp is not None and tp != 1:
+            raise ValueError(
+                f"otp of {self.otp.world_size} ranks: oproj-TP needs tp of 1 rank, got {tp}; use FlashComm2"
+            )
+        if self.enable_flashcomm1 and tp == 1:
+            raise ValueError("enable_flashcomm1=True: needs tp of more than 1 rank, got 1")
+        if self.enable_dsa_cp and not self.enable_flashcomm1:
+            raise ValueError("enable_dsa_cp=True: needs enable_flashcomm1=True")
+        if self.enable_matmul_allreduce and (self.enable_flashcomm1 or self.flashcomm2_odp is not None):
+            raise ValueError(
+                "enable_matmul_allreduce=True: excludes enable_flashcomm1 and FlashComm2 (flashcomm2_odp), "
+                "which replace the all-reduce"
+            )
+        self._check_flashcomm2(tp)
+
+    def _check_flashcomm2(self, tp: int) -> None:
+        if self.flashcomm2_odp is None:
+            if self.flashcomm2_otp is not None:
+                raise ValueError(f"flashcomm2_otp of {self.flashcomm2_otp.world_size} ranks: needs flashcomm2_odp too")
+            return
+        odp, k = self.flashcomm2_odp.world_size, self.flashcomm2_size
+        if self.otp is not None:
+            raise ValueError("flashcomm2_odp and otp: FlashComm2 and oproj-TP both cut o_proj; leave one of them None")
+        if odp < 2 or odp * k != tp:
+            raise ValueError(
+                f"flashcomm2_odp of {odp} ranks and flashcomm2_otp of {k}: "
+                f"their product must be the {tp} ranks of tp, with 2 or more in odp"
+            )
+        if set(self.layer_sharding) - {"o_proj"}:
+            raise ValueError(f"layer_sharding={self.layer_sharding!r}: with FlashComm2 only ('o_proj',) is allowed")
+
+    @property
+    def flashcomm2_size(self) -> int:
+        """The number k of shards of o_proj under FlashComm2; 0 where that is off."""
+        if self.flashcomm2_odp is None:
+            return 0
+        return 1 if self.flashcomm2_otp is None else self.flashcomm2_otp.world_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepState:
+    """What one forward step tells the ops. It must be the same on all ranks of the TP group.
+
+    Args:
+        flashcomm1: tokens are split over TP between the layers in this step.
+        pad_size: rows of padding that make this step's token count a multiple of TP; 0 unless `flashcomm1`.
+        dp_tokens: tokens of every DP rank in this step, where known. Ops that need equal counts check them.
+
+    Raises:
+        ValueError: padding that is negative, or given without `flashcomm1`.
+    """
+
+    flashcomm1: bool = False
+    pad_size: int = 0
+    dp_tokens: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the padding."""
+        if self.pad_size < 0:
+            raise ValueError(f"pad_size={self.pad_size}: must be at least 0")
+        if self.pad_size and not self.flashcomm1:
+            raise ValueError(f"pad_size={self.pad_size}: must be 0 where flashcomm1 is False")
+
+
+def plan_step(
+    tokens: int,
+    env: LinearEnv,
+    *,
+    threshold: int = FLASHCOMM1_DENSE_THRESHOLD,
+    dp_tokens: tuple[int, ...] | None = None,
+) -> StepState:
+    """The state of a step of `tokens` tokens.
+
+    FlashComm1 runs where `env` enables it: always for a MoE model, for a dense one above `threshold` tokens. The padded
+    length is `tokens` rounded up to a multiple of TP. With `dp_tokens` the largest of those stands for `tokens`, so
+    that all DP ranks agree.
+
+    Args:
+        tokens: tokens of this rank's TP group.
+        env: groups and options.
+        threshold: tokens up to which a dense model stays without.
+        dp_tokens: tokens of every DP rank; its entry `env.dp_rank` must be `tokens`.
+
+    Raises:
+        ValueError: a negative count, or `dp_tokens` that does not fit.
+    """
+    if tokens < 0:
+        raise ValueError(f"tokens={tokens}: must be at least 0")
+    if threshold < 0:
+        raise ValueError(f"threshold={threshold}: must be at least 0")
+    if dp_tokens is not None and (env.dp_rank >= len(dp_tokens) or dp_tokens[env.dp_rank] != tokens):
+        raise ValueError(f"dp_tokens={dp_tokens}: entry dp_rank={env.dp_rank} must be tokens={tokens}")
+    longest = max(dp_tokens) if dp_tokens else tokens
+    if not env.enable_flashcomm1 or (env.moe.routed_experts == 0 and longest <= threshold):
+        return StepState(dp_tokens=dp_tokens)
+    tp = env.tp.world_size
+    return StepState(flashcomm1=True, pad_size=-(-longest // tp) * tp - tokens, dp_tokens=dp_tokens)

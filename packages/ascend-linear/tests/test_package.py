@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What importing the package brings along, and the README's example."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import ascend_linear
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_import_needs_neither_vllm_nor_an_npu():
+    code = "import sys, ascend_linear; print(*sorted({'vllm', 'torch_npu', 'torch', 'ascend_comm'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.split() == ["ascend_comm", "torch"]
+
+
+def test_all_is_complete():
+    assert ascend_linear.__all__ == sorted(ascend_linear.__all__)
+    assert all(hasattr(ascend_linear, name) for name in ascend_linear.__all__)
+
+
+def test_readme_example(tmp_path):
+    code, output = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", README.read_text(), re.DOTALL).groups()
+    script = tmp_path / "example.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == output

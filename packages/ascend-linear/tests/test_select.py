@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layer gets which op, and which options fit together."""
+
+import ascend_linear as al
+import pytest
+from ascend_comm import Solo
+
+LAYER = "model.layers.3."
+MOE = al.MoeLayers(routed_experts=8, first_k_dense_replace=2)
+
+
+class Ranks(Solo):
+    """A group that only knows its size and where this rank stands."""
+
+    def __init__(self, world_size: int, rank_in_group: int = 0) -> None:
+        super().__init__()
+        self.world_size, self.rank_in_group, self.ranks = world_size, rank_in_group, list(range(world_size))
+
+
+TP1, TP4, K2 = Ranks(1), Ranks(4, 3), Ranks(2, 1)
+FC1 = {"tp": TP4, "enable_flashcomm1": True}
+FC2 = {"tp": TP4, "flashcomm2_odp": Ranks(2), "flashcomm2_otp": K2}
+DSA = {**FC1, "enable_dsa_cp": True}
+MLP = {"tp": TP4, "mlp_tp": K2}
+
+CASES = [
+    # options, direction, prefix, op, tp_rank, tp_size
+    ({"tp": TP4}, "column", LAYER + "self_attn.qkv_proj", None, 3, 4),
+    ({"tp": TP4}, "row", LAYER + "self_attn.o_proj", None, 3, 4),
+    (DSA, "column", LAYER + "self_attn.q_b_proj", al.ShardedCPColumnParallelOp, 0, 1),
+    (DSA, "column", LAYER + "self_attn.kv_b_proj", al.ShardedCPColumnParallelOp, 0, 1),
+    (DSA, "row", LAYER + "self_attn.o_proj", al.SequenceRowParallelOp, 3, 4),
+    ({**DSA, "layer_sharding": ("o_proj",)}, "row", LAYER + "self_attn.o_proj", al.ShardedCPRowParallelOp, 0, 1),
+    ({**FC1, "layer_sharding": ("o_proj",)}, "row", LAYER + "self_attn.o_proj", al.SequenceRowParallelOp, 3, 4),
+    (MLP, "column", LAYER + "mlp.gate_up_proj", al.MLPColumnParallelOp, 1, 2),
+    (MLP, "row", LAYER + "mlp.down_proj", al.MLPRowParallelOp, 1, 2),
+    (MLP, "row", LAYER + "self_attn.o_proj", None, 3, 4),
+    ({**MLP, "moe": MOE}, "column", "model.layers.1.mlp.gate_up_proj", al.MLPColumnParallelOp, 1, 2),
+    ({**MLP, "moe": MOE}, "column", LAYER + "mlp.shared_experts.gate_up_proj", None, 3, 4),
+    ({**MLP, "moe": MOE}, "row", LAYER + "mlp.shared_experts.down_proj", None, 3, 4),
+    ({**MLP, **FC1}, "row", LAYER + "mlp.down_proj", al.MLPRowParallelOp, 1, 2),
+    ({**MLP, **FC1}, "column", LAYER + "self_attn.qkv_proj", al.SequenceColumnParallelOp, 3, 4),
+    ({**MLP, **FC1, "moe": MOE}, "row", LAYER + "mlp.down_proj", al.SequenceRowParallelOp, 3, 4),
+    ({"tp": TP1, "otp": K2}, "row", LAYER + "self_attn.o_proj", al.OProjRowParallelOp, 1, 2),
+    ({"tp": TP1, "otp": K2}, "row", LAYER + "self_attn.out_proj", None, 0, 1),
+    ({"tp": TP1, "otp": K2}, "row", LAYER + "mlp.down_proj", None, 0, 1),
+    (FC2, "row", LAYER + "self_attn.o_proj", al.Flashcomm2OProjRowParallelOp, 1, 2),
+    (FC2, "row", LAYER + "linear_attn.out_proj", al.Flashcomm2OProjRowParallelOp, 1, 2),
+    (FC2, "row", LAYER + "mlp.down_proj", None, 3, 4),
+    (FC2, "column", LAYER + "self_attn.qkv_proj", None, 3, 4),
+    ({"tp": TP4, "flashcomm2_odp": TP4}, "row", LAYER + "self_attn.o_proj", al.Flashcomm2OProjRowParallelOp, 0, 1),
+    ({**FC2, **FC1}, "row", LAYER + "self_attn.o_proj", al.Flashcomm2OProjRowParallelOp, 1, 2),
+    ({**FC2, **FC1}, "row", LAYER + "mlp.down_proj", al.SequenceRowParallelOp, 3, 4),
+    *[
+        (FC1, "column", LAYER + name, al.SequenceColumnParallelOp, 3, 4)
+        for name in ("mlp.gate_up_proj", "ssm.in_proj", "attn.qkv_proj", "ssm.conv1d", "attention.query_key_value")
+    ],
+    *[
+        (FC1, "row", LAYER + name, al.SequenceRowParallelOp, 3, 4)
+        for name in ("self_attn.o_proj", "ssm.out_proj", "mlp.down_proj", "attention.dense")
+    ],
+    (FC1, "row", LAYER + "mlp.dense", None, 3, 4),
+    (FC1, "row", LAYER + "self_attention.dense", None, 3, 4),
+    (FC1, "row", LAYER + "self_attn.wo_proj", None, 3, 4),
+    (FC1, "row", LAYER + "o_proj.inner", None, 3, 4),
+    (FC1, "row", "o_proj", al.SequenceRowParallelOp, 3, 4),
+    (FC1, "column", LAYER + "mlp.shared_expert.gate_up_proj", None, 3, 4),
+    (FC1, "row", LAYER + "mlp.shared_experts.down_proj", None, 3, 4),
+    (FC1, "row", "vision_tower.encoder.layers.0.self_attn.out_proj", None, 3, 4),
+    (FC1, "column", "visual.blocks.0.mlp.gate_up_proj", None, 3, 4),
+    (FC1, "row", "thinker.audio_tower.layers.0.self_attn.out_proj", None, 3, 4),
+    (FC1, "row", "multi_modal_projector.down_proj", None, 3, 4),
+    (FC1, "row", "language_model.model.layers.0.mlp.down_proj", al.SequenceRowParallelOp, 3, 4),
+    ({"tp": TP4, "enable_matmul_allreduce": True}, "row", "visual.blocks.0.attn.proj", None, 3, 4),
+    ({"tp": TP4, "enable_matmul_allreduce": True}, "column", LAYER + "self_attn.qkv_proj", None, 3, 4),
+    ({**FC1, "enable_shared_expert_dp": True}, "row", LAYER + "mlp.shared_expert.down_proj", None, 0, 1),
+    ({**FC1, "enable_shared_expert_dp": True}, "row", LAYER + "mlp.down_proj", al.SequenceRowParallelOp, 3, 4),
+]
+
+
+@pytest.mark.parametrize(("options", "direction", "prefix", "kind", "tp_rank", "tp_size"), CASES)
+def test_get_parallel_op(options, direction, prefix, kind, tp_rank, tp_size):
+    env = al.LinearEnv(**options)
+    op, *shard = al.get_parallel_op(direction, prefix, env)
+    assert (type(op) if op else None, shard) == (kind, [tp_rank, tp_size])
+    assert op is None or (op.prefix, op.tp_rank, op.tp_size) == (prefix, tp_rank, tp_size)
+    assert al.get_parallel_op(direction, prefix, env, disable_tp=True) == (None, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "direction", "name", "message"),
+    [
+        ({**FC2, "layer_sharding": ("o_proj",)}, "column", "qkv_proj", "Flashcomm2OshardQKVParallelOp.*layer_sharding"),
+        ({**FC2, "layer_sharding": ("o_proj",)}, "row", "o_proj", "streamed weights.*layer_sharding"),
+        (
+            {"tp": TP4, "enable_matmul_allreduce": True},
+            "row",
+            "o_proj",
+            "MatmulAllreduceRowParallelOp.*turn off enable_matmul_allreduce",
+        ),
+    ],
+)
+def test_what_is_not_there_says_so(options, direction, name, message):
+    with pytest.raises(NotImplementedError, match=rf"layer 'model.layers.3.self_attn.{name}' needs .*{message}"):
+        al.get_parallel_op(direction, f"{LAYER}self_attn.{name}", al.LinearEnv(**options))
+
+
+def test_direction_is_checked():
+    with pytest.raises(ValueError, match="direction='both': must be 'column' or 'row'"):
+        al.get_parallel_op("both", "o_proj", al.LinearEnv(tp=TP1))
+
+
+def test_get_replicated_op():
+    env = al.LinearEnv(tp=TP4)
+    op = al.get_replicated_op("model.layers.0.mlp.gate", env)
+    assert (type(op), op.tp_rank, op.tp_size, op.group.ranks) == (al.CustomReplicatedOp, 0, 1, [3])
+    assert al.get_replicated_op("model.layers.0.mlp.gate", env, disable_tp=True) is None
+
+
+@pytest.mark.parametrize(
+    ("prefix", "options", "expected"),
+    [
+        ("model.layers.3.mlp", (8, 0, 1), True),
+        ("model.layers.2.mlp", (8, 3, 1), False),
+        ("model.layers.3.mlp", (8, 3, 1), True),
+        ("model.layers.3.mlp", (8, 0, 2), False),
+        ("model.layers.14.mlp", (8, 3, 2), True),
+        ("model.layers.3.mlp", (0, 0, 1), False),
+        ("model.layers.3.mlp", (8, None, 1), False),
+        ("model.embed_tokens", (8, 0, 1), False),
+        ("model.layers.x.mlp", (8, 0, 1), False),
+        ("model.sublayers.3.mlp", (8, 0, 1), False),
+        ("model.layers", (8, 0, 1), False),
+    ],
+)
+def test_is_moe_layer(prefix, options, expected):
+    experts, first, freq = options
+    moe = al.MoeLayers(routed_experts=experts, first_k_dense_replace=first, moe_layer_freq=freq)
+    assert al.is_moe_layer(prefix, moe) is expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tp": TP4, "otp": K2}, "otp of 2 ranks: oproj-TP needs tp of 1 rank, got 4"),
+        ({"tp": TP1, "enable_flashcomm1": True}, "enable_flashcomm1=True: needs tp of more than 1 rank"),
+        ({"tp": TP4, "enable_dsa_cp": True}, "enable_dsa_cp=True: needs enable_flashcomm1=True"),
+        ({**FC1, "enable_matmul_allreduce": True}, "enable_matmul_allreduce=True: excludes"),
+        ({**FC2, "enable_matmul_allreduce": True}, "enable_matmul_allreduce=True: excludes"),
+        ({"tp": TP4, "flashcomm2_otp": K2}, "flashcomm2_otp of 2 ranks: needs flashcomm2_odp too"),
+        ({"tp": TP4, "flashcomm2_odp": K2}, "flashcomm2_odp of 2 ranks and flashcomm2_otp of 1: .* the 4 ranks of tp"),
+        ({"tp": TP4, "flashcomm2_odp": TP1, "flashcomm2_otp": TP4}, "with 2 or more in odp"),
+        ({"tp": TP1, "flashcomm2_odp": K2, "otp": K2}, "FlashComm2 and oproj-TP both cut o_proj"),
+        ({**FC2, "layer_sharding": ("o_proj", "q_b_proj")}, "with FlashComm2 only .'o_proj',. is allowed"),
+        ({"tp": TP1, "dp_rank": -1}, "dp_rank=-1: must be at least 0"),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        al.LinearEnv(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"routed_experts": -1}, "routed_experts=-1"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace=-1"),
+        ({"moe_layer_freq": 0}, "moe_layer_freq=0"),
+    ],
+)
+def test_moe_layers_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        al.MoeLayers(**options)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "env", "options", "expected"),
+    [
+        (1001, {"tp": TP4}, {}, (False, 0)),
+        (1000, FC1, {}, (False, 0)),
+        (1001, FC1, {}, (True, 3)),
+        (5, FC1, {"threshold": 4}, (True, 3)),
+        (8, FC1, {"threshold": 4}, (True, 0)),
+        (1, {**FC1, "moe": MOE}, {}, (True, 3)),
+        (0, {**FC1, "moe": MOE}, {}, (True, 0)),
+        (3, {**FC1, "dp_rank": 1}, {"threshold": 4, "dp_tokens": (6, 3)}, (True, 5)),
+        (3, {**FC1, "dp_rank": 1}, {"threshold": 6, "dp_tokens": (6, 3)}, (False, 0)),
+    ],
+)
+def test_plan_step(tokens, env, options, expected):
+    state = al.plan_step(tokens, al.LinearEnv(**env), **options)
+    assert (state.flashcomm1, state.pad_size) == expected
+    assert state.dp_tokens == options.get("dp_tokens")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        (-1, {}, "tokens=-1"),
+        (1, {"threshold": -1}, "threshold=-1"),
+        (1, {"dp_tokens": (2, 1)}, "entry dp_rank=0 must be tokens=1"),
+        (1, {"dp_tokens": ()}, "entry dp_rank=0 must be tokens=1"),
+    ],
+)
+def test_plan_step_refuses(tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        al.plan_step(tokens, al.LinearEnv(**FC1), **options)
+
+
+@pytest.mark.parametrize(("options", "message"), [((True, -1), "pad_size=-1"), ((False, 1), "must be 0 where")])
+def test_step_state_is_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        al.StepState(flashcomm1=options[0], pad_size=options[1])

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which communication carries tokens to their experts and back: a table over SoC, sizes and the step's tokens."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["CommMethod", "Deployment", "Soc", "choose_method"]
+
+# What MC2's kernels take, on every SoC and on A2 alone.
+_MC2_TOKENS_PER_RANK = 512
+_A2_MC2_EXPERTS_PER_RANK = 24
+_A2_MC2_LEAST_EP = 16
+
+
+class Soc(Enum):
+    """Families of Ascend chips, as far as communication differs."""
+
+    A2 = "A2"
+    A3 = "A3"
+    A5 = "A5"
+    P310 = "310P"
+
+
+class CommMethod(Enum):
+    """How tokens reach their experts.
+
+    ALL_GATHER: every rank gets all tokens and computes its experts' share. ALL_TO_ALL_V: tokens are sent to the ranks
+    of their experts; the host waits once for the sizes. MC2: dispatch and combine kernels that communicate themselves,
+    with buffers of a fixed size.
+    """
+
+    ALL_GATHER = "all-gather"
+    ALL_TO_ALL_V = "all-to-all-v"
+    MC2 = "mc2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """What the choice depends on and does not change between steps.
+
+    Args:
+        soc: the chip.
+        ep_size: ranks that share the experts of a layer. 1: no expert parallelism.
+        tp_size: tensor parallel ranks, over which MC2 slices tokens.
+        world_size: all ranks of the run, a multiple of ep_size and of tp_size.
+        experts_per_rank: physical slots of a rank, replicas included.
+        top_k: experts per token.
+        max_captured_tokens: tokens of the largest batch captured as a graph. 0: none is, so MC2 has no capacity.
+
+    Raises:
+        ValueError: a size below what is allowed, or a world that is no multiple of the others.
+    """
+
+    soc: Soc
+    ep_size: int
+    tp_size: int
+    world_size: int
+    experts_per_rank: int
+    top_k: int
+    max_captured_tokens: int
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        if not isinstance(self.soc, Soc):
+            raise ValueError(f"soc={self.soc!r} must be one of {', '.join(str(soc) for soc in Soc)}")
+        for name in ("ep_size", "tp_size", "world_size", "experts_per_rank", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_captured_tokens < 0:
+            raise ValueError(f"max_captured_tokens={self.max_captured_tokens} must be at least 0")
+        for name in ("ep_size", "tp_size"):
+            if self.world_size % getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} must divide world_size={self.world_size}")
+
+    @property
+    def mc2_capacity(self) -> int:
+        """The most tokens of a step for which MC2's buffers suffice: at most 512 for each rank of the TP group."""
+        per_rank = -(-self.max_captured_tokens // self.tp_size)
+        return min(per_rank, _MC2_TOKENS_PER_RANK) * self.tp_size
+
+
+def choose_method(deployment: Deployment, tokens: int) -> CommMethod:
+    """The communication method of a step.
+
+    All ranks of the expert parallel group must ask with the same `tokens`, or they wait for each other for ever.
+
+    Args:
+        deployment: what does not change between steps.
+        tokens: tokens of the step before they are sliced over TP, the largest count of all DP ranks.
+
+    Raises:
+        ValueError: `tokens` is below 0.
+
+    Source: the public vLLM Ascend plugin's choice for each SoC.
+    """
+    if tokens < 0:
+        raise ValueError(f"tokens={tokens} must be at least 0")
+    if deployment.ep_size == 1 or deployment.soc is Soc.P310:
+        return CommMethod.ALL_GATHER
+    fits_mc2 = tokens <= deployment.mc2_capacity
+    if deployment.soc is Soc.A2:
+        few_experts = deployment.experts_per_rank <= _A2_MC2_EXPERTS_PER_RANK
+        big_enough = deployment.ep_size >= _A2_MC2_LEAST_EP
+        return CommMethod.MC2 if few_experts and big_enough and fits_mc2 else CommMethod.ALL_GATHER
+    if fits_mc2:  # A5 asks for a world of more than one rank as well, which an EP size above 1 implies
+        return CommMethod.MC2
+    if deployment.soc is Soc.A5 and deployment.world_size <= deployment.top_k:
+        return CommMethod.ALL_GATHER
+    return CommMethod.ALL_TO_ALL_V

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which experts a token goes to, and with which weight: `RoutingSpec` and `select_experts`, in plain torch.
+
+Legend: T tokens, E logical experts, G groups of experts, K experts per token (top k), P rows of a routing table.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["GroupScore", "RoutingSpec", "Scoring", "select_experts"]
+
+Scoring: TypeAlias = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+GroupScore: TypeAlias = Literal["top2_sum", "max"]
+
+_EPSILON = 1e-20  # keeps a token whose scores all underflow to 0 from dividing by 0; float32 sums do not notice it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingSpec:
+    """How a model routes its tokens. The number of experts is not here: it is the logits' last axis.
+
+    Args:
+        top_k: experts per token.
+        scoring: what turns logits into scores.
+        renormalise: divide the weights of a token by their sum.
+        groups: groups of equally many consecutive experts. 1: ungrouped.
+        top_groups: groups a token may choose its experts from.
+        group_score: how a group is scored: the sum of its two best experts (DeepSeek-V3, GLM4-MoE) or its best
+            (DeepSeek-V2). Must be given where top_groups < groups; else it has no effect.
+        bias: whether the choice of experts adds a bias to the scores (`e_score_correction_bias`). Weights never do.
+        routed_scaling_factor: multiplies the weights once, after renormalisation. A model layer that routes with this
+            factor must not scale its output again.
+
+    Raises:
+        ValueError: a value outside of what its argument allows.
+    """
+
+    top_k: int
+    scoring: Scoring
+    renormalise: bool
+    groups: int = 1
+    top_groups: int = 1
+    group_score: GroupScore | None = None
+    bias: bool = False
+    routed_scaling_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check what does not need the number of experts."""
+        for name, value in (("top_k", self.top_k), ("groups", self.groups), ("top_groups", self.top_groups)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.scoring not in get_args(Scoring):
+            raise ValueError(f"scoring={self.scoring!r} must be one of {', '.join(get_args(Scoring))}")
+        if self.group_score is not None and self.group_score not in get_args(GroupScore):
+            raise ValueError(
+                f"group_score={self.group_score!r} must be one of {', '.join(get_args(GroupScore))} or None"
+            )
+        if self.top_groups > self.groups:
+            raise ValueError(f"top_groups={self.top_groups} must be at most groups={self.groups}")
+        if self.limits_groups and self.group_score is None:
+            raise ValueError(
+                f"group_score=None must be one of {', '.join(get_args(GroupScore))} where top_groups={self.top_groups} "
+                f"is less than groups={self.groups}"
+            )
+        if not (math.isfinite(self.routed_scaling_factor) and self.routed_scaling_factor > 0):
+            raise ValueError(f"routed_scaling_factor={self.routed_scaling_factor} must be finite and above 0")
+
+    @property
+    def limits_groups(self) -> bool:
+        """Whether some groups are closed to a token."""
+        return self.top_groups < self.groups
+
+    def check_experts(self, num_experts: int) -> None:
+        """Check that a layer of `num_experts` logical experts can be routed so.
+
+        Raises:
+            ValueError: experts do not split into the groups, or there are fewer open to a token than it needs.
+        """
+        if num_experts % self.groups:
+            raise ValueError(f"groups={self.groups} must divide the {num_experts} experts")
+        per_group = num_experts // self.groups
+        if self.limits_groups and self.group_score == "top2_sum" and per_group < 2:
+            raise ValueError(f"groups={self.groups} of {num_experts} experts must hold at least 2 each for 'top2_sum'")
+        if self.top_k > per_group * self.top_groups:
+            raise ValueError(
+                f"top_k={self.top_k} must be at most {per_group * self.top_groups}: the experts in "
+                f"top_groups={self.top_groups} of groups={self.groups}, {per_group} each"
+            )
+
+
+def select_experts(
+    logits: Tensor,
+    spec: RoutingSpec,
+    bias: Tensor | None = None,
+    *,
+    log2phy: Tensor | None = None,
+    routing_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose the experts of every token.
+
+    Scores are computed in float32 whatever the logits' dtype. Experts are chosen by score plus bias, in descending
+    order of it; equal ones as `torch.topk` takes them, which is what the models' own code does. Weights are the scores
+    without bias, renormalised, then scaled once. Values are not looked at, so the host waits for nothing: NaN logits or
+    a map that names slots which do not exist give rubbish, not an error.
+
+    This is the one place where logical ids become physical ones. Where every rank computes on all tokens (all-gather),
+    all ranks must choose the same replica of an expert: take a `routing_table`, or the same `log2phy` everywhere.
+
+    Args:
+        logits: the router's output, float `[T, E]`.
+        spec: how to route.
+        bias: float `[E]`, exactly where `spec.bias` says so.
+        log2phy: int32 `[E]`, the physical slot that serves each logical expert.
+        routing_table: int32 `[P, E]`, the same by token: the token at position t uses row `t % P`.
+
+    Returns:
+        weights float32 `[T, K]` and ids int32 `[T, K]`: physical slots where a map is given, else logical experts.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, two maps, a bias without `spec.bias` or the other way round, or a
+            spec that does not fit E.
+
+    Source: the routers of Mixtral, Qwen3-MoE, DeepSeek-V2, -V3, -V4 and GLM4-MoE in Hugging Face transformers.
+    """
+    _check_inputs(logits, spec, bias)
+    _check_maps(log2phy, routing_table, logits)
+
+    scores_TE = _scores(logits.float(), spec.scoring)
+    choice_TE = scores_TE if bias is None else scores_TE + bias.float()
+    if spec.limits_groups:
+        choice_TE = _close_groups(choice_TE, spec)
+    ids_TK = choice_TE.topk(spec.top_k, dim=-1).indices
+    weights_TK = scores_TE.gather(1, ids_TK)
+    if spec.renormalise:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + _EPSILON)
+    if spec.routed_scaling_factor != 1.0:
+        weights_TK = weights_TK * spec.routed_scaling_factor
+    return weights_TK, _physical(ids_TK, log2phy, routing_table).to(torch.int32)
+
+
+def _scores(logits_TE: Tensor, scoring: Scoring) -> Tensor:
+    """Float32 `[T, E]`: the scores of float32 logits."""
+    if scoring == "softmax":
+        return logits_TE.softmax(dim=-1)
+    if scoring == "sigmoid":
+        return logits_TE.sigmoid()
+    return functional.softplus(logits_TE).sqrt()
+
+
+def _close_groups(choice_TE: Tensor, spec: RoutingSpec) -> Tensor:
+    """`choice_TE` with -inf in all but the best `spec.top_groups` groups of each token.
+
+    Not 0: a biased score may be below 0, and a closed expert would beat it.
+    """
+    tokens, num_experts = choice_TE.shape
+    choice_TGe = choice_TE.reshape(tokens, spec.groups, num_experts // spec.groups)
+    if spec.group_score == "top2_sum":
+        group_TG = choice_TGe.topk(2, dim=-1).values.sum(dim=-1)
+    else:
+        group_TG = choice_TGe.amax(dim=-1)
+    open_ids = group_TG.topk(spec.top_groups, dim=-1).indices
+    closed_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(1, open_ids, False)
+    return choice_TGe.masked_fill(closed_TG.unsqueeze(-1), -math.inf).reshape(tokens, num_experts)
+
+
+def _physical(ids_TK: Tensor, log2phy: Tensor | None, routing_table: Tensor | None) -> Tensor:
+    """`ids_TK` as physical slots where there is a map."""
+    if log2phy is not None:
+        return log2phy[ids_TK]
+    if routing_table is not None:
+        rows_T = torch.arange(ids_TK.shape[0], device=ids_TK.device) % routing_table.shape[0]
+        return routing_table[rows_T.unsqueeze(1), ids_TK]
+    return ids_TK
+
+
+def _check_inputs(logits: Tensor, spec: RoutingSpec, bias: Tensor | None) -> None:
+    """Raise ValueError unless the logits are a float matrix that the spec fits, and the bias is there if it must be."""
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits of {_describe(logits)} must be a float tensor [tokens, experts]")
+    num_experts = logits.shape[1]
+    spec.check_experts(num_experts)
+    if not spec.bias:
+        if bias is not None:
+            raise ValueError(f"bias of {_describe(bias)} must be None where spec.bias=False")
+        return
+    wanted = f"a float tensor [{num_experts}] on {logits.device} where spec.bias=True"
+    if bias is None:
+        raise ValueError(f"bias=None must be {wanted}")
+    if bias.shape != (num_experts,) or not bias.is_floating_point() or bias.device != logits.device:
+        raise ValueError(f"bias of {_describe(bias)} must be {wanted}")
+
+
+def _check_maps(log2phy: Tensor | None, routing_table: Tensor | None, logits: Tensor) -> None:
+    """Raise ValueError unless at most one map is given, and that one fits."""
+    if log2phy is not None and routing_table is not None:
+        raise ValueError(
+            f"log2phy of {_describe(log2phy)} must be None where routing_table is given: ids are mapped once"
+        )
+    num_experts = logits.shape[1]
+    for name, given, axes in (("log2phy", log2phy, 1), ("routing_table", routing_table, 2)):
+        if given is None:
+            continue
+        shape = f"[{num_experts}]" if axes == 1 else f"[1 row or more, {num_experts}]"
+        fits = given.dim() == axes and given.shape[-1] == num_experts and given.shape[0] > 0
+        if not fits or given.dtype != torch.int32 or given.device != logits.device:
+            raise ValueError(f"{name} of {_describe(given)} must be torch.int32 {shape} on {logits.device}")
+
+
+def _describe(tensor: Tensor) -> str:
+    """What an error says of a tensor."""
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides whether the simulator is needed, and puts it in place around `import torch` and `import torch_npu`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.machinery
+import io
+import os
+import re
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+
+from ascend_sim import build
+
+__all__ = [
+    "Decision",
+    "before_torch",
+    "decide",
+    "device_bytes",
+    "device_count",
+    "memory_bytes",
+    "strict",
+    "watched_spec",
+]
+
+# Libraries that torch_npu names in its NEEDED entries or opens at run time. libascendcl answers for all of them.
+SONAMES = ("libhccl", "libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel", "libopapi", "libruntime")
+CANN_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
+SMALLEST_MEMORY = 32 << 20
+NOT_SET = "Warning: ASCEND_HOME_PATH environment variable is not set.\n"  # torch_npu says this on standard output
+UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+class Decision:
+    """Whether the simulator runs in this process, and why.
+
+    Attributes:
+        active: the simulator answers for CANN.
+        reason: one clause that ends the sentence "active/inactive because ...".
+    """
+
+    __slots__ = ("active", "reason")
+
+    def __init__(self, active: bool, reason: str) -> None:
+        """Keep the two facts."""
+        self.active, self.reason = active, reason
+
+
+def find_cann() -> Path | None:
+    """Folder of a real CANN's `libascendcl.so`, or None."""
+    roots = [os.environ.get(name) for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")]
+    folders = [Path(root, sub) for root in [*roots, *CANN_FOLDERS] if root for sub in ("lib64", "runtime/lib64")]
+    folders += [Path(entry) for entry in os.environ.get("LD_LIBRARY_PATH", "").split(":") if entry]
+    return next((folder for folder in folders if (folder / "libascendcl.so").exists()), None)
+
+
+def decide() -> Decision:
+    """Say whether the simulator is needed. Reads the environment and looks for CANN; changes nothing."""
+    switch = os.environ.get("ASCEND_SIM", "")
+    if switch not in ("", "0", "1"):
+        raise ValueError(f"ASCEND_SIM is {switch!r}; allowed: 0 (off), 1 (on), unset (on where there is no CANN)")
+    if switch == "0":
+        return Decision(False, "ASCEND_SIM=0 switches it off")
+    if PathFinder.find_spec("torch_npu") is None:
+        return Decision(False, "torch-npu is not installed (pip install torch-npu==2.13.0)")
+    if switch == "1":
+        return Decision(True, "ASCEND_SIM=1 asks for it")
+    if cann := find_cann():
+        return Decision(False, f"a real CANN is in {cann}")
+    return Decision(True, "there is no CANN on this host")
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes of a size such as "4GiB", "512 MiB" or "1000000"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if not match or match[2] not in UNITS:
+        raise ValueError(f"ASCEND_SIM_MEMORY is {text!r}; allowed: a number with one of KiB, MiB, GiB, such as 4GiB")
+    size = int(float(match[1]) * UNITS[match[2]])
+    if size < SMALLEST_MEMORY:
+        raise ValueError(
+            f"ASCEND_SIM_MEMORY is {text!r}; allowed: at least 32MiB, which torch_npu's allocator takes at a time"
+        )
+    return size
+
+
+def device_count() -> int:
+    """Number of simulated devices: ASCEND_SIM_DEVICES, or 8."""
+    text = os.environ.get("ASCEND_SIM_DEVICES", "8")
+    if not re.fullmatch(r"[0-9]{1,2}", text) or not 1 <= int(text) <= 64:
+        raise ValueError(f"ASCEND_SIM_DEVICES is {text!r}; allowed: 1 to 64")
+    return int(text)
+
+
+def device_bytes() -> int:
+    """Memory of each simulated device: ASCEND_SIM_MEMORY, or 4 GiB."""
+    return memory_bytes(os.environ.get("ASCEND_SIM_MEMORY", "4GiB"))
+
+
+def strict() -> bool:
+    """Whether kernels reject what hardware rejects: ASCEND_SIM_STRICT, or yes."""
+    text = os.environ.get("ASCEND_SIM_STRICT", "1")
+    if text not in ("0", "1"):
+        raise ValueError(f"ASCEND_SIM_STRICT is {text!r}; allowed: 1 (as hardware), 0 (relaxed)")
+    return text == "1"
+
+
+def before_torch() -> None:
+    """Put the stub of CANN in the process, once, if the simulator is needed here."""
+    if "torch" in sys.modules or not decide().active:
+        return
+    strict()  # the C++ side reads the variable, and takes all but 0 for strict
+    os.environ["ASCEND_SIM_DEVICES"] = str(device_count())
+    os.environ["ASCEND_SIM_MEMORY_BYTES"] = str(device_bytes())
+    os.environ["TASK_QUEUE_ENABLE"] = "0"  # torch_npu's launch thread would run beside the CPU kernels
+    folder = build.runtime(SONAMES)
+    for name in ("libascendcl", *SONAMES):
+        ctypes.CDLL(str(folder / f"{name}.so"), mode=ctypes.RTLD_GLOBAL)
+
+
+class _Watched(importlib.machinery.SourceFileLoader):
+    """Loads torch_npu as ever, then puts the operators in place."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                super().exec_module(module)
+        finally:  # standard output belongs to the program, and here it is right that the variable is not set
+            print(said.getvalue().replace(NOT_SET, ""), end="")
+        from ascend_sim import activate
+
+        activate.activate()
+
+
+def watched_spec(name: str) -> ModuleSpec | None:
+    """torch_npu's own spec, with a loader that activates the operators afterwards; None where the simulator is not needed."""
+    spec = PathFinder.find_spec(name)
+    if spec is None or spec.origin is None or not decide().active:
+        return None
+    spec.loader = _Watched(name, spec.origin)
+    return spec

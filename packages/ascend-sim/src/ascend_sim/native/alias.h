@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Simulated device memory is host memory, so a CPU tensor over the same bytes is all that a CPU kernel needs.
+#pragma once
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <map>
+#include <mutex>
+#include <string>
+
+namespace ascend_sim {
+
+inline bool on_npu(const at::Tensor& t) { return t.defined() && t.device().type() == c10::DeviceType::PrivateUse1; }
+
+// A CPU tensor over the memory of an npu tensor. It owns nothing: it must not outlive the tensor it was made of.
+// `resizable` lets a CPU kernel give an `out=` alias memory of its own; the caller then copies that back.
+inline at::Tensor cpu_alias(const at::Tensor& t, bool resizable = false) {
+  if (!on_npu(t)) return t;
+  const auto& from = t.storage();
+  auto storage = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), from.nbytes(),
+                                                       c10::DataPtr(const_cast<void*>(from.data()), c10::Device(c10::kCPU)),
+                                                       resizable ? c10::GetAllocator(c10::kCPU) : nullptr, resizable);
+  auto out = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), t.dtype());
+  auto* impl = out.unsafeGetTensorImpl();
+  impl->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
+  if (t.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
+  if (t.is_conj()) impl->_set_conj(true);
+  if (t.is_neg()) impl->_set_neg(true);
+  return out;
+}
+
+// The same, keeping the npu tensor's memory alive for as long as the alias lives: for work that outlasts the call.
+inline at::Tensor owning_alias(const at::Tensor& t) {
+  if (!on_npu(t)) return t;
+  return at::from_blob(t.data_ptr(), t.sizes(), t.strides(), [t](void*) {}, t.options().device(c10::kCPU));
+}
+
+// A new npu tensor with the numbers of a CPU tensor.
+at::Tensor to_npu(const at::Tensor& cpu, c10::Device device);
+
+// One tally per operator: how often it ran, and the floating-point operations of its matrix products.
+struct Tally {
+  std::atomic<int64_t> calls{0};
+  std::atomic<int64_t> flops{0};
+};
+Tally& tally(const std::string& op);
+
+// Strict mode (default): what the operator's documentation rules out is an error. ASCEND_SIM_STRICT=0 relaxes data types and alignment.
+bool strict();
+
+#define STRICT(condition, ...)                                                                                          \
+  TORCH_CHECK(!::ascend_sim::strict() || (condition), "ascend-sim strict mode: ", __VA_ARGS__, " (ASCEND_SIM_STRICT=0 allows it)")
+
+}  // namespace ascend_sim

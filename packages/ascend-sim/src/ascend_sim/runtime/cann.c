@@ -1,0 +1,400 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A stub of CANN's runtime: just enough for the real torch_npu to load and run where there is no NPU.
+// "Device" memory is host memory with byte accounting; streams are immediate; events are time stamps.
+// It is compiled against the CANN headers that the torch_npu wheel carries, so the compiler checks every signature.
+//
+//   ASCEND_SIM_DEVICES   number of devices (default 8)
+//   ASCEND_SIM_MEMORY    bytes of memory of each device (set by the loader, which understands "4GiB")
+//
+// What is absent on purpose: an operator that has no kernel in ascend_sim must fail. aclopCompileAndExecute therefore returns an error (a 0
+// would hand out uninitialised memory), and every symbol that torch_npu looks up with dlsym and does not find is an error by name.
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "acl/acl.h"
+#include "acl/acl_op_compiler.h"
+
+#define MAX_DEVICES 64
+#define HEADER 512  // keeps what aclrtMalloc returns aligned to 512 bytes, as on hardware
+#define OUT_OF_MEMORY 207001
+#define UNSUPPORTED 207000
+#define INVALID_DEVICE 107001
+#define NO_KERNEL 500001
+
+typedef struct { size_t bytes; int32_t device; } Block;
+typedef struct { int32_t id; } Stream;
+typedef struct { struct timespec time; } Event;
+
+static atomic_size_t used[MAX_DEVICES];
+static atomic_int next_stream = 1;
+static _Thread_local int32_t current_device = 0;
+static char contexts[MAX_DEVICES];  // the address of entry i is the context of device i
+static _Thread_local char last_error[256];
+
+static long long from_environment(const char *name, long long fallback) {
+  const char *text = getenv(name);
+  return text && *text ? atoll(text) : fallback;
+}
+
+static int32_t device_count(void) {
+  long long count = from_environment("ASCEND_SIM_DEVICES", 8);
+  return (int32_t)(count < 1 ? 1 : count > MAX_DEVICES ? MAX_DEVICES : count);
+}
+
+static size_t device_bytes(void) { return (size_t)from_environment("ASCEND_SIM_MEMORY_BYTES", 4LL << 30); }
+
+static aclError fail(aclError code, const char *reason) {
+  snprintf(last_error, sizeof last_error, "ascend-sim: %s", reason);
+  return code;
+}
+
+// ---- life, versions, names -----------------------------------------------------------------------------------------------------------
+
+aclError aclInit(const char *path) { (void)path; return ACL_SUCCESS; }
+aclError aclFinalize(void) { return ACL_SUCCESS; }
+const char *aclGetRecentErrMsg(void) { return last_error; }
+const char *aclrtGetSocName(void) { return "Ascend910B3"; }
+void aclAppLog(aclLogLevel level, const char *func, const char *file, uint32_t line, const char *format, ...) {
+  (void)level; (void)func; (void)file; (void)line; (void)format;
+}
+
+aclError aclsysGetCANNVersion(aclCANNPackageName name, aclCANNPackageVersion *version) {
+  (void)name;
+  memset(version, 0, sizeof *version);
+  strcpy(version->version, "8.5.0");
+  return ACL_SUCCESS;
+}
+
+aclError aclsysGetVersionStr(char *package, char *version) {
+  (void)package;
+  strcpy(version, "8.5.0");
+  return ACL_SUCCESS;
+}
+
+// ---- devices and contexts ----------------------------------------------------------------------------------------------------------
+
+aclError aclrtGetDeviceCount(uint32_t *count) { *count = (uint32_t)device_count(); return ACL_SUCCESS; }
+
+aclError aclrtSetDevice(int32_t device) {
+  if (device < 0 || device >= device_count()) return fail(INVALID_DEVICE, "no such device; ASCEND_SIM_DEVICES sets how many there are");
+  current_device = device;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtGetDevice(int32_t *device) { *device = current_device; return ACL_SUCCESS; }
+aclError aclrtResetDevice(int32_t device) { (void)device; return ACL_SUCCESS; }
+aclError aclrtSynchronizeDevice(void) { return ACL_SUCCESS; }
+aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) { (void)timeout; return ACL_SUCCESS; }
+aclError aclrtGetCurrentContext(aclrtContext *context) { *context = &contexts[current_device]; return ACL_SUCCESS; }
+aclError aclrtSetCurrentContext(aclrtContext context) { current_device = (int32_t)((char *)context - contexts); return ACL_SUCCESS; }
+
+aclError aclrtGetPrimaryCtxState(int32_t device, uint32_t *flags, int32_t *active) {
+  (void)device;
+  if (flags) *flags = 0;
+  *active = 1;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtGetLogicDevIdByUserDevId(const int32_t user, int32_t *const logical) { *logical = user; return ACL_SUCCESS; }
+aclError aclrtDeviceCanAccessPeer(int32_t *can, int32_t device, int32_t peer) { *can = device != peer; return ACL_SUCCESS; }
+aclError aclrtDeviceEnablePeerAccess(int32_t peer, uint32_t flags) { (void)peer; (void)flags; return ACL_SUCCESS; }
+aclError aclrtDeviceGetBareTgid(int32_t *pid) { *pid = getpid(); return ACL_SUCCESS; }
+
+// The figures of an Ascend 910B3 (Atlas A2): 20 AI cores of one cube and two vector units each, 192 KB unified buffer, 192 MB L2.
+static aclError attribute(int64_t kind, int64_t *value) {
+  switch (kind) {
+    case ACL_DEV_ATTR_AICPU_CORE_NUM: *value = 6; return ACL_SUCCESS;
+    case ACL_DEV_ATTR_AICORE_CORE_NUM: case ACL_DEV_ATTR_CUBE_CORE_NUM: *value = 20; return ACL_SUCCESS;
+    case ACL_DEV_ATTR_VECTOR_CORE_NUM: *value = 40; return ACL_SUCCESS;
+    case ACL_DEV_ATTR_UBUF_PER_VECTOR_CORE: *value = 192 << 10; return ACL_SUCCESS;
+    case ACL_DEV_ATTR_TOTAL_GLOBAL_MEM_SIZE: *value = (int64_t)device_bytes(); return ACL_SUCCESS;
+    case ACL_DEV_ATTR_L2_CACHE_SIZE: *value = 192LL << 20; return ACL_SUCCESS;
+    default: return fail(UNSUPPORTED, "this device attribute is not simulated");
+  }
+}
+
+aclError aclrtGetDeviceInfo(uint32_t device, aclrtDevAttr attr, int64_t *value) { (void)device; return attribute(attr, value); }
+
+aclError aclGetDeviceCapability(uint32_t device, aclDeviceInfo info, int64_t *value) {
+  (void)device;
+  *value = info == ACL_DEVICE_INFO_AI_CORE_NUM ? 20 : info == ACL_DEVICE_INFO_VECTOR_CORE_NUM ? 40 : 192LL << 20;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtGetDeviceResLimit(int32_t device, aclrtDevResLimitType type, uint32_t *value) {
+  (void)device;
+  *value = type == ACL_RT_DEV_RES_CUBE_CORE ? 20 : 40;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtGetStreamResLimit(aclrtStream stream, aclrtDevResLimitType type, uint32_t *value) {
+  (void)stream;
+  return aclrtGetDeviceResLimit(0, type, value);
+}
+
+aclError aclrtGetResInCurrentThread(aclrtDevResLimitType type, uint32_t *value) { return aclrtGetDeviceResLimit(0, type, value); }
+
+// ---- memory ------------------------------------------------------------------------------------------------------------------------
+
+aclError aclrtGetMemInfo(aclrtMemAttr attr, size_t *available, size_t *total) {
+  (void)attr;
+  size_t taken = atomic_load(&used[current_device]);
+  *total = device_bytes();
+  *available = taken < *total ? *total - taken : 0;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtMalloc(void **pointer, size_t bytes, aclrtMemMallocPolicy policy) {
+  (void)policy;
+  size_t before = atomic_fetch_add(&used[current_device], bytes);
+  void *block = NULL;
+  if (before + bytes > device_bytes() || posix_memalign(&block, HEADER, bytes + HEADER)) {
+    atomic_fetch_sub(&used[current_device], bytes);
+    return fail(OUT_OF_MEMORY, "out of device memory; ASCEND_SIM_MEMORY sets how much each device has");
+  }
+  *(Block *)block = (Block){bytes, current_device};
+  *pointer = (char *)block + HEADER;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtMallocAlign32(void **pointer, size_t bytes, aclrtMemMallocPolicy policy) { return aclrtMalloc(pointer, bytes, policy); }
+
+aclError aclrtMallocWithCfg(void **pointer, size_t bytes, aclrtMemMallocPolicy policy, aclrtMallocConfig *config) {
+  (void)config;
+  return aclrtMalloc(pointer, bytes, policy);
+}
+
+aclError aclrtFree(void *pointer) {
+  if (!pointer) return ACL_SUCCESS;
+  Block *block = (Block *)((char *)pointer - HEADER);
+  atomic_fetch_sub(&used[block->device], block->bytes);
+  free(block);
+  return ACL_SUCCESS;
+}
+
+// Pinned host memory, so that is_pinned can tell it from any other.
+static struct Pinned { char *start; size_t bytes; struct Pinned *next; } *pinned;
+static pthread_mutex_t pinned_lock = PTHREAD_MUTEX_INITIALIZER;
+
+aclError aclrtMallocHost(void **pointer, size_t bytes) {
+  struct Pinned *entry = malloc(sizeof *entry);
+  if (!entry || posix_memalign(pointer, HEADER, bytes ? bytes : 1)) {
+    free(entry);
+    return fail(OUT_OF_MEMORY, "out of host memory");
+  }
+  pthread_mutex_lock(&pinned_lock);
+  *entry = (struct Pinned){*pointer, bytes, pinned};
+  pinned = entry;
+  pthread_mutex_unlock(&pinned_lock);
+  return ACL_SUCCESS;
+}
+
+static int is_pinned(const char *pointer) {
+  int found = 0;
+  pthread_mutex_lock(&pinned_lock);
+  for (struct Pinned *entry = pinned; entry && !found; entry = entry->next) found = pointer >= entry->start && pointer < entry->start + entry->bytes;
+  pthread_mutex_unlock(&pinned_lock);
+  return found;
+}
+
+aclError aclrtMallocHostWithCfg(void **pointer, uint64_t bytes, aclrtMallocConfig *config) { (void)config; return aclrtMallocHost(pointer, bytes); }
+
+aclError aclrtFreeHost(void *pointer) {
+  pthread_mutex_lock(&pinned_lock);
+  for (struct Pinned **link = &pinned; *link; link = &(*link)->next)
+    if ((*link)->start == pointer) {
+      struct Pinned *entry = *link;
+      *link = entry->next;
+      free(entry);
+      break;
+    }
+  pthread_mutex_unlock(&pinned_lock);
+  free(pointer);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtMemcpy(void *to, size_t capacity, const void *from, size_t bytes, aclrtMemcpyKind kind) {
+  (void)kind;
+  if (bytes > capacity) return fail(ACL_ERROR_INVALID_PARAM, "aclrtMemcpy would write past the destination");
+  memmove(to, from, bytes);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtMemcpyAsync(void *to, size_t capacity, const void *from, size_t bytes, aclrtMemcpyKind kind, aclrtStream stream) {
+  (void)stream;
+  return aclrtMemcpy(to, capacity, from, bytes, kind);
+}
+
+aclError aclrtMemcpyAsyncWithCondition(void *to, size_t capacity, const void *from, size_t bytes, aclrtMemcpyKind kind, aclrtStream stream) {
+  return aclrtMemcpyAsync(to, capacity, from, bytes, kind, stream);
+}
+
+aclError aclrtMemset(void *pointer, size_t capacity, int32_t value, size_t bytes) {
+  if (bytes > capacity) return fail(ACL_ERROR_INVALID_PARAM, "aclrtMemset would write past the destination");
+  memset(pointer, value, bytes);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtMemsetAsync(void *pointer, size_t capacity, int32_t value, size_t bytes, aclrtStream stream) {
+  (void)stream;
+  return aclrtMemset(pointer, capacity, value, bytes);
+}
+
+aclError aclrtPointerGetAttributes(const void *pointer, aclrtPtrAttributes *attributes) {
+  memset(attributes, 0, sizeof *attributes);  // torch_npu asks this of host pointers only (is_pinned)
+  attributes->location.type = is_pinned(pointer) ? ACL_MEM_LOCATION_TYPE_HOST : ACL_MEM_LOCATION_TYPE_UNREGISTERED;
+  return ACL_SUCCESS;
+}
+
+// ---- streams and events: everything has already happened ------------------------------------------------------------------------------
+
+aclError aclrtCreateStream(aclrtStream *stream) {
+  Stream *made = malloc(sizeof *made);
+  if (!made) return fail(OUT_OF_MEMORY, "out of host memory");
+  made->id = atomic_fetch_add(&next_stream, 1);
+  *stream = made;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t priority, uint32_t flag) {
+  (void)priority; (void)flag;
+  return aclrtCreateStream(stream);
+}
+
+aclError aclrtDestroyStream(aclrtStream stream) { free(stream); return ACL_SUCCESS; }
+aclError aclrtDestroyStreamForce(aclrtStream stream) { free(stream); return ACL_SUCCESS; }
+aclError aclrtSynchronizeStream(aclrtStream stream) { (void)stream; return ACL_SUCCESS; }
+aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout) { (void)stream; (void)timeout; return ACL_SUCCESS; }
+aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) { (void)stream; (void)event; return ACL_SUCCESS; }
+aclError aclrtStreamGetId(aclrtStream stream, int32_t *id) { *id = stream ? ((Stream *)stream)->id : 0; return ACL_SUCCESS; }
+aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status) { (void)stream; *status = ACL_STREAM_STATUS_COMPLETE; return ACL_SUCCESS; }
+aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) { (void)stream; (void)mode; return ACL_SUCCESS; }
+aclError aclrtSetStreamOverflowSwitch(aclrtStream stream, uint32_t flag) { (void)stream; (void)flag; return ACL_SUCCESS; }
+aclError aclrtGetStreamOverflowSwitch(aclrtStream stream, uint32_t *flag) { (void)stream; *flag = 0; return ACL_SUCCESS; }
+
+aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag) {
+  (void)flag;
+  *event = calloc(1, sizeof(Event));
+  return *event ? ACL_SUCCESS : fail(OUT_OF_MEMORY, "out of host memory");
+}
+
+aclError aclrtCreateEventWithFlag(aclrtEvent *event, uint32_t flag) { return aclrtCreateEventExWithFlag(event, flag); }
+aclError aclrtDestroyEvent(aclrtEvent event) { free(event); return ACL_SUCCESS; }
+aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) { (void)event; (void)stream; return ACL_SUCCESS; }
+aclError aclrtSynchronizeEvent(aclrtEvent event) { (void)event; return ACL_SUCCESS; }
+
+aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
+  (void)stream;
+  clock_gettime(CLOCK_MONOTONIC, &((Event *)event)->time);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status) {
+  (void)event;
+  *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus *status) {
+  (void)event;
+  *status = ACL_EVENT_WAIT_STATUS_COMPLETE;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtEventElapsedTime(float *milliseconds, aclrtEvent start, aclrtEvent end) {
+  struct timespec a = ((Event *)start)->time, b = ((Event *)end)->time;
+  *milliseconds = (float)((b.tv_sec - a.tv_sec) * 1e3 + (b.tv_nsec - a.tv_nsec) / 1e6);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtEventGetTimestamp(aclrtEvent event, uint64_t *timestamp) {
+  struct timespec at = ((Event *)event)->time;
+  *timestamp = (uint64_t)at.tv_sec * 1000000u + (uint64_t)at.tv_nsec / 1000u;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void *argument) {
+  (void)stream;
+  function(argument);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtLaunchCallback(aclrtCallback function, void *data, aclrtCallbackBlockType block, aclrtStream stream) {
+  (void)block; (void)stream;
+  function(data);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtSubscribeReport(uint64_t thread, aclrtStream stream) { (void)thread; (void)stream; return ACL_SUCCESS; }
+aclError aclrtUnSubscribeReport(uint64_t thread, aclrtStream stream) { (void)thread; (void)stream; return ACL_SUCCESS; }
+aclError aclrtProcessReport(int32_t timeout) { usleep((useconds_t)(timeout > 0 ? timeout : 100) * 1000); return ACL_SUCCESS; }
+
+// ---- settings that change nothing here --------------------------------------------------------------------------------------------------
+
+int HcclSetConfig(int config, int32_t value) { (void)config; (void)value; return 0; }  // hccl.h is C++ only
+aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode mode) { (void)mode; return ACL_SUCCESS; }
+aclError aclrtSetOpWaitTimeout(uint32_t timeout) { (void)timeout; return ACL_SUCCESS; }
+aclError aclrtSetOpExecuteTimeOut(uint32_t timeout) { (void)timeout; return ACL_SUCCESS; }
+aclError aclrtSetOpExecuteTimeOutV2(uint64_t timeout, uint64_t *actual) { if (actual) *actual = timeout; return ACL_SUCCESS; }
+aclError aclrtSetSysParamOpt(aclSysParamOpt option, int64_t value) { (void)option; (void)value; return ACL_SUCCESS; }
+aclError aclrtGetSysParamOpt(aclSysParamOpt option, int64_t *value) { (void)option; *value = 0; return ACL_SUCCESS; }
+aclError aclrtCtxSetSysParamOpt(aclSysParamOpt option, int64_t value) { (void)option; (void)value; return ACL_SUCCESS; }
+aclError aclrtPeekAtLastError(aclrtLastErrLevel level) { (void)level; return ACL_SUCCESS; }
+aclError aclrtGetLastError(aclrtLastErrLevel level) { (void)level; return ACL_SUCCESS; }
+aclError aclmdlInitDump(void) { return ACL_SUCCESS; }
+aclError aclmdlSetDump(const char *path) { (void)path; return ACL_SUCCESS; }
+aclError aclmdlFinalizeDump(void) { return ACL_SUCCESS; }
+aclError aclSetCompileopt(aclCompileOpt option, const char *value) { (void)option; (void)value; return ACL_SUCCESS; }
+static const char *compile_option(aclCompileOpt option) { return option == ACL_OP_JIT_COMPILE ? "disable" : "0"; }  // the defaults of a 910B
+size_t aclGetCompileoptSize(aclCompileOpt option) { return strlen(compile_option(option)) + 1; }
+
+aclError aclGetCompileopt(aclCompileOpt option, char *value, size_t length) {
+  if (length < aclGetCompileoptSize(option)) return fail(ACL_ERROR_INVALID_PARAM, "aclGetCompileopt: the buffer is too small");
+  strcpy(value, compile_option(option));
+  return ACL_SUCCESS;
+}
+
+aclError aclGetCannAttributeList(const aclCannAttr **list, size_t *count) { *list = NULL; *count = 0; return ACL_SUCCESS; }
+aclError aclGetCannAttribute(aclCannAttr attr, int32_t *value) { (void)attr; *value = 0; return ACL_SUCCESS; }
+
+// ---- linked by torch_npu, not simulated: each is an error where it is called -------------------------------------------------------------
+
+aclError aclopCompileAndExecute(const char *type, int inputs, const aclTensorDesc *const in[], const aclDataBuffer *const from[], int outputs,
+                                const aclTensorDesc *const out[], aclDataBuffer *const to[], const aclopAttr *attr, aclopEngineType engine,
+                                aclopCompileType compile, const char *path, aclrtStream stream) {
+  (void)inputs; (void)in; (void)from; (void)outputs; (void)out; (void)to; (void)attr; (void)engine; (void)compile; (void)path; (void)stream;
+  snprintf(last_error, sizeof last_error, "ascend-sim: no kernel for the graph operator %s", type);
+  return NO_KERNEL;
+}
+
+#define ABSENT(name)                                                                   \
+  __attribute__((visibility("default"))) int name##_absent(void) __asm__(#name);       \
+  int name##_absent(void) { return fail(UNSUPPORTED, #name " is not simulated"); }
+#define ABSENT_NULL(name)                                                              \
+  __attribute__((visibility("default"))) void *name##_absent(void) __asm__(#name);     \
+  void *name##_absent(void) { fail(UNSUPPORTED, #name " is not simulated"); return NULL; }
+#define NOTHING(name)                                                                  \
+  __attribute__((visibility("default"))) int name##_nothing(void) __asm__(#name);      \
+  int name##_nothing(void) { return 0; }
+
+ABSENT_NULL(aclCreateDataBuffer) ABSENT_NULL(aclCreateTensorDesc) ABSENT_NULL(aclopCreateAttr)
+NOTHING(aclDestroyDataBuffer) NOTHING(aclDestroyTensorDesc) NOTHING(aclopDestroyAttr)
+ABSENT(aclGetTensorDescDimV2) ABSENT(aclGetTensorDescFormat) ABSENT(aclGetTensorDescNumDims) ABSENT(aclGetTensorDescType)
+ABSENT(aclSetTensorDescName) ABSENT(aclSetTensorFormat) ABSENT(aclSetTensorPlaceMent) ABSENT(aclSetTensorShape)
+ABSENT(aclopSetAttrBool) ABSENT(aclopSetAttrDataType) ABSENT(aclopSetAttrFloat) ABSENT(aclopSetAttrInt) ABSENT(aclopSetAttrListBool)
+ABSENT(aclopSetAttrListFloat) ABSENT(aclopSetAttrListInt) ABSENT(aclopSetAttrListListInt) ABSENT(aclopSetAttrString)
+ABSENT(aclrtBinaryGetFunction) ABSENT(aclrtBinaryLoadFromData) ABSENT(aclrtGetFunctionAddr) ABSENT(aclrtFreePhysical) ABSENT(aclrtMallocPhysical)
+ABSENT(aclrtMapMem) ABSENT(aclrtUnmapMem) ABSENT(aclrtMemExportToShareableHandle) ABSENT(aclrtMemImportFromShareableHandle)
+ABSENT(aclrtMemSetPidToShareableHandle) ABSENT(aclrtReleaseMemAddress) ABSENT(aclrtReserveMemAddress)
+ABSENT(rtDevBinaryRegister) ABSENT(rtFunctionRegister) ABSENT(rtGetC2cCtrlAddr) ABSENT(rtKernelLaunch)
+
+// Profiling: nothing is recorded.
+NOTHING(MsprofGetHashId) NOTHING(MsprofRegisterCallback) NOTHING(MsprofReportAdditionalInfo) NOTHING(MsprofReportApi)
+NOTHING(MsprofReportCompactInfo) NOTHING(MsprofSysCycleTime)

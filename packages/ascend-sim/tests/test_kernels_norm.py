@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalisations against float64 mathematics and torch_npu's own meta functions."""
+
+import pytest
+import torch
+import torch_npu
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+strict_only = pytest.mark.skipif(not torch.ops.ascend_sim.strict(), reason="ASCEND_SIM_STRICT=0")
+
+
+def same_as_meta(op, results, *tensors, **options):
+    meta = op(*(t.to("meta") for t in tensors), **options)
+    for got, expected in zip(results, meta, strict=True):
+        assert got.shape == expected.shape
+        assert got.dtype == expected.dtype
+
+
+def rms(x, gamma, epsilon):
+    dims = tuple(range(x.dim() - gamma.dim(), x.dim()))
+    rstd = (x.double().square().mean(dims, keepdim=True) + epsilon).rsqrt()
+    return x.double() * rstd * gamma.double(), rstd
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "gamma_shape"),
+    [((1, 576), (576,)), ((5, 7, 64), (64,)), ((300, 130), (130,)), ((2, 3, 4, 5), (4, 5)), ((0, 8), (8,))],
+)
+def test_rms_norm(dtype, shape, gamma_shape):
+    x, gamma = torch.randn(shape, dtype=dtype) * 3, torch.randn(gamma_shape, dtype=dtype)
+    y, rstd = torch_npu.npu_rms_norm(x.npu(), gamma.npu(), 1e-5)
+    same_as_meta(torch_npu.npu_rms_norm, (y, rstd), x, gamma, epsilon=1e-5)
+    expected, expected_rstd = rms(x, gamma, 1e-5)
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(rstd.cpu().double(), expected_rstd, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_add_rms_norm_normalises_the_rounded_sum(dtype):
+    a, b, gamma = torch.randn(9, 96, dtype=dtype), torch.randn(9, 96, dtype=dtype), torch.randn(96, dtype=dtype)
+    results = torch_npu.npu_add_rms_norm(a.npu(), b.npu(), gamma.npu(), 1e-6)
+    same_as_meta(torch_npu.npu_add_rms_norm, results, a, b, gamma, epsilon=1e-6)
+    y, rstd, total = (r.cpu() for r in results)
+    assert torch.equal(total, a + b)
+    expected, expected_rstd = rms(a + b, gamma, 1e-6)
+    torch.testing.assert_close(y.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(rstd.double(), expected_rstd, rtol=1e-6, atol=0)
+
+
+def test_rms_norm_of_a_view():
+    x, gamma = torch.randn(6, 32).npu(), torch.randn(16).npu()
+    part = x[:, 8:24]
+    assert torch.equal(torch_npu.npu_rms_norm(part, gamma)[0], torch_npu.npu_rms_norm(part.contiguous(), gamma)[0])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_layer_norm_eval(dtype):
+    x, weight, bias = torch.randn(4, 3, 48, dtype=dtype), torch.randn(48, dtype=dtype), torch.randn(48, dtype=dtype)
+    y = torch_npu.npu_layer_norm_eval(x.npu(), [48], weight.npu(), bias.npu(), 1e-5)
+    expected = torch.nn.functional.layer_norm(x.double(), [48], weight.double(), bias.double(), 1e-5)
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+
+
+def test_rms_norm_rejects_a_gamma_of_another_shape():
+    with pytest.raises(RuntimeError, match="npu_rms_norm: gamma must have the shape of input's last dimensions"):
+        torch_npu.npu_rms_norm(torch.ones(2, 8).npu(), torch.ones(4).npu())
+
+
+@strict_only
+def test_strict_rejections():
+    with pytest.raises(RuntimeError, match="strict mode: npu_rms_norm: input must have 2 to 8 dimensions, got 1"):
+        torch_npu.npu_rms_norm(torch.ones(8).npu(), torch.ones(8).npu())
+    with pytest.raises(RuntimeError, match="gamma must have the data type of input, got Float and BFloat16"):
+        torch_npu.npu_rms_norm(torch.ones(2, 8, dtype=torch.bfloat16).npu(), torch.ones(8).npu())

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting: what an interpreter pays, when the simulator steps aside, how it compiles, and what it says when it cannot."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ascend_sim import build, loader
+
+
+def python(code, timeout=120, **environment):
+    """Run code in a fresh interpreter; a variable that is None is unset."""
+    variables = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture
+def no_variables(monkeypatch):
+    for name in ("ASCEND_SIM", "ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH", "LD_LIBRARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def cann(tmp_path):
+    """Something that looks like an installed CANN."""
+    (tmp_path / "cann" / "lib64").mkdir(parents=True)
+    (tmp_path / "cann" / "lib64" / "libascendcl.so").write_bytes(b"not really")
+    return tmp_path / "cann"
+
+
+@pytest.fixture
+def counting_compiler(tmp_path, monkeypatch):
+    """A compiler that notes each call; waits first while the file `wait` exists. Returns (script, log, wait)."""
+    script, log, wait = tmp_path / "cxx", tmp_path / "log", tmp_path / "wait"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {log}\nwhile [ -e {wait} ]; do sleep 0.05; done\nexec g++ "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("ASCEND_SIM_CACHE", str(tmp_path / "cache"))
+    return script, log, wait
+
+
+# What every interpreter pays
+
+
+def test_the_start_of_an_interpreter_imports_next_to_nothing():
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", ""], capture_output=True, text=True, timeout=60, check=True
+    ).stderr
+    lines = re.findall(r"import time:\s+(\d+) \|\s+(\d+) \| ( *)(\S+)", shown)
+    names = [name for *_, name in lines]
+    start, end = names.index("ascend_sim"), names.index("ascend_sim._startup")
+    assert names[start : end + 1] == ["ascend_sim", "ascend_sim._startup"]  # os and sys are there already
+    print(f"\ninterpreter start: {sum(int(own) for own, *_ in lines[start : end + 1])} us")
+
+
+def test_neither_torch_nor_the_loader_comes_with_the_interpreter():
+    done = python("import sys; print([m for m in sys.modules if 'torch' in m or m.startswith('ascend_sim.')])")
+    assert done.stdout.strip() == "['ascend_sim._startup']"
+
+
+def test_the_package_alone_imports_nothing():
+    done = python(
+        "import ascend_sim, sys; assert 'torch' not in sys.modules and 'numpy' not in sys.modules; print(ascend_sim.__version__)"
+    )
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", done.stdout)
+
+
+# The decision
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_active_where_there_is_no_cann():
+    assert loader.decide().active
+    assert loader.decide().reason == "there is no CANN on this host"
+
+
+@pytest.mark.usefixtures("no_variables")
+@pytest.mark.parametrize(
+    ("variable", "folder"), [("ASCEND_TOOLKIT_HOME", ""), ("ASCEND_HOME_PATH", ""), ("LD_LIBRARY_PATH", "lib64")]
+)
+def test_a_real_cann_is_left_alone(monkeypatch, cann, variable, folder):
+    monkeypatch.setenv(variable, str(cann / folder))
+    decision = loader.decide()
+    assert not decision.active
+    assert str(cann / "lib64") in decision.reason
+    assert loader.watched_spec("torch_npu") is None
+    monkeypatch.setenv("ASCEND_SIM", "1")
+    assert loader.decide().active
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_inactive_without_torch_npu(monkeypatch):
+    monkeypatch.setattr(loader.PathFinder, "find_spec", lambda name: None)
+    assert not loader.decide().active
+    assert "pip install torch-npu" in loader.decide().reason
+
+
+@pytest.mark.parametrize("how", ["off", "cann"])
+def test_stepping_aside_leaves_torch_npu_to_itself(cann, how):
+    environment = {"ASCEND_SIM": "0"} if how == "off" else {"ASCEND_SIM": None, "ASCEND_TOOLKIT_HOME": str(cann)}
+    done = python("import torch", **environment)
+    assert done.returncode == 1
+    assert "Failed to load the backend extension: torch_npu" in done.stderr
+    assert re.search(r"lib\w+\.so: cannot open shared object file", done.stderr)
+    assert "ascend_sim" not in done.stderr.replace(sys.prefix, "")
+
+
+def test_torch_alone_works_with_the_simulator_off():
+    code = "import sys, torch; print(torch.ones(2).sum().item(), 'torch_npu' in sys.modules, 'ascend_sim.loader' in sys.modules)"
+    done = python(code, ASCEND_SIM="0", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.stdout == "2.0 False False\n", done.stderr
+
+
+def test_torch_npu_may_come_first_and_devices_and_memory_follow_the_variables():
+    code = (
+        "import torch_npu, torch, importlib, torch_npu.npu.utils, torch_npu.distributed\n"
+        "from ascend_sim import activate, loader\n"
+        "activate.activate(); loader.before_torch()\n"  # again: no harm
+        "assert type(torch_npu.__spec__.loader).__name__ == '_Watched' and torch_npu.__file__ == torch_npu.__spec__.origin\n"
+        "assert importlib.util.find_spec('torch_npu.npu') is not None\n"
+        "import inspect; assert 'torch' in inspect.getsource(torch_npu)\n"
+        "print((torch.ones(2, device='npu') + 1).tolist(), torch.npu.device_count(), torch.npu.mem_get_info()[1])"
+    )
+    done = python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0", ASCEND_SIM_DEVICES="3", ASCEND_SIM_MEMORY="512 MiB")
+    assert done.stdout == f"[2.0, 2.0] 3 {512 << 20}\n", done.stderr
+
+
+# Mistakes in variables
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ASCEND_SIM", "yes", "ASCEND_SIM is 'yes'; allowed: 0 (off), 1 (on)"),
+        ("ASCEND_SIM_DEVICES", "0", "ASCEND_SIM_DEVICES is '0'; allowed: 1 to 64"),
+        ("ASCEND_SIM_DEVICES", "65", "allowed: 1 to 64"),
+        ("ASCEND_SIM_DEVICES", "two", "allowed: 1 to 64"),
+        ("ASCEND_SIM_MEMORY", "much", "ASCEND_SIM_MEMORY is 'much'; allowed: a number with one of KiB, MiB, GiB"),
+        ("ASCEND_SIM_MEMORY", "1KiB", "allowed: at least 32MiB"),
+        ("ASCEND_SIM_STRICT", "no", "ASCEND_SIM_STRICT is 'no'; allowed: 1 (as hardware), 0 (relaxed)"),
+    ],
+)
+def test_a_bad_variable_is_an_error_that_names_it(variable, value, message):
+    done = python("import torch", **{variable: value})
+    assert done.returncode == 1
+    assert f"ValueError: {variable}" in done.stderr
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GiB", 4 << 30), ("1.5 gib", 3 << 29), ("512 MiB", 512 << 20), ("100000000", 10**8), ("1GB", 10**9)],
+)
+def test_sizes(text, size):
+    assert loader.memory_bytes(text) == size
+
+
+# Compiling
+
+
+def test_without_a_compiler_the_error_names_the_package(tmp_path):
+    done = python("import torch", PATH="/nowhere", CXX=None, ASCEND_SIM_CACHE=str(tmp_path))
+    assert done.returncode == 1
+    assert (
+        "RuntimeError: ascend-sim compiles its kernels once and found no C++ compiler: apt install g++" in done.stderr
+    )
+    assert not [entry for entry in tmp_path.iterdir() if entry.suffix != ".lock"]
+
+
+def test_several_processes_compile_once_and_then_need_no_compiler(counting_compiler):
+    _, log, _ = counting_compiler
+    code = "from ascend_sim import build, loader; print(build.runtime(loader.SONAMES))"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    folders = {process.communicate(timeout=120)[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4
+    assert len(folders) == 1
+    assert len(log.read_text().splitlines()) == 1 + len(loader.SONAMES)
+    done = python("from ascend_sim import loader; loader.before_torch()", PATH="/nowhere", CXX=None)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_killed_compile_leaves_nothing_half_made(counting_compiler, tmp_path):
+    _, log, wait = counting_compiler
+    wait.touch()
+    code = "from ascend_sim import build, loader; build.runtime(loader.SONAMES)"
+    first = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert log.exists()
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait(timeout=60)
+    cache = tmp_path / "cache"
+    assert not list(cache.glob("runtime-*[0-9a-f]/"))
+    wait.unlink()
+    assert (build.runtime(loader.SONAMES) / "libascendcl.so").exists()
+    assert sorted(entry.suffix for entry in cache.iterdir()) == ["", ".lock"]  # and no scratch of the killed one
+
+
+def test_a_failing_compiler_is_quoted_and_not_cached(tmp_path, monkeypatch):
+    script = tmp_path / "cxx"
+    script.write_text("#!/bin/sh\necho the disk is full >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("ASCEND_SIM_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        build.runtime(loader.SONAMES)
+    assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_the_cache_follows_the_variables(monkeypatch, tmp_path):
+    monkeypatch.delenv("ASCEND_SIM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / "ascend-sim"
+    monkeypatch.setenv("ASCEND_SIM_CACHE", "/somewhere")
+    assert build.cache_folder() == Path("/somewhere")
+    first = build.digest([build.RUNTIME])
+    assert first == build.digest([build.RUNTIME])
+    assert first != build.digest([build.RUNTIME, build.RUNTIME])

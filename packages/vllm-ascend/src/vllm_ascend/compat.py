@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every patch of vLLM or torch, one function each, with the reason and what will retire it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["alias_cuda_streams", "register_slot_mapping"]
+
+
+def alias_cuda_streams() -> None:
+    """Let `torch.cuda.Stream`, `Event` and their kin mean the NPU's.
+
+    Reason: vLLM 0.32's V1 model runner names torch.cuda for its copy streams (asynchronous scheduling).
+    Retired by: vLLM using `torch.Stream`/`torch.Event` there, as its V2 runner begins to do.
+    """
+
+    def event(*args: Any, blocking: bool | None = None, **kwargs: Any) -> Any:
+        return torch.npu.Event(*args, **kwargs)  # NPU events know no `blocking`
+
+    torch.cuda.Stream = torch.npu.Stream  # type: ignore[misc]
+    torch.cuda.Event = event  # type: ignore[assignment,misc]
+    torch.cuda.stream = torch.npu.stream
+    torch.cuda.current_stream = torch.npu.current_stream
+    torch.cuda.default_stream = torch.npu.default_stream
+    torch.cuda.set_stream = torch.npu.set_stream
+
+
+def compute_slot_mapping(
+    num_tokens: int,
+    max_num_tokens: int,
+    query_start_loc: torch.Tensor,
+    positions: torch.Tensor,
+    block_table: torch.Tensor,
+    block_table_stride: int,
+    slot_mapping: torch.Tensor,
+    KV_CACHE_BLOCK_SIZE: int,  # noqa: N803  (the names are the kernel's)
+    TOTAL_CP_WORLD_SIZE: int = 1,  # noqa: N803
+    TOTAL_CP_RANK: int = 0,  # noqa: N803
+    CP_KV_CACHE_INTERLEAVE_SIZE: int = 1,  # noqa: N803
+    PAD_ID: int = -1,  # noqa: N803
+    BLOCK_SIZE: int = 1024,  # noqa: N803
+) -> None:
+    """Slot of each token: block * block_size + offset within it; `PAD_ID` behind the last token and for another rank's tokens.
+
+    Args:
+        num_tokens: tokens of this step.
+        max_num_tokens: length of `slot_mapping`.
+        query_start_loc: `[requests + 1]`, first token of each request.
+        positions: `[num_tokens]`, position of each token in its request.
+        block_table: `[requests, stride]`, physical block of each logical one.
+        block_table_stride: blocks of a row.
+        slot_mapping: `[max_num_tokens]`, written.
+        KV_CACHE_BLOCK_SIZE: tokens of a block.
+        TOTAL_CP_WORLD_SIZE: ranks over which a request's tokens are spread (context parallel).
+        TOTAL_CP_RANK: this rank among them.
+        CP_KV_CACHE_INTERLEAVE_SIZE: consecutive tokens on one rank.
+        PAD_ID: the slot that means "none".
+        BLOCK_SIZE: unused, the Triton kernel's tile.
+    """
+    position = positions[:num_tokens]
+    request = torch.bucketize(
+        torch.arange(num_tokens, device=position.device, dtype=query_start_loc.dtype), query_start_loc[1:], right=True
+    )
+    span = KV_CACHE_BLOCK_SIZE * TOTAL_CP_WORLD_SIZE
+    block = block_table.reshape(-1)[request * block_table_stride + position // span]
+    offset = position % span
+    if TOTAL_CP_WORLD_SIZE > 1:
+        run = CP_KV_CACHE_INTERLEAVE_SIZE
+        local = offset // run % TOTAL_CP_WORLD_SIZE == TOTAL_CP_RANK
+        offset = offset // (TOTAL_CP_WORLD_SIZE * run) * run + offset % run
+        slot_mapping[:num_tokens] = torch.where(local, block * KV_CACHE_BLOCK_SIZE + offset, PAD_ID)
+    else:
+        slot_mapping[:num_tokens] = block * KV_CACHE_BLOCK_SIZE + offset
+    slot_mapping[num_tokens:max_num_tokens].fill_(PAD_ID)
+
+
+def register_slot_mapping() -> None:
+    """Replace vLLM's one Triton kernel on the V1 path through its own hook.
+
+    Reason: it needs Triton, which this plugin never asks for. Retired by: nothing, this is vLLM's way for other platforms.
+    """
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping})

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only file that reads or writes environment variables.
+
+This package has no variable of its own: options are given in `additional_config` (see `config`). What stands here is what vLLM must
+find in its environment, and what the public plugin's users may still have in theirs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+__all__ = ["retired_variables", "set_defaults_for_vllm", "wants_v2_model_runner"]
+
+# Variable of the public plugin -> (its default, the key of additional_config that took its place).
+RETIRED: Mapping[str, tuple[str, str]] = {
+    "VLLM_ASCEND_ENABLE_FLASHCOMM1": ("0", "enable_flashcomm1"),
+    "VLLM_ASCEND_ENABLE_FLASHCOMM": ("0", "enable_flashcomm1"),
+    "VLLM_ASCEND_FLASHCOMM2_PARALLEL_SIZE": ("0", "flashcomm2_parallel_size"),
+    "VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE": ("0", "enable_matmul_allreduce"),
+    "VLLM_ASCEND_ENABLE_NZ": ("1", "weight_nz_mode"),
+    "VLLM_ASCEND_ENABLE_MLAPO": ("1", "enable_mlapo"),
+    "VLLM_ASCEND_ENABLE_FUSED_MC2": ("0", "enable_fused_mc2"),
+    "VLLM_ASCEND_BALANCE_SCHEDULING": ("0", "enable_balance_scheduling"),
+}
+
+
+def set_defaults_for_vllm() -> None:
+    """Set what vLLM reads before it asks the platform: worker processes are spawned, and the V1 model runner is used."""
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+
+
+def wants_v2_model_runner() -> bool:
+    """Whether the user asked for the V2 model runner."""
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0", "false", "False")
+
+
+def retired_variables() -> dict[str, str]:
+    """Variables of the public plugin that are set to something else than their default, with the key to use instead."""
+    return {
+        name: (RETIRED[name][1] if name in RETIRED else "")
+        for name, value in os.environ.items()
+        if name.startswith("VLLM_ASCEND_") and value != RETIRED.get(name, ("", ""))[0]
+    }

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters that hand vLLM's layers to NPU kernels. Called by the worker before it builds the model."""
+
+from __future__ import annotations
+
+from functools import cache
+
+__all__ = ["register"]
+
+
+@cache
+def register() -> None:
+    """Put every replacement layer in vLLM's registry, once a process."""
+    from vllm_ascend.layers import activation, rotary
+
+    activation.register()
+    rotary.register()

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM asks of a hardware platform, answered for Ascend NPUs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.platforms.interface import Platform, PlatformEnum
+
+from vllm_ascend import compat, envs
+from vllm_ascend.config import AscendConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.config.kernel import IrOpPriorityConfig
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+__all__ = ["AscendPlatform"]
+
+
+class AscendPlatform(Platform):
+    """Ascend NPU. Graph capture and compilation are off: every step runs operator by operator."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "npu"
+    device_type = "npu"
+    dispatch_key = "PrivateUse1"
+    ray_device_key = "NPU"
+    device_control_env_var = "ASCEND_RT_VISIBLE_DEVICES"
+    ray_noset_device_env_vars = ["RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"]  # noqa: RUF012
+    simple_compile_backend = "eager"
+    dist_backend = "hccl"
+
+    @classmethod
+    def import_kernels(cls) -> None:
+        """vLLM's compiled operators do not exist for this platform."""
+
+    @classmethod
+    def import_ir_kernels(cls) -> None:
+        """Offer this platform's kernels for vLLM's intermediate operators."""
+        import vllm_ascend.layers.norm  # noqa: F401
+
+    @classmethod
+    def register_triton_kernel_overrides(cls) -> None:
+        """Replace the Triton kernels of the V1 path."""
+        compat.register_slot_mapping()
+
+    @classmethod
+    def get_default_ir_op_priority(cls, vllm_config: VllmConfig) -> IrOpPriorityConfig:
+        """NPU kernels first where there are any."""
+        from vllm.config.kernel import IrOpPriorityConfig
+
+        ours = ["ascend", "native"]
+        return IrOpPriorityConfig.with_default(["native"], rms_norm=ours, fused_add_rms_norm=ours)
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: AttentionSelectorConfig, num_heads: int | None = None
+    ) -> str:
+        """Qualified name of the attention backend; ValueError for what none of them can do."""
+        asked = attn_selector_config
+        for wanted, name in ((asked.use_mla, "multi-head latent attention"), (asked.use_sparse, "sparse attention"),
+                             (asked.has_sink, "attention sinks"), (asked.use_mm_prefix, "bidirectional multimodal prefixes")):  # fmt: skip
+            if wanted:
+                raise ValueError(
+                    f"vllm-ascend has no attention backend for {name} (head size {asked.head_size}, {asked.dtype})"
+                )
+        return "vllm_ascend.attention.gqa.AscendAttentionBackend"
+
+    @classmethod
+    def apply_config_platform_defaults(cls, vllm_config: VllmConfig) -> None:
+        """Runs before vLLM resolves compilation: there is none here."""
+        from vllm.config.compilation import CompilationMode
+
+        vllm_config.compilation_config.mode = CompilationMode.NONE
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """The last word on vLLM's configuration; ValueError for what this plugin cannot do."""
+        from vllm.config import CUDAGraphMode
+
+        AscendConfig.of(vllm_config.additional_config, envs.retired_variables())
+        if envs.wants_v2_model_runner():
+            raise ValueError(
+                "VLLM_USE_V2_MODEL_RUNNER=1: vllm-ascend serves vLLM's V1 model runner only; unset it or set it to 0"
+            )
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        parallel = vllm_config.parallel_config
+        if parallel.worker_cls == "auto":
+            parallel.worker_cls = "vllm_ascend.worker.AscendWorker"
+
+    @classmethod
+    def set_device(cls, device: torch.device) -> None:
+        """Make `device` the current one."""
+        torch.npu.set_device(device)
+
+    @classmethod
+    def manual_seed_all(cls, seed: int) -> None:
+        """Seed the generators of all devices."""
+        torch.npu.manual_seed_all(seed)
+
+    @classmethod
+    def get_device_name(cls, device_id: int = 0) -> str:
+        """Name of the chip, such as Ascend910B3."""
+        return str(torch.npu.get_device_name(device_id))
+
+    @classmethod
+    def get_device_uuid(cls, device_id: int = 0) -> str:
+        """An identity of the device on this host."""
+        return f"npu-{device_id}"
+
+    @classmethod
+    def get_device_total_memory(cls, device_id: int = 0) -> int:
+        """Not answered: vLLM asks while it builds its configuration, where touching the device would break the processes it starts."""
+        raise NotImplementedError
+
+    @classmethod
+    def get_current_memory_usage(cls, device: torch.types.Device | None = None) -> float:
+        """Peak bytes allocated since the last question."""
+        torch.npu.reset_peak_memory_stats(device)
+        return float(torch.npu.max_memory_allocated(device))
+
+    @classmethod
+    def num_compute_units(cls, device_id: int = 0) -> int:
+        """Number of AI cores."""
+        return int(torch.npu.get_device_properties(device_id).cube_core_num)
+
+    @classmethod
+    def check_if_supports_dtype(cls, dtype: torch.dtype) -> None:
+        """Everything that vLLM offers exists on an NPU; a kernel that refuses a type says so itself."""
+
+    @classmethod
+    def is_pin_memory_available(cls) -> bool:
+        """Host memory can be pinned."""
+        return True
+
+    @classmethod
+    def support_hybrid_kv_cache(cls) -> bool:
+        """Layers may differ in their KV-cache shapes."""
+        return True
+
+    @classmethod
+    def check_runner_kv_caches_multi_layer(cls) -> None:
+        """Several caches in one layer are fine."""
+
+    @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        """torch.distributed over HCCL needs nothing beyond vLLM's base class."""
+        return "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"

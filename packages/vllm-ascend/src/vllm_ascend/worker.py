@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's worker process on an NPU: a thin subclass of the GPU worker."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.platforms.interface import set_assigned_physical_gpu_ids
+from vllm.utils.mem_utils import MemorySnapshot
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
+from vllm.v1.worker.utils import request_memory
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from vllm_ascend import layers
+from vllm_ascend.model_runner import AscendModelRunner
+
+__all__ = ["AscendWorker"]
+
+
+class AscendWorker(Worker):
+    """One process, one NPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Replace vLLM's layers by ours before any is built."""
+        super().__init__(*args, **kwargs)
+        layers.register()
+
+    def init_device(self) -> None:
+        """Take the device, join the process groups, measure free memory."""
+        self.device = torch.device("npu", self._device_index())
+        torch.npu.set_device(self.device)
+        init_worker_distributed_environment(
+            self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, current_platform.dist_backend
+        )
+        set_random_seed(self.model_config.seed)
+        gc.collect()
+        torch.npu.empty_cache()
+        self.init_snapshot = MemorySnapshot(device=self.device)
+        self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
+        self._init_workspace_and_model_runner()
+
+    def _device_index(self) -> int:
+        """Index among the visible devices; the ranks of data parallel replicas on this host lie behind one another."""
+        parallel = self.parallel_config
+        assigned = parallel.assigned_physical_gpu_ids
+        if assigned is not None:  # `vllm serve` gives this replica its share
+            set_assigned_physical_gpu_ids(assigned)
+        elif (
+            parallel.distributed_executor_backend not in ("ray", "external_launcher") and parallel.nnodes_within_dp == 1
+        ):
+            replica = parallel.data_parallel_rank_local
+            if replica is None:
+                replica = parallel.data_parallel_index
+            self.local_rank += replica * parallel.world_size
+        index = current_platform.logical_device_id_to_visible_device_id(self.local_rank)
+        if index >= torch.npu.device_count():
+            raise ValueError(
+                f"rank {self.rank} needs device {index}, but {torch.npu.device_count()} NPUs are visible; "
+                "lower the parallel sizes or widen ASCEND_RT_VISIBLE_DEVICES"
+            )
+        return int(index)
+
+    def _make_model_runner(self) -> AscendModelRunner:
+        assert self.device is not None  # init_device has set it
+        return AscendModelRunner(self.vllm_config, self.device)
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Nothing is compiled; the profiling run has already warmed the kernels up."""
+        set_random_seed(self.model_config.seed)
+        return CompilationTimes(language_model=0.0, encoder=0.0)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real weights, and engines in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+with warnings.catch_warnings():  # torch_npu's own sources warn while they are compiled
+    warnings.simplefilter("ignore")
+    import torch  # noqa: F401
+
+HERE = Path(__file__).parent
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write one sentence about the sea.",
+    "How many days are in a week?",
+    "What is 2 + 2?",
+    "Tell me a short story about a fox.",
+    "Why is the sky blue?",
+    "Give me a recipe for pancakes.",
+]
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """Folder of the real SmolLM2-135M-Instruct checkpoint."""
+    from ascend_sim.checkpoints import smollm2
+
+    root = os.environ.get("ASCEND_TEST_MODELS")
+    return smollm2((Path(root) if root else tmp_path_factory.mktemp("models")) / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def prompts(smollm2):
+    """Token ids of the questions, in the model's chat format."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        for text in QUESTIONS
+    ]
+
+
+@pytest.fixture
+def run_engines(tmp_path):
+    """Run a job of `run_engine.py` in its own process group; returns its results. Ends with everything it started."""
+
+    def run(job, timeout=600, **env):
+        (tmp_path / "job.json").write_text(json.dumps(job))
+        settings = (
+            os.environ
+            | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "ASCEND_SIM_STRICT": "0", "OMP_NUM_THREADS": "1"}
+            | env
+        )
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "run_engine.py"), str(tmp_path / "job.json"), str(tmp_path / "result.json")],
+            env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=timeout)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == 0, said[-6000:]
+        return json.loads((tmp_path / "result.json").read_text())
+
+    return run
+
+
+def hugging_face_greedy(model, prompts, length):
+    """Greedy tokens of Hugging Face transformers, one prompt at a time."""
+    import torch
+
+    answers = []
+    for ids in prompts:
+        out = model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=length,
+            do_sample=False, eos_token_id=-1, pad_token_id=0,
+        )  # fmt: skip
+        answers.append(out[0, len(ids) :].tolist())
+    return answers
+
+
+@pytest.fixture(scope="session")
+def hugging_face():
+    """The function above, for tests."""
+    return hugging_face_greedy
+
+
+@pytest.fixture(scope="session")
+def greedy(smollm2, prompts):
+    """Hugging Face's answers, 32 tokens each, float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+        return hugging_face_greedy(model, prompts, 32)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve` as a user runs it, called with the OpenAI client."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def processes_of_group(group):
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as handle:
+                    fields = handle.read().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[3]) == group and fields[0] != "Z":
+                found.append(int(entry))
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(smollm2, tmp_path_factory):
+    """A server process, in a session of its own, and a client."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(smollm2), "--served-model-name", "smollm2", "--port", str(port),
+        "--max-model-len", "512", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(128 << 20), "--host", "127.0.0.1",
+    ]  # fmt: skip
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with open(log, "w") as handle:
+        process = subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            try:
+                client.models.list()
+                break
+            except openai.APIConnectionError:
+                time.sleep(1)
+        yield process, client, log
+    finally:
+        for pid in processes_of_group(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        client.close()
+
+
+def chat(client, text, **options):
+    return client.chat.completions.create(
+        model="smollm2", messages=[{"role": "user", "content": text}], temperature=0, **options
+    )
+
+
+def test_streaming_chat(server):
+    _, client, _ = server
+    parts = [
+        chunk.choices[0].delta.content or ""
+        for chunk in chat(client, "What is the capital of France?", max_tokens=24, stream=True)
+    ]
+    assert len(parts) > 3
+    assert "Paris" in "".join(parts)
+
+
+def test_sixteen_requests_at_once(server):
+    _, client, _ = server
+
+    def ask(i):
+        return chat(client, f"Count from {i} to {i + 3}.", max_tokens=12, seed=i).usage.completion_tokens
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(0 < count <= 12 for count in pool.map(ask, range(16)))
+
+
+def test_structured_output(server):
+    _, client, _ = server
+    answer = chat(
+        client, "Is the sky blue?", max_tokens=8, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
+    )
+    assert answer.choices[0].message.content in ("yes", "no")
+
+
+def test_a_seed_gives_the_same_sample_again(server):
+    _, client, _ = server
+    ask = {"model": "smollm2", "prompt": "Once upon a time", "max_tokens": 12, "temperature": 1.0}
+    first, again, other = (client.completions.create(**ask, seed=seed).choices[0].text for seed in (7, 7, 8))
+    assert first == again
+    assert first != other
+
+
+def test_a_client_that_disconnects(server):
+    _, client, _ = server
+    stream = chat(client, "Write a very long story.", max_tokens=400, stream=True)
+    next(iter(stream))
+    stream.close()
+    assert chat(client, "Hello", max_tokens=2).usage.completion_tokens <= 2
+
+
+def test_errors_of_the_api(server):
+    _, client, _ = server
+    with pytest.raises(openai.BadRequestError, match=r"maximum context length|512"):
+        chat(client, "word " * 2000, max_tokens=4)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="no-such-model", prompt="x", max_tokens=1)
+
+
+def test_sigterm_ends_everything(server):
+    """The last test of this module: afterwards the server is gone, and so is every process that it started."""
+    process, _, log = server
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 20
+    while (left := processes_of_group(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left == [], log.read_text()[-3000:]
+    assert "Traceback" not in log.read_text()
