@@ -25,7 +25,7 @@ console = Console(highlight=False)
 
 async def answer(engine: AsyncLLM, question: str, length: int = 128) -> tuple[int, float, float]:
     """Print the answer as it comes; return (tokens, seconds to the first, seconds in all)."""
-    tokenizer = await engine.get_tokenizer()
+    tokenizer = engine.get_tokenizer()
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
     )

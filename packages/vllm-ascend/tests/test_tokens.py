@@ -86,7 +86,11 @@ def test_tiny_qwen3_over_two_ranks(parallel, tiny_qwen3, run_engines):
 
 
 def test_bfloat16_logprobs_in_strict_mode(smollm2, prompts, run_engines, hugging_face):
-    """Teacher forcing on Hugging Face's own bf16 tokens: the logprob of its top choice differs by less than 0.1 at every step."""
+    """Teacher forcing on Hugging Face's bf16 tokens: the logprob of its top choice, against its own in float32 and in bf16.
+
+    A bf16 logit between 16 and 32 moves in steps of 0.125, and Hugging Face's bf16 is up to 0.17 away from its float32 here. So we ask for
+    less than 0.1 from float32, for less than 0.1 beyond its own error from bf16, and for no larger a mean error than it has.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -94,7 +98,9 @@ def test_bfloat16_logprobs_in_strict_mode(smollm2, prompts, run_engines, hugging
         model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
         answers = hugging_face(model, prompts, 32)
         sequences = [list(ids) + answer for ids, answer in zip(prompts, answers, strict=True)]
-        logprobs = [model(torch.tensor([ids])).logits[0].float().log_softmax(-1) for ids in sequences]
+        rounded = [model(torch.tensor([ids])).logits[0].float().log_softmax(-1) for ids in sequences]
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+        exact = [model(torch.tensor([ids])).logits[0].log_softmax(-1) for ids in sequences]
     engine = {"model": str(smollm2), **SMALL, "dtype": "bfloat16", "max_logprobs": 5}
     # One token after each prefix of the answer: its logprobs are those of the forced prefix.
     steps = [0, 1, 7, 15, 31]
@@ -102,7 +108,14 @@ def test_bfloat16_logprobs_in_strict_mode(smollm2, prompts, run_engines, hugging
     runs = [{"prompts": cut, "sampling": {"temperature": 0, "max_tokens": 1, "logprobs": 5}}]
     (result,) = run_engines([{"engine": engine, "runs": runs}], ASCEND_SIM_STRICT="1", **ONE_PROCESS)
     outputs = iter(result["runs"][0])
-    for prompt, reference in zip(prompts, logprobs, strict=True):
+    ours, theirs = [], []
+    for prompt, reference, truth in zip(prompts, rounded, exact, strict=True):
         for step in steps:
             expected, token = reference[len(prompt) + step - 1].max(-1)
-            assert abs(next(outputs)["logprobs"][0][str(token.item())] - expected.item()) < 0.1
+            got = next(outputs)["logprobs"][0][str(token.item())]
+            true = truth[len(prompt) + step - 1, token].item()
+            ours.append(abs(got - true))
+            theirs.append(abs(expected.item() - true))
+            assert ours[-1] < 0.1
+            assert abs(got - expected.item()) < 0.1 + theirs[-1]
+    assert sum(ours) <= sum(theirs)
