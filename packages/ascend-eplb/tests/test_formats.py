@@ -149,6 +149,10 @@ def test_deepseek_arrays(tmp_path):
     (tmp_path / "map.npz").write_bytes(b"PK nonsense")
     with pytest.raises(ValueError, match="not a NumPy file"):
         eplb.load_placement(tmp_path / "map.npz")
+    for name, value in (("counts", 4), ("log2phy", 4), ("ranks", [2, 2]), ("ranks", "x"), ("layer_ids", [0.5])):
+        np.savez(tmp_path / "map.npz", **{"phy2log": ids, "ranks": 2, name: np.array(value)})
+        with pytest.raises(ValueError, match=rf"map\.npz: '{name}'"):
+            eplb.load_placement(tmp_path / "map.npz")
     np.savez(tmp_path / "map.npz", other=ids)
     with pytest.raises(ValueError, match="no array 'phy2log', only other"):
         eplb.load_placement(tmp_path / "map.npz")
@@ -205,7 +209,7 @@ def test_load_dumps(tmp_path, name):
     [
         ("[]", r"\$\.load_history must be a list"),
         ('{"load_history": [{}]}', r"\$\.load_history\[0\]\.logical_expert_load is missing"),
-        ('{"load_history": [{"logical_expert_load": [[1, -2]]}]}', "step 0, layer 0, expert 1 is -2.0"),
+        ('{"load_history": [{"logical_expert_load": [[1, -2]]}]}', "step 0, layer 0, expert 1 is -2;"),
         ('{"load_history": [{"logical_expert_load": [[1, NaN]]}]}', "step 0, layer 0, expert 1 is nan"),
         ('{"load_history": [{"logical_expert_load": [[1, "x"]]}]}', "must be numbers"),
     ],
@@ -228,6 +232,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         write_atomically(path, b"new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_is_followed_and_other_things_are_refused(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"Not a regular file: .*pipe"):
+        write_atomically(tmp_path / "pipe", b"new")
 
 
 def test_a_written_file_has_the_usual_mode(tmp_path):

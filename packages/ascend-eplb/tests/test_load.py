@@ -17,7 +17,7 @@ def test_windows_against_their_formulas():
     assert np.allclose(eplb.mean_load(HISTORY[0]), HISTORY[0])
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 1e31])
 def test_wrong_values_are_named(value):
     history = HISTORY.copy()
     history[2, 1, 0] = value
@@ -34,6 +34,9 @@ def test_wrong_arguments():
         eplb.mean_load(np.zeros((1, 1, 1, 1)))
     with pytest.raises(TypeError, match="numbers"):
         eplb.mean_load([["x"]])
+    for wrong in (np.ones((1, 2), complex), np.array([["1"]]), [[10**400]], [[1, 2], [1]], np.array([["2020"]], "M8")):
+        with pytest.raises(TypeError, match="load must be numbers"):
+            eplb.rebalance(wrong, ranks=1, slots=2)
 
 
 def test_window_slides_per_phase():

@@ -101,11 +101,23 @@ def test_layer_numbers():
 
 @pytest.mark.parametrize(
     ("ids", "error"),
-    [([[[0.0]]], TypeError), ([[0]], ValueError), (np.zeros((1, 0, 1), int), ValueError), ([[[2**40]]], ValueError)],
+    [
+        ([[[0.0]]], TypeError),
+        ([[0]], ValueError),
+        (np.zeros((1, 0, 1), int), ValueError),
+        ([[[2**40]]], ValueError),
+        ([[[1 - 2**32]]], ValueError),
+    ],
 )
 def test_refuses_other_arrays(ids, error):
     with pytest.raises(error, match="physical_to_logical"):
         Placement(ids)
+
+
+def test_an_absurd_id_or_number_of_experts_is_refused_without_counting():
+    for ids, experts in (([[[0, 2**31 - 2]]], 0), ([[[0, 1]]], 2**31 - 1)):
+        with pytest.raises(ValueError, match=r"num_experts=2147483647 .* more than the 2 slots"):
+            Placement(ids, experts)
 
 
 def test_is_a_frozen_value():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ascend_eplb.metrics import FloatArray, as_load
+from ascend_eplb.metrics import FloatArray, as_load, checked_numbers
 from ascend_eplb.placement import Placement
 
 __all__ = [
@@ -35,20 +35,11 @@ def as_history(history: ArrayLike) -> FloatArray:
 
     Raises:
         TypeError: not numbers.
-        ValueError: wrong axes, NaN, infinite or negative values (named by step, layer and expert).
+        ValueError: wrong axes, or a value that is NaN, negative or above 1e30 (named by step, layer and expert).
+
+    Complexity: O(T * L * E).
     """
-    try:
-        history_TLE = np.array(history, dtype=np.float64, ndmin=3)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"history must be numbers with the axes [steps, layers, experts]: {error}") from error
-    if history_TLE.ndim != 3 or 0 in history_TLE.shape:
-        raise ValueError(f"history must have the axes [steps, layers, experts], not shape {history_TLE.shape}")
-    wrong = ~np.isfinite(history_TLE) | (history_TLE < 0)
-    if wrong.any():
-        step, layer, expert = np.argwhere(wrong)[0]
-        value = history_TLE[step, layer, expert]
-        raise ValueError(f"load of step {step}, layer {layer}, expert {expert} is {value}; it must be finite and >= 0")
-    return history_TLE
+    return checked_numbers(history, "history", ("step", "layer", "expert"))
 
 
 def mean_load(history: ArrayLike) -> FloatArray:

@@ -12,9 +12,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from ascend_eplb.placement import Placement
 
-__all__ = ["FloatArray", "as_load", "balancedness", "moved_slots", "peak_to_mean", "rank_loads", "stays"]
+__all__ = [
+    "FloatArray",
+    "as_load",
+    "balance_of",
+    "balancedness",
+    "checked_numbers",
+    "moved_slots",
+    "peak_to_mean",
+    "rank_loads",
+    "stays",
+]
 
 FloatArray = NDArray[np.float64]
+MOST_LOAD = 1e30  # leaves room for sums in the float32 of the published algorithm
 
 
 def as_load(load: ArrayLike, *, num_experts: int | None = None, layers: int | None = None) -> FloatArray:
@@ -22,31 +33,47 @@ def as_load(load: ArrayLike, *, num_experts: int | None = None, layers: int | No
 
     Raises:
         TypeError: not numbers.
-        ValueError: wrong axes or sizes, NaN, infinite or negative values (named by layer and expert).
+        ValueError: wrong axes or sizes, or a value that is NaN, negative or above 1e30 (named by layer and expert).
 
     Complexity: O(L * E).
     """
-    try:
-        load_LE = np.array(load, dtype=np.float64, ndmin=2)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"load must be numbers with the axes [layers, experts]: {error}") from error
-    if load_LE.ndim != 2 or 0 in load_LE.shape:
-        raise ValueError(f"load must have the axes [layers, experts], not shape {load_LE.shape}")
+    load_LE = checked_numbers(load, "load", ("layer", "expert"))
     if num_experts is not None and load_LE.shape[1] != num_experts:
         raise ValueError(f"load has {load_LE.shape[1]} experts, the placement {num_experts}")
     if layers is not None and load_LE.shape[0] != layers:
         raise ValueError(f"load has {load_LE.shape[0]} layers, the placement {layers}")
-    wrong = ~np.isfinite(load_LE) | (load_LE < 0)
-    if wrong.any():
-        layer, expert = np.argwhere(wrong)[0]
-        value = load_LE[layer, expert]
-        raise ValueError(f"load of layer {layer}, expert {expert} is {value}; it must be finite and not negative")
     return load_LE
 
 
+def checked_numbers(value: ArrayLike, name: str, axes: tuple[str, ...]) -> FloatArray:
+    """A float64 copy with these axes (missing leading ones have length 1) of numbers from 0 to 1e30.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: wrong axes, or a value that is NaN, negative or too large; names its place.
+    """
+    wanted = f"[{', '.join(axis + 's' for axis in axes)}]"
+    try:
+        array = np.array(value, ndmin=len(axes))
+    except ValueError as error:
+        raise TypeError(f"{name} must be numbers with the axes {wanted}: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must be numbers with the axes {wanted}, not {array.dtype}")
+    if array.ndim != len(axes) or 0 in array.shape:
+        raise ValueError(f"{name} must have the axes {wanted}, not shape {array.shape}")
+    wrong = ~((array >= 0) & (array <= MOST_LOAD))
+    if wrong.any():
+        index = tuple(np.argwhere(wrong)[0])
+        place = ", ".join(f"{axis} {number}" for axis, number in zip(axes, index, strict=True))
+        raise ValueError(f"load of {place} is {array[index]}; it must be from 0 to {MOST_LOAD:g}")
+    return array.astype(np.float64)
+
+
 def rank_loads(placement: Placement, load: ArrayLike) -> FloatArray:
-    """float64 `[L, R]`: the load of each rank under `load` `[L, E]`, in the load's unit (tokens, as a rule). O(L *
-    S)."""
+    """float64 `[L, R]`: the load of each rank under `load` `[L, E]`, in the load's unit (tokens, as a rule).
+
+    Errors as `as_load`. O(L * S).
+    """
     load_LE = as_load(load, num_experts=placement.num_experts, layers=placement.layers)
     share_LE: FloatArray = load_LE / placement.replicas
     ids_LS = placement.physical_to_logical.reshape(placement.layers, -1)

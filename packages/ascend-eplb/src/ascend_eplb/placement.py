@@ -216,16 +216,17 @@ def _check_shape(num_experts: int, ranks: int, redundant: int, layers: int) -> i
     return total // ranks
 
 
-def _as_ids(value: Any) -> IntArray:
-    ids = np.asarray(value)
+def _as_ids(array: Any) -> IntArray:
+    ids = np.asarray(array)
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"physical_to_logical must hold integers, not {ids.dtype}")
     if ids.ndim != 3:
         raise ValueError(f"physical_to_logical must have the axes [layers, ranks, slots], not shape {ids.shape}")
     if 0 in ids.shape:
         raise ValueError(f"physical_to_logical of shape {ids.shape} has an empty axis")
-    if ids.max() > np.iinfo(np.int32).max:
-        raise ValueError(f"physical_to_logical holds {ids.max()}, which is no expert id")
+    for value in (ids.min(), ids.max()):
+        if not -(2**31) <= value < 2**31:
+            raise ValueError(f"physical_to_logical holds {value}, which is no expert id")
     return np.array(ids, dtype=np.int32, order="C")
 
 
@@ -262,6 +263,11 @@ def _check_duplicates(ids: IntArray, layer_ids: tuple[int, ...]) -> None:
 
 
 def _check_presence(ids: IntArray, experts: int, layer_ids: tuple[int, ...]) -> None:
+    slots = ids.shape[1] * ids.shape[2]
+    if experts > slots:  # said before counting: the number may be absurd
+        raise ValueError(
+            f"num_experts={experts} (or the highest id + 1) is more than the {slots} slots of a layer hold"
+        )
     counts = replica_counts(ids.reshape(ids.shape[0], -1), experts)
     if counts.all():
         return

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ascend_eplb.metrics import FloatArray, balancedness, moved_slots
+from ascend_eplb.metrics import FloatArray, as_load, balancedness, moved_slots
 from ascend_eplb.migrate import align_slots, relabel_ranks
-from ascend_eplb.placement import Placement, replica_counts
+from ascend_eplb.placement import Placement, replica_counts, spread
 from ascend_eplb.policies.base import Policy, Problem
 from ascend_eplb.policies.bound import best_balancedness
 from ascend_eplb.policies.registry import find_policy
 
-__all__ = ["Plan", "rebalance", "reduce_to_survivors", "solve"]
+__all__ = ["Plan", "default_placement", "rebalance", "reduce_to_survivors", "solve"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,7 +84,7 @@ def rebalance(
     Complexity: the policy's.
     """
     problem = Problem(
-        load=np.asarray(load), ranks=ranks, slots=slots, nodes=nodes, groups=groups, previous=previous,
+        load=as_load(load), ranks=ranks, slots=slots, nodes=nodes, groups=groups, previous=previous,
         max_moves=max_moves,
     )  # fmt: skip
     return solve(problem, policy)
@@ -93,6 +93,15 @@ def rebalance(
 def solve(problem: Problem, policy: str | Policy = "balanced") -> Plan:
     """The plan of a policy for a problem. Where there is a previous placement, ranks of a placement made anew are
     relabelled (within nodes) and slots aligned, so that no expert moves without need.
+
+    Args:
+        problem: what is asked; checked already.
+        policy: as for `rebalance`.
+
+    Raises:
+        ValueError: an unknown policy, or a problem that the policy refuses.
+
+    Complexity: the policy's, and O(L * R^2 * (E + R)) for relabelling.
     """
     placement = find_policy(policy)(problem)
     layer_moved = np.zeros(problem.layers, dtype=np.int64)
@@ -111,6 +120,12 @@ def solve(problem: Problem, policy: str | Policy = "balanced") -> Plan:
     )
 
 
+def default_placement(problem: Problem) -> Placement:
+    """The `spread` layout of a problem's sizes, for where nothing is in force yet. O(L * S)."""
+    redundant = problem.slots - problem.num_experts
+    return spread(num_experts=problem.num_experts, ranks=problem.ranks, redundant=redundant, layers=problem.layers)
+
+
 def reduce_to_survivors(problem: Problem, failed_ranks: tuple[int, ...]) -> Problem:
     """The same problem over the ranks that are left, numbered anew in their old order.
 
@@ -120,6 +135,8 @@ def reduce_to_survivors(problem: Problem, failed_ranks: tuple[int, ...]) -> Prob
 
     Raises:
         ValueError: no such rank, none left, or too few slots left for all experts.
+
+    Complexity: O(L * S), and O(S) for each expert whose last replica is lost.
     """
     failed = sorted(set(failed_ranks))
     outside = [rank for rank in failed if not 0 <= rank < problem.ranks]

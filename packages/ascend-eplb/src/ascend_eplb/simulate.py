@@ -11,8 +11,7 @@ from numpy.typing import ArrayLike
 
 from ascend_eplb.load import as_history, mean_load
 from ascend_eplb.metrics import balancedness
-from ascend_eplb.placement import Placement, spread
-from ascend_eplb.plan import solve
+from ascend_eplb.plan import default_placement, solve
 from ascend_eplb.policies.base import Policy, Problem
 
 __all__ = ["Score", "simulate"]
@@ -66,7 +65,7 @@ def simulate(
         raise ValueError(f"window={window} needs a history of at least {steps} steps, not {len(history_TLE)}")
     windows = len(history_TLE) // window
     loads = [mean_load(history_TLE[index * window : (index + 1) * window]) for index in range(windows)]
-    start = problem.previous or _default(problem)
+    start = problem.previous or default_placement(problem)
     current, scores = start, []
     for index in range(1, windows):
         plan = solve(replace(problem, load=loads[index - 1], previous=current), policy)
@@ -83,12 +82,3 @@ def simulate(
         if advance is not None:
             advance()
     return scores
-
-
-def _default(problem: Problem) -> Placement:
-    return spread(
-        num_experts=problem.num_experts,
-        ranks=problem.ranks,
-        redundant=problem.slots - problem.num_experts,
-        layers=problem.layers,
-    )

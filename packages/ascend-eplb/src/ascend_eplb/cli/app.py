@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from ascend_eplb.load import decayed_load, mean_load, peak_load
 from ascend_eplb.metrics import FloatArray, balancedness, rank_loads
 from ascend_eplb.migrate import transfer_plan
 from ascend_eplb.placement import Placement, checkpoint, spread
-from ascend_eplb.plan import solve
+from ascend_eplb.plan import default_placement, solve
 from ascend_eplb.policies.base import Problem
 from ascend_eplb.policies.registry import policy_names
 from ascend_eplb.simulate import simulate as replay
@@ -45,17 +45,19 @@ Window = Annotated[str, typer.Option(help="How steps become one load: mean, deca
 
 def run(arguments: list[str] | None = None) -> int:
     """Run a command; 0 is success, 1 invalid input or usage, with the reason on standard error."""
-    errors = Console(stderr=True)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status = app(args=arguments, standalone_mode=False, prog_name="ascend-eplb")
     except (typer.Abort, KeyboardInterrupt):
-        print_error(errors, "interrupted")
+        print_error(Console(stderr=True), "interrupted")
         return 1
     except Exception as error:
         if not _is_expected(error):
             raise
         if reason := _reason(error):  # empty where typer has printed the help already
-            print_error(errors, reason)
+            print_error(Console(stderr=True), reason)
+            if "--json" in arguments:
+                _print_json(error=reason)
         return 1
     return status if isinstance(status, int) else 0  # what typer.Exit was raised with
 
@@ -81,14 +83,7 @@ def generate(
 @app.command()
 def check(file: File, ranks: Ranks = None, as_json: AsJson = False) -> None:
     """Validate a placement; exit status 1 says what is wrong and where."""
-    try:
-        placement = load_placement(file, ranks=ranks)
-    except (OSError, ValueError) as error:
-        if not as_json:
-            raise
-        _print_json(valid=False, file=str(file), error=_reason(error))
-        raise typer.Exit(1) from error
-    _print_summary(placement, f"{file} is valid", as_json, valid=True, file=str(file))
+    _print_summary(load_placement(file, ranks=ranks), f"{file} is valid", as_json, valid=True, file=str(file))
 
 
 @app.command()
@@ -112,7 +107,9 @@ def show(
         if rank is not None:
             fields["rank"] = rank
         if loads is not None:
-            fields["rank_loads"] = rank_loads(placement, loads)[placement.layer_ids.index(layer_id)]
+            row = placement.layer_ids.index(layer_id)
+            fields["rank_loads"] = rank_loads(placement, loads)[row]
+            fields["balancedness"] = balancedness(placement, loads)[row]
         _print_json(**fields)
         return
     console = Console()
@@ -140,6 +137,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Place experts for a load. The policy is `balanced`, or `incremental` where --max-moves is given."""
+    if not 0 <= expert_mb < float("inf"):
+        raise ValueError(f"--expert-mb={expert_mb} must be finite and not negative")
     load_LE = _window(read_loads(load), window)
     previous = None if old is None else load_placement(old, ranks=ranks)
     problem = Problem(
@@ -155,9 +154,7 @@ def plan(
         transfers = transfer_plan(previous, result.placement, nodes=nodes)
         sent = (transfers.bytes_moved(1), transfers.bytes_between_nodes(1))
     if plot is not None:
-        start = previous or spread(
-            num_experts=problem.num_experts, ranks=ranks, redundant=slots - problem.num_experts, layers=problem.layers
-        )
+        start = previous or default_placement(problem)
         plot_rank_loads(rank_loads(start, load_LE), rank_loads(result.placement, load_LE), plot)
     expert_bytes = round(expert_mb * 1e6)
     if as_json:
@@ -190,13 +187,9 @@ def simulate(
 ) -> None:
     """Replay recorded loads: plan on one window, score on the next."""
     history = read_loads(load)
-    previous = None if old is None else load_placement(old, ranks=ranks)
-    if previous is None:
-        experts = history.shape[2]
-        previous = spread(num_experts=experts, ranks=ranks, redundant=max(slots - experts, 0), layers=history.shape[1])
-    problem = Problem(
-        load=history[0], ranks=ranks, slots=slots, nodes=nodes, groups=groups, previous=previous, max_moves=max_moves
-    )
+    problem = Problem(load=history[0], ranks=ranks, slots=slots, nodes=nodes, groups=groups)
+    previous = default_placement(problem) if old is None else load_placement(old, ranks=ranks)
+    problem = replace(problem, previous=previous, max_moves=max_moves)
     columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     errors = Console(stderr=True)
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
@@ -207,7 +200,7 @@ def simulate(
     if as_json:
         _print_json(policy=policy, windows=[asdict(score) for score in scores])
         return
-    Console().print(score_table(scores, previous.layers * previous.slots))
+    Console().print(score_table(scores, problem.layers * problem.slots))
 
 
 @app.command()
@@ -215,10 +208,11 @@ def convert(
     file: File,
     output: Annotated[Path, typer.Argument(help="File to write; its ending is the format.", show_default=False)],
     ranks: Ranks = None,
+    layers: Annotated[int | None, typer.Option(help="Layers wanted; those the file lacks take the default.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rewrite a placement in another format."""
-    placement = load_placement(file, ranks=ranks)
+    placement = load_placement(file, ranks=ranks, layers=layers)
     save_placement(placement, output)
     _print_summary(placement, f"wrote {output}", as_json, file=str(output))
 
@@ -254,7 +248,8 @@ def _print_json(**fields: Any) -> None:
 def _is_expected(error: Exception) -> bool:
     """Whether an error is the user's to mend, so that its message is enough."""
     usage = isinstance(error, typer.BadParameter) or hasattr(error, "format_message")
-    return usage or isinstance(error, OSError | ValueError | TypeError | KeyError | RuntimeError)
+    kinds = (OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError, OverflowError)
+    return usage or isinstance(error, kinds)
 
 
 def _reason(error: Exception) -> str:

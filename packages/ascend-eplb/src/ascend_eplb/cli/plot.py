@@ -7,8 +7,10 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ascend_eplb.formats.atomic import write_atomically
-from ascend_eplb.metrics import FloatArray
+from ascend_eplb.metrics import FloatArray, balance_of
 from ascend_eplb.simulate import Score
 
 __all__ = ["plot_rank_loads", "plot_scores"]
@@ -29,14 +31,17 @@ def plot_scores(scores: list[Score], path: Path) -> None:
 
 
 def plot_rank_loads(before: FloatArray, after: FloatArray, path: Path) -> None:
-    """Rank loads `[L, R]` before and after as two heat maps on one scale (1 = the layer's mean), as a PNG."""
+    """Rank loads `[L, R]` before and after as two heat maps on one scale (1 = the layer's mean), as a PNG.
+
+    A layer without load is drawn as even.
+    """
     figure = _figure(10, 4.2)
     axes = figure.subplots(1, 2, sharey=True)
-    parts = [loads / loads.mean(axis=1, keepdims=True) for loads in (before, after)]
-    for ax, part, name in zip(axes, parts, ("before", "after"), strict=True):
-        image = ax.imshow(part, aspect="auto", cmap="coolwarm", vmin=0.0, vmax=2.0, interpolation="nearest")
-        balance = float((1 / part.max(axis=1)).mean())
-        ax.set(title=f"{name}: balancedness {balance:.4f}", xlabel="rank")
+    for ax, loads_LR, name in zip(axes, (before, after), ("before", "after"), strict=True):
+        mean_L1 = loads_LR.mean(axis=1, keepdims=True)
+        part_LR = np.divide(loads_LR, mean_L1, out=np.ones_like(loads_LR), where=mean_L1 > 0)
+        image = ax.imshow(part_LR, aspect="auto", cmap="coolwarm", vmin=0.0, vmax=2.0, interpolation="nearest")
+        ax.set(title=f"{name}: balancedness {balance_of(loads_LR).mean():.4f}", xlabel="rank")
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="rank load / mean", extend="max")
     _save(figure, path)

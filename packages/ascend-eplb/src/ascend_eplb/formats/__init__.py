@@ -36,19 +36,24 @@ def load_placement(
         OSError: the file cannot be read.
         RuntimeError: YAML without pyyaml.
         ValueError: an unknown ending or a file that is no valid placement; the message says where in the file.
+
+    Complexity: O(L * S log K).
     """
     path = Path(path)
     kind = path.suffix.lower()
-    if kind == ".json":
-        placement = read_ascend_json(path, num_experts)
-    elif kind in (".npz", ".npy"):
-        placement = read_arrays(path, ranks, num_experts)
-    elif kind in (".yaml", ".yml"):
-        placement = read_tensorrt_yaml(path, ranks, num_experts)
-    else:
-        raise ValueError(f"{path}: a placement file ends in {_KINDS}")
-    if ranks is not None and placement.ranks != ranks:
-        raise ValueError(f"{path}: holds {placement.ranks} ranks, ranks={ranks} was asked for")
+    try:
+        if kind == ".json":
+            placement = read_ascend_json(path, num_experts)
+        elif kind in (".npz", ".npy"):
+            placement = read_arrays(path, ranks, num_experts)
+        elif kind in (".yaml", ".yml"):
+            placement = read_tensorrt_yaml(path, ranks, num_experts)
+        else:
+            raise ValueError(f"a placement file ends in {_KINDS}")
+        if ranks is not None and placement.ranks != ranks:
+            raise ValueError(f"holds {placement.ranks} ranks, ranks={ranks} was asked for")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
     return placement if layers is None else select_layers(placement, layers)
 
 
@@ -62,6 +67,8 @@ def save_placement(placement: Placement, path: str | Path) -> None:
         OSError: the file cannot be written.
         RuntimeError: YAML without pyyaml.
         ValueError: an unknown ending.
+
+    Complexity: O(L * S), and O(L * E * most replicas) for the padded table in .npz.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -80,6 +87,8 @@ def select_layers(placement: Placement, layers: int | Sequence[int]) -> Placemen
 
     Raises:
         ValueError: `layers` is empty or not ascending.
+
+    Complexity: O(L * S).
     """
     wanted = tuple(range(layers)) if isinstance(layers, int) else tuple(layers)
     if not wanted:

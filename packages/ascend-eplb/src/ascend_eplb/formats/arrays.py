@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ascend_eplb.formats.atomic import write_atomically
 from ascend_eplb.maps import replica_table
 from ascend_eplb.placement import IntArray, Placement, from_physical_to_logical
 
-__all__ = ["padded_log2phy", "read_arrays", "write_arrays"]
+__all__ = ["padded_log2phy", "read_arrays", "read_numpy", "write_arrays"]
 
 
 def padded_log2phy(placement: Placement) -> IntArray:
@@ -50,48 +51,59 @@ def read_arrays(path: Path, ranks: int | None = None, num_experts: int = 0) -> P
         OSError: the file cannot be read.
         ValueError: no NumPy file, arrays missing or disagreeing, `ranks` unknown, or an invalid placement.
     """
-    arrays = _read(path)
-    if "phy2log" not in arrays:
-        raise ValueError(f"{path}: has no array 'phy2log', only {', '.join(sorted(arrays)) or 'nothing'}")
-    ids = arrays["phy2log"]
-    if "counts" in arrays and not num_experts:
-        num_experts = int(arrays["counts"].shape[-1])
-    layer_ids = tuple(int(layer) for layer in arrays.get("layer_ids", np.array(())).ravel())
-    try:
-        if ids.ndim == 3:
-            placement = Placement(ids, num_experts, layer_ids)
-        else:
-            known = int(arrays["ranks"]) if "ranks" in arrays else ranks
-            if known is None:
-                raise ValueError(f"phy2log of shape {ids.shape} does not say how many ranks there are: give ranks")
-            placement = from_physical_to_logical(ids, ranks=known, num_experts=num_experts, layer_ids=layer_ids)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    _check_derived(path, placement, arrays)
+    arrays = read_numpy(path)
+    ids = arrays.get("phy2log", arrays.get(""))
+    if ids is None:
+        raise ValueError(f"has no array 'phy2log', only {', '.join(sorted(arrays)) or 'nothing'}")
+    for name in ("ranks", "layer_ids", "counts", "log2phy"):
+        if name in arrays and not np.issubdtype(arrays[name].dtype, np.integer):
+            raise ValueError(f"'{name}' must hold integers, not {arrays[name].dtype}")
+    if "ranks" in arrays and arrays["ranks"].size != 1:
+        raise ValueError(f"'ranks' must be one number, not of shape {arrays['ranks'].shape}")
+    ranks = int(arrays["ranks"].item()) if "ranks" in arrays else ranks
+    layer_ids = tuple(arrays["layer_ids"].ravel().tolist()) if "layer_ids" in arrays else ()
+    if ids.ndim == 3:
+        placement = Placement(ids, num_experts, layer_ids)
+    elif ranks is None:
+        raise ValueError(f"phy2log of shape {ids.shape} does not say how many ranks there are: give ranks")
+    else:
+        placement = from_physical_to_logical(ids, ranks=ranks, num_experts=num_experts, layer_ids=layer_ids)
+    _check_derived(placement, arrays)
     return placement
 
 
-def _read(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with path.open("rb") as file:
+def read_numpy(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz by name; the one of an .npy under the name "".
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no NumPy file, a damaged one, or one that holds Python objects.
+    """
+    with path.open("rb") as file:
+        try:
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
-                return {"phy2log": loaded}
-            return {name: loaded[name] for name in loaded.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a NumPy file of plain arrays: {error}") from error
+                return {"": loaded}
+            return {name: np.asarray(loaded[name]) for name in loaded.files}
+        except (ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"not a NumPy file of plain arrays: {error}") from error
 
 
-def _check_derived(path: Path, placement: Placement, arrays: dict[str, NDArray[Any]]) -> None:
-    counts = arrays.get("counts")
-    if counts is not None and not np.array_equal(counts.reshape(-1, counts.shape[-1]), placement.replicas):
-        raise ValueError(f"{path}: 'counts' does not agree with 'phy2log'")
-    table = arrays.get("log2phy")
+def _check_derived(placement: Placement, arrays: dict[str, NDArray[Any]]) -> None:
+    """Refuse `counts` and `log2phy` that say something else than the placement; padding may be longer."""
+    one_layer = placement.layers == 1
+    counts, table = arrays.get("counts"), arrays.get("log2phy")
+    if counts is not None and not np.array_equal(counts[None] if one_layer and counts.ndim == 1 else counts,
+                                                 placement.replicas):  # fmt: skip
+        raise ValueError("'counts' does not agree with 'phy2log'")
     if table is None:
         return
+    table = table[None] if one_layer and table.ndim == 2 else table
     expected = padded_log2phy(placement)
-    ordered = np.sort(np.where(table < 0, np.iinfo(np.int32).max, table), axis=-1)[..., : expected.shape[-1]]
-    wanted = np.where(expected < 0, np.iinfo(np.int32).max, expected)
-    extra = (table >= 0).sum() != (expected >= 0).sum()
-    if extra or not np.array_equal(ordered.reshape(-1), wanted.reshape(-1)):
-        raise ValueError(f"{path}: 'log2phy' does not agree with 'phy2log'")
+    if table.ndim == 3 and table.shape[:2] == expected.shape[:2]:
+        ordered = -np.sort(-table, axis=2)[:, :, : expected.shape[2]]  # descending: the padding comes last
+        agrees = np.array_equal(ordered, -np.sort(-expected, axis=2)) and (table >= 0).sum() == (expected >= 0).sum()
+    else:
+        agrees = False
+    if not agrees:
+        raise ValueError("'log2phy' does not agree with 'phy2log'")

@@ -2,8 +2,7 @@
 """The Ascend expert map: JSON with a list of layers, each with a list of devices, each with its experts.
 
 Unlike its other readers, this one trusts no list order and no number: ids and counts must agree with the lists, and
-every
-error names the JSON path.
+every error names the JSON path.
 """
 
 from __future__ import annotations
@@ -15,26 +14,31 @@ from typing import Any
 from ascend_eplb.formats.atomic import write_atomically
 from ascend_eplb.placement import Placement
 
-__all__ = ["from_document", "read_ascend_json", "to_document", "write_ascend_json"]
+__all__ = ["from_document", "read_ascend_json", "read_json", "to_document", "write_ascend_json"]
 
 
 def read_ascend_json(path: Path, num_experts: int = 0) -> Placement:
-    """Read an Ascend map. Errors: ValueError naming file and JSON path, OSError."""
+    """Read an Ascend map. Errors: OSError, and as `read_json` and `from_document`."""
+    return from_document(read_json(path), num_experts)
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no JSON, nested too deeply, or an object that has a key twice.
+    """
+    text = path.read_bytes()
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicate_keys)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    try:
-        return from_document(document, num_experts)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        return json.loads(text, object_pairs_hook=_no_duplicate_keys)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
 
 
 def write_ascend_json(placement: Placement, path: Path) -> None:
     """Write an Ascend map, one device a line, atomically."""
-    text = json.dumps(to_document(placement))
+    text = json.dumps(to_document(placement))  # whose only strings are its keys
     text = text.replace('{"layer_id"', '\n  {"layer_id"').replace('{"device_id"', '\n    {"device_id"')
     write_atomically(path, (text + "\n").encode())
 
@@ -113,13 +117,12 @@ def _check_experts(layers: dict[int, list[list[int]]], where: dict[int, str], nu
     experts = num_experts or 1 + max(e for devices in layers.values() for device in devices for e in device)
     for layer_id, devices in layers.items():
         found = {expert for device in devices for expert in device}
-        outside = sorted(e for e in found if not 0 <= e < experts)
-        if outside:
-            raise ValueError(f"{where[layer_id]}: expert {outside[0]} is not in 0..{experts - 1}")
-        missing = sorted(set(range(experts)) - found)
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"{where[layer_id]}: expert {missing[0]}{more} of 0..{experts - 1} is on no device")
+        if max(found) >= experts:
+            raise ValueError(f"{where[layer_id]}: expert {max(found)} is not in 0..{experts - 1}")
+        if len(found) < experts:
+            missing = next(expert for expert in range(experts) if expert not in found)
+            more = f" and {experts - len(found) - 1} more" if experts - len(found) > 1 else ""
+            raise ValueError(f"{where[layer_id]}: expert {missing}{more} of 0..{experts - 1} is on no device")
 
 
 def _field(entry: Any, name: str, path: str) -> Any:

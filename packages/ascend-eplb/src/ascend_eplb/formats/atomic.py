@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 __all__ = ["write_atomically"]
@@ -13,20 +14,29 @@ __all__ = ["write_atomically"]
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to a temporary file beside `path` and put it in place in one step.
 
+    A link is followed, an old file's mode kept, and a new one's left to the umask. O(size of the content).
+
     Raises:
-        OSError: the folder is missing or not writable; nothing is left behind and an old file stays as it was.
+        OSError: the folder is missing or not writable, or `path` is no regular file; names `path`. Nothing is left
+            behind and an old file stays as it was.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    target = path.resolve()
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        mode = target.stat().st_mode & 0o777 if target.exists() else None
+        if mode is not None and not target.is_file():
+            raise OSError(errno.EINVAL, "Not a regular file")
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if mode is not None:
+                temporary.chmod(mode)
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink()
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error

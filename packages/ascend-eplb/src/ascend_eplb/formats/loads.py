@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load dumps: .npy/.npz arrays `[L, E]` or `[T, L, E]`, and JSON `{"load_history": [{"logical_expert_load": [L x
-E]}]}`."""
+"""Load dumps: .npy/.npz arrays `[L, E]` or `[T, L, E]`, and JSON `{"load_history": [{"logical_expert_load": ...}]}`
+with numbers `[L][E]` in each step.
+"""
 
 from __future__ import annotations
 
 import io
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ascend_eplb.formats.arrays import read_numpy
+from ascend_eplb.formats.ascend_json import read_json
 from ascend_eplb.formats.atomic import write_atomically
 from ascend_eplb.load import as_history
 from ascend_eplb.metrics import FloatArray
@@ -28,6 +30,8 @@ def read_loads(path: str | Path) -> FloatArray:
     Raises:
         OSError: the file cannot be read.
         ValueError: an unknown ending, not such a file, or values that are no loads (NaN, negative).
+
+    Complexity: O(T * L * E).
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -44,7 +48,9 @@ def write_loads(history: ArrayLike, path: str | Path) -> None:
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: an unknown ending, or as `as_history`.
+        TypeError, ValueError: an unknown ending, or what is no load.
+
+    Complexity: O(T * L * E).
     """
     path = Path(path)
     history_TLE = as_history(history)
@@ -62,21 +68,16 @@ def write_loads(history: ArrayLike, path: str | Path) -> None:
 
 
 def _from_numpy(path: Path) -> NDArray[Any]:
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return loaded
-            name = "load" if "load" in loaded.files else loaded.files[0] if len(loaded.files) == 1 else None
-            if name is None:
-                raise ValueError(f"has the arrays {', '.join(loaded.files)}, but none is called 'load'")
-            return np.asarray(loaded[name])
-    except (EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"not a NumPy file: {error}") from error
+    arrays = read_numpy(path)
+    if "load" in arrays:
+        return arrays["load"]
+    if len(arrays) != 1:
+        raise ValueError(f"has the arrays {', '.join(arrays)}, but none is called 'load'")
+    return next(iter(arrays.values()))
 
 
 def _from_json(path: Path) -> list[Any]:
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = read_json(path)
     steps = document.get("load_history") if isinstance(document, dict) else None
     if not isinstance(steps, list) or not steps:
         raise ValueError("$.load_history must be a list of steps")

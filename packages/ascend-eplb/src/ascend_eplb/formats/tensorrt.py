@@ -23,15 +23,15 @@ def read_tensorrt_yaml(path: Path, ranks: int | None, num_experts: int = 0) -> P
     yaml = _yaml()
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
-        raise ValueError(f"{path}: must be a mapping with num_slots and initial_global_assignments")
+        raise ValueError("must be a mapping with num_slots and initial_global_assignments")
     slots, table = document.get("num_slots"), document.get("initial_global_assignments")
     if not isinstance(table, dict) or not table:
-        raise ValueError(f"{path}: initial_global_assignments must map layer numbers to lists of expert ids")
+        raise ValueError("initial_global_assignments must map layer numbers to lists of expert ids")
     for layer, ids in table.items():
-        here = f"{path}: initial_global_assignments.{layer}"
+        here = f"initial_global_assignments.{layer}"
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise ValueError(f"{here}: a layer number must be an integer")
         if not isinstance(ids, list) or any(isinstance(e, bool) or not isinstance(e, int) for e in ids):
@@ -39,14 +39,11 @@ def read_tensorrt_yaml(path: Path, ranks: int | None, num_experts: int = 0) -> P
         if len(ids) != slots:
             raise ValueError(f"{here}: holds {len(ids)} slots, num_slots is {slots}")
     if ranks is None:
-        raise ValueError(f"{path}: this format does not say how many ranks there are: give ranks")
+        raise ValueError("this format does not say how many ranks there are: give ranks")
     order = sorted(table)
-    try:
-        return from_physical_to_logical(
-            [table[layer] for layer in order], ranks=ranks, num_experts=num_experts, layer_ids=order
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    return from_physical_to_logical(
+        [table[layer] for layer in order], ranks=ranks, num_experts=num_experts, layer_ids=order
+    )
 
 
 def write_tensorrt_yaml(placement: Placement, path: Path) -> None:
