@@ -28,6 +28,59 @@ def test_deepseek_readme_example():
     assert found.tolist() == README_HIERARCHICAL
 
 
+def slow_pack(weights, packs):
+    """Items of each pack: heaviest first to the lightest pack with room."""
+    if len(weights) == packs:
+        return [[item] for item in range(packs)]
+    held, total = [[] for _ in range(packs)], [np.float32(0)] * packs
+    for item in sorted(range(len(weights)), key=lambda item: -weights[item]):
+        pack = min((p for p in range(packs) if len(held[p]) < len(weights) // packs), key=lambda p: total[p])
+        held[pack].append(item)
+        total[pack] += weights[item]
+    return held
+
+
+def slow_published(load, slots, ranks, nodes, groups):
+    """One layer by the published three steps, on plain lists."""
+    size = len(load) // groups
+    group_loads = [load[group * size : (group + 1) * size].sum() for group in range(groups)]
+    found = []
+    for mates in slow_pack(group_loads, nodes):
+        experts = [group * size + index for group in mates for index in range(size)]
+        copies, count = list(experts), dict.fromkeys(experts, 1)
+        while len(copies) < slots // nodes:
+            hottest = max(experts, key=lambda expert: load[expert] / np.float32(count[expert]))
+            copies.append(hottest)
+            count[hottest] += 1
+        shares = [load[expert] / np.float32(count[expert]) for expert in copies]
+        found += [copies[item] for rank in slow_pack(shares, ranks // nodes) for item in rank]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_deepseek_is_the_published_algorithm_step_by_step(seed, hierarchical):
+    generator = np.random.default_rng(seed)
+    nodes = int(generator.integers(1, 4)) if hierarchical else 1
+    groups = nodes * int(generator.integers(1, 4)) if hierarchical else 1
+    ranks, experts = nodes * int(generator.integers(1, 6)), groups * int(generator.integers(1, 9))
+    slots = ranks * int(generator.integers(-(-experts // ranks), 2 + -(-experts // ranks) * 2))
+    if slots % nodes or experts > slots:
+        slots = ranks * experts
+    load = generator.permutation(60_000)[: 2 * experts].reshape(2, experts).astype(np.float32)  # exact sums
+    found = eplb.deepseek_assignment(load, slots=slots, ranks=ranks, nodes=nodes, groups=groups)
+    assert found.tolist() == [slow_published(layer, slots, ranks, nodes, groups) for layer in load]
+
+
+@pytest.mark.parametrize(
+    "sizes", [(13, 4, 1, 1), (4, 2, 1, 1), (16, 8, 3, 3), (16, 8, 2, 5), (16, 8, 0, 1), (0, 0, 1, 1)]
+)
+def test_deepseek_assignment_refuses_sizes_that_do_not_divide(sizes):
+    slots, ranks, nodes, groups = sizes
+    with pytest.raises(ValueError, match=f"slots={slots}, ranks={ranks}, nodes={nodes}"):
+        eplb.deepseek_assignment(np.ones((1, 8)), slots=slots, ranks=ranks, nodes=nodes, groups=groups)
+
+
 def test_deepseek_readme_example_without_groups():
     found = eplb.deepseek_assignment(README, slots=16, ranks=8)
     share = README / np.array([np.bincount(row, minlength=12) for row in found])

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +37,14 @@ def make_load(kind, generator, layers, experts):
 
 @st.composite
 def problems(draw, hierarchical=False):
+    """Shapes and loads of all kinds, corners as often as the rest: one slot or two a rank, one rank."""
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    corner = draw(st.sampled_from((0, 0, 1, 2)))
+    if corner and not hierarchical:
+        ranks = draw(st.integers(1, 24))
+        experts = draw(st.integers(corner, corner * ranks))
+        load = make_load(draw(st.sampled_from(LOADS)), generator, draw(st.integers(1, 3)), experts)
+        return eplb.Problem(load=load, ranks=ranks, slots=corner * ranks), generator
     nodes = draw(st.integers(2, 3)) if hierarchical else 1
     per_node = draw(st.integers(1, 4 if hierarchical else 9))
     groups = nodes * draw(st.integers(1, 3)) if hierarchical else 1
@@ -66,8 +77,7 @@ def check_groups(problem, placement):
 
 
 def check_never_below_deepseek(problem):
-    mine = eplb.solve(problem, "balanced")
-    theirs = eplb.solve(problem, "deepseek")
+    mine, theirs = eplb.solve(problem, "balanced"), eplb.solve(problem, "deepseek")
     check_groups(problem, mine.placement)
     check_groups(problem, theirs.placement)
     assert (mine.layer_balancedness >= theirs.layer_balancedness * (1 - 1e-9)).all()
@@ -117,13 +127,20 @@ def test_unlimited_policies_never_worsen(case, policy):
 
 
 @FEW
-@given(problems(), st.integers(1, 3), st.integers(1, 3))
-def test_plans_are_executable(case, send, receive):
+@given(
+    problems(hierarchical=True) | problems(),
+    st.sampled_from(eplb.policy_names()),
+    st.booleans(),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
+def test_plans_are_executable(case, policy, aligned, send, receive):
     problem, generator = case
     old = eplb.solve(problem, "deepseek").placement
-    load = generator.random(problem.load.shape)
-    new = eplb.rebalance(load, ranks=problem.ranks, slots=problem.slots, policy="deepseek").placement
-    plan = eplb.transfer_plan(old, new)
+    after = with_previous(problem, old, generator.random(problem.load.shape))
+    new = (eplb.solve(after, policy) if aligned or policy == "swift" else
+           eplb.solve(replace(after, previous=None), policy)).placement  # fmt: skip
+    plan = eplb.transfer_plan(old, new, nodes=problem.nodes)
     eplb.verify_transfers(old, new, plan)
     assert len(plan) == (old.physical_to_logical != new.physical_to_logical).sum()
     batches = eplb.transfer_batches(plan, send=send, receive=receive)
@@ -132,6 +149,17 @@ def test_plans_are_executable(case, send, receive):
         away = ~batch.local
         assert np.bincount(batch.source_rank[away], minlength=1).max() <= send
         assert np.bincount(batch.target_rank[away], minlength=1).max() <= receive
+
+
+@FEW
+@given(problems(), st.sampled_from(eplb.policy_names()), st.sampled_from((np.nan, np.inf, -np.inf, -1e-9, 2e30)))
+def test_a_value_that_is_no_load_is_an_error_that_names_its_place(case, policy, value):
+    problem, generator = case
+    load = problem.load.copy()
+    layer, expert = (int(generator.integers(size)) for size in load.shape)
+    load[layer, expert] = value
+    with pytest.raises(ValueError, match=re.escape(f"load of layer {layer}, expert {expert} is {value};")):
+        eplb.rebalance(load, ranks=problem.ranks, slots=problem.slots, policy=policy)
 
 
 @FEW

@@ -24,7 +24,7 @@ def heat_bar(value: float, most: float, mean: float) -> Text:
     length = round(_BAR * value / most) if most > 0 else 0
     ratio = value / mean if mean > 0 else 1.0
     colour = "red" if ratio >= 1.2 else "yellow" if ratio > 1.02 else "green"
-    return Text("█" * length, style=colour) + Text("·" * (_BAR - length), style="dim")
+    return Text.assemble(("█" * length, colour), ("·" * (_BAR - length), "dim"))
 
 
 def summary_table(placement: Placement, name: str) -> Table:

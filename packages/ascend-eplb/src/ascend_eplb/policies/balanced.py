@@ -56,8 +56,9 @@ def balanced_assignment(problem: Problem) -> Ids:
     goal_L = floor_L * (1 + _SLACK)
     best_LRK = repaired_assignment(problem, longest_first)
     orders = [_pack_groups(problem)]
-    best_LRK = _better(problem, _differenced(problem, orders[0]), best_LRK)
-    best_LRK = _refined(problem, best_LRK, goal_L)
+    if problem.slots_per_rank != 2:  # pairs are searched below, where they are packed the same way
+        best_LRK = _better(problem, _differenced(problem, orders[0]), best_LRK)
+        best_LRK = _refined(problem, best_LRK, goal_L)
     if problem.slots == problem.num_experts and not problem.hierarchical:
         return best_LRK
     if problem.slots <= _SMALL and problem.hierarchical and _packings(problem.groups, problem.nodes) <= _PACKINGS:
@@ -67,7 +68,9 @@ def balanced_assignment(problem: Problem) -> Ids:
         if len(behind) and (problem.slots_per_rank == 2 or problem.slots <= _SMALL):
             found_LRK = best_LRK.copy()
             found_LRK[behind] = _searched(problem, order_LE, behind)
-            best_LRK = _better(problem, best_LRK, _refined(problem, found_LRK, goal_L))
+            if problem.slots_per_rank != 2:
+                found_LRK = _refined(problem, found_LRK, goal_L)
+            best_LRK = _better(problem, best_LRK, found_LRK)
     return best_LRK
 
 

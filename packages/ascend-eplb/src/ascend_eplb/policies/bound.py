@@ -25,8 +25,11 @@ def peak_bound(problem: Problem) -> FloatArray:
     """
     load_LE = problem.load
     bound_L: FloatArray = load_LE.sum(axis=1) / problem.ranks
-    count_LE = capped_counts(load_LE, problem.slots, problem.replica_cap)
-    bound_L = np.maximum(bound_L, (load_LE / count_LE).max(axis=1))
+    over_LE = np.divide(load_LE, bound_L[:, None], out=np.ones_like(load_LE), where=bound_L[:, None] > 0)
+    wanted_LE = np.ceil(np.maximum(over_LE, 1))  # replicas with which no share is above the mean rank load
+    short_L = (wanted_LE.sum(axis=1) > problem.slots) | (wanted_LE.max(axis=1) > problem.replica_cap)
+    count_LE = capped_counts(load_LE[short_L], problem.slots, problem.replica_cap)
+    bound_L[short_L] = np.maximum(bound_L[short_L], (load_LE[short_L] / count_LE).max(axis=1))
     if not problem.hierarchical:
         return np.asarray(bound_L)
     per_node = problem.groups // problem.nodes

@@ -68,14 +68,17 @@ def deepseek_assignment(
 
     Raises:
         TypeError, ValueError: a load that is none, or sizes that do not divide.
+
+    Complexity: O(L * S * R) in plain Python.
     """
     pack = pack or pack_longest_first
     load_LE = as_load(load).astype(np.float32)
     layers, experts = load_LE.shape
+    sizes = (slots, ranks, nodes, groups)
+    if min(sizes) < 1 or slots % ranks or slots < experts or ranks % nodes or experts % groups:
+        raise ValueError(f"slots={slots}, ranks={ranks}, nodes={nodes}, groups={groups} do not fit {experts} experts")
     if groups % nodes:
         nodes = groups = 1
-    if slots % ranks or slots < experts or ranks % nodes or experts % groups:
-        raise ValueError(f"slots={slots}, ranks={ranks}, nodes={nodes}, groups={groups} do not fit {experts} experts")
     size = experts // groups
     node_LG, place_LG = pack(load_LE.reshape(layers, groups, size).sum(axis=-1, dtype=np.float32), nodes)
     first_LG = (node_LG * (groups // nodes) + place_LG) * size
@@ -116,7 +119,7 @@ def pack_longest_first(weight_BG: Weights, packs: int) -> tuple[Ids, Ids]:
 
 
 def replicate_highest_average(weight_BE: Weights, slots: int) -> tuple[Ids, Ids]:
-    """Give every expert a slot, then each further slot to the expert with the greatest load per replica.
+    """Give every expert a slot, then each further slot to the expert with the greatest load per replica, in float32.
 
     Returns:
         expert of each slot `[B, S]` and replicas of each expert `[B, E]`, both int64.
@@ -125,8 +128,10 @@ def replicate_highest_average(weight_BE: Weights, slots: int) -> tuple[Ids, Ids]
     expert_BS = np.tile(np.arange(slots), (batch, 1))
     count_BE = np.ones((batch, experts), dtype=np.int64)
     row_B = np.arange(batch)
+    share_BE = weight_BE.copy()
     for slot in range(experts, slots):
-        hottest_B = (weight_BE / count_BE).argmax(axis=1)
+        hottest_B = share_BE.argmax(axis=1)
         expert_BS[:, slot] = hottest_B
         count_BE[row_B, hottest_B] += 1
+        share_BE[row_B, hottest_B] = weight_BE[row_B, hottest_B] / count_BE[row_B, hottest_B].astype(np.float32)
     return expert_BS, count_BE

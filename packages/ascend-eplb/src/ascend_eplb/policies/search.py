@@ -20,6 +20,7 @@ __all__ = ["anneal_counts", "ladder_counts"]
 Ids = NDArray[np.int64]
 _AIMS = 1.0 + 0.01 * np.arange(9)
 _WEIGHTS = (1.25, 1.75)
+_NEAR = 0.03  # counts made for a peak may well end this far below it
 _CHAINS, _STEPS, _HEAT = 16, 100, 0.15
 
 
@@ -28,34 +29,34 @@ def ladder_counts(load_BE: FloatArray, count_BE: Ids, *, ranks: int, cap: int) -
 
     With all shares at most T / 2 any pairing fits, but that takes too many slots. Each expert can save one by having a
     replica less, whose c - 1 larger shares then need light partners. The experts that save are those where this is
-    cheapest: (share - T / 2) * (c - 1) ** a is least, for two values of a.
+    cheapest: (share - T / 2) * (c - 1) ** a is least, for two values of a. Problems already well below T are left alone.
 
-    Complexity: 18 rounds of O(B * S log S).
+    Complexity: at most 18 rounds of O(B * S log S).
     """
-    batch, experts = load_BE.shape
-    slots = 2 * ranks
+    slots, experts = 2 * ranks, load_BE.shape[1]
     best_BE, peak_B = count_BE.copy(), _rank_sums(load_BE, count_BE, ranks).max(axis=1)
-    mean_B1 = load_BE.sum(axis=1, keepdims=True) / ranks
-    half_unit_B1 = np.where(mean_B1 > 0, mean_B1, 1.0) / 2
-    number_BE = np.broadcast_to(np.arange(experts), (batch, experts))
+    mean_B = load_BE.sum(axis=1) / ranks
     for aim in _AIMS:
-        wanted_BE = np.clip(np.ceil(load_BE / (aim * half_unit_B1) - 1e-12), 1, cap).astype(np.int64)
-        excess_B = wanted_BE.sum(axis=1) - slots
-        fewer_BE = np.maximum(wanted_BE - 1, 1)
-        over_BE = load_BE / fewer_BE - aim * half_unit_B1
+        open_A = np.flatnonzero(peak_B > (aim - _NEAR) * mean_B)
+        if not len(open_A):
+            break
+        load_AE, half_A1 = load_BE[open_A], aim * mean_B[open_A, None] / 2
+        wanted_AE = np.clip(np.ceil(load_AE / half_A1 - 1e-12), 1, cap).astype(np.int64)
+        fewer_AE = np.maximum(wanted_AE - 1, 1)
+        over_AE = np.where(wanted_AE > 1, load_AE / fewer_AE - half_A1, np.inf)
+        excess_A1 = wanted_AE.sum(axis=1, keepdims=True) - slots
+        last_A1 = np.clip(excess_A1 - 1, 0, experts - 1)
         for weight in _WEIGHTS:
-            key_BE = np.where(wanted_BE > 1, over_BE * fewer_BE**weight, np.inf)
-            order_BE = np.argsort(key_BE, axis=1, kind="stable")
-            turn_BE = np.empty_like(order_BE)
-            np.put_along_axis(turn_BE, order_BE, number_BE, axis=1)
-            trial_BE = wanted_BE - ((turn_BE < excess_B[:, None]) & (wanted_BE > 1))
-            filled = _fill_up(load_BE, trial_BE, slots, cap)
-            if not filled.any():
+            key_AE = over_AE * (np.arange(cap + 1.0) ** weight)[fewer_AE]
+            most_A1 = np.take_along_axis(np.sort(key_AE, axis=1), last_A1, axis=1)
+            trial_AE = wanted_AE - ((key_AE <= most_A1) & (excess_A1 > 0) & (wanted_AE > 1))
+            filled_A = _fill_up(load_AE, trial_AE, slots, cap)
+            if not filled_A.any():
                 continue
-            found_B = np.full(batch, np.inf)
-            found_B[filled] = _rank_sums(load_BE[filled], trial_BE[filled], ranks).max(axis=1)
-            better = found_B < peak_B
-            best_BE[better], peak_B[better] = trial_BE[better], found_B[better]
+            found_A = np.full(len(open_A), np.inf)
+            found_A[filled_A] = _rank_sums(load_AE[filled_A], trial_AE[filled_A], ranks).max(axis=1)
+            better_A = found_A < peak_B[open_A]
+            best_BE[open_A[better_A]], peak_B[open_A[better_A]] = trial_AE[better_A], found_A[better_A]
     return best_BE
 
 
@@ -104,7 +105,9 @@ def _fill_up(load_BE: FloatArray, count_BE: Ids, slots: int, cap: int) -> NDArra
 
 def _rank_sums(load_BE: FloatArray, count_BE: Ids, ranks: int) -> FloatArray:
     """Rank loads `[B, R]` after packing replicas in these numbers."""
-    expert_BS, share_BS = sorted_items(load_BE, count_BE)
-    if expert_BS.shape[1] == 2 * ranks:
+    batch = len(load_BE)
+    if count_BE[0].sum() == 2 * ranks:
+        share_BS = np.sort(np.repeat((load_BE / count_BE).ravel(), count_BE.ravel()).reshape(batch, -1), axis=1)
         return np.asarray(share_BS[:, :ranks] + share_BS[:, : ranks - 1 : -1])
+    expert_BS, share_BS = sorted_items(load_BE, count_BE)
     return np.asarray(shares(load_BE, difference(expert_BS, share_BS, ranks)).sum(axis=2))
