@@ -23,8 +23,7 @@ class TransferPlan:
     """Transfers, as int32 arrays `[M]` of one length: the expert in a slot of `old` goes to a slot of `new`.
 
     `layer` counts rows 0..L-1 of the placements (not model-global numbers). Where source and destination rank are the
-    same
-    the transfer is a local copy. All sources mean the contents before any transfer.
+    same the transfer is a local copy. All sources mean the contents before any transfer.
     """
 
     layer: IntArray
@@ -111,8 +110,7 @@ def transfer_plan(old: Placement, new: Placement, *, nodes: int = 1) -> Transfer
     """Who sends which slot to whom to get from `old` to `new`, slot by slot as they stand (see `align_slots`).
 
     A slot that keeps its expert needs nothing. The sender of any other is the rank itself if it holds the expert,
-    else a
-    holder in the same node, else any holder; among equals the one that has sent least in this layer.
+    else a holder in the same node, else any holder; among equals the one that has sent least in this layer.
 
     Args:
         old: the placement in force.

@@ -2,10 +2,9 @@
 """Transfers in batches that fit the staging buffers, and the proof that they do what they should.
 
 Within a batch every rank first reads what it sends, then writes what it received; batches run one after the other. A
-slot
-may so be overwritten no earlier than in the batch that last reads it. Seen as arrows from slot to slot, a layer's
-transfers are trees hanging on cycles: trees go leaves first, and a cycle that does not fit one batch is cut shorter by
-exchanging two of its slots at a time.
+slot may so be overwritten no earlier than in the batch that last reads it. Seen as arrows from slot to slot, a
+layer's transfers are trees hanging on cycles: trees go leaves first, and a cycle that does not fit one batch is cut
+shorter by exchanging two of its slots at a time.
 """
 
 from __future__ import annotations

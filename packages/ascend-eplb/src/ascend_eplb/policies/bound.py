@@ -19,9 +19,8 @@ def peak_bound(problem: Problem) -> FloatArray:
     """float64 `[L]`: a lower bound of the greatest rank load that any valid placement can reach.
 
     The greatest of: the mean rank load; the least possible greatest load per replica (highest averages, with the
-    replica
-    cap); and, where groups are bound to nodes, the same two inside the node that must hold the heaviest group with the
-    lightest others. Not always reachable. O((S - E) * L * E).
+    replica cap); and, where groups are bound to nodes, the same two inside the node that must hold the heaviest group
+    with the lightest others. Not always reachable. O((S - E) * L * E).
     """
     load_LE = problem.load
     bound_L: FloatArray = load_LE.sum(axis=1) / problem.ranks

@@ -26,8 +26,7 @@ def incremental(problem: Problem) -> Placement:
     """Swap and replace from `previous` until `target` of the bound, within the move limits of the call and each layer.
 
     Where that stalls below the target, a layer may be placed anew (`balanced`, ranks relabelled) if the limits allow
-    it.
-    Under a limit for the whole call the layers share it by gain per move. Without `previous` this is `balanced`.
+    it. Under a limit for the whole call the layers share it by gain per move. Without `previous` this is `balanced`.
 
     Complexity: O(moves per layer * L * S * K * C), C = 6 cold ranks.
     """

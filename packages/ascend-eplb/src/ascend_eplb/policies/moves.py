@@ -2,9 +2,8 @@
 """Improving a placement in force one cheap change at a time, in all problems at once.
 
 A change is a *replace* (one slot: a redundant replica gives way to one more replica of an expert of the hottest rank)
-or a
-*swap* (two slots: the hottest rank trades with a cold one). Each round takes the change that lowers the sum of sharp
-powers of the rank loads most per slot that moves.
+or a *swap* (two slots: the hottest rank trades with a cold one). Each round takes the change that lowers the sum of
+sharp powers of the rank loads most per slot that moves.
 
 Legend: B problems, E experts, R ranks, K slots per rank, C cold ranks, V = C * K slots on them, A active problems.
 """

@@ -20,8 +20,7 @@ def refine(ids_BRK: NDArray[Any], share_BRK: FloatArray, goal_B: FloatArray, rou
     """Swap slots between paired ranks while that lowers the hotter of the two. Both arrays change in place.
 
     Round t pairs the i-th hottest rank with the (i + t')-th coldest, where t' runs over small shifts, so that a pair
-    that
-    cannot trade meets another partner. A swap never puts an expert twice on a rank that had it not.
+    that cannot trade meets another partner. A swap never puts an expert twice on a rank that had it not.
 
     Args:
         ids_BRK: experts `[B, R, K]`.

@@ -32,8 +32,7 @@ def repair_duplicates(ids_BRK: NDArray[Any], load_BE: FloatArray) -> NDArray[Any
 
     A swap keeps the replica counts and takes the partner that leaves the lower of the two rank loads; where no partner
     is left (every other rank holds the expert too), the duplicate gives way to the expert, of those placed in the
-    problem,
-    with the greatest load per replica that the rank lacks. K must not exceed the number of those.
+    problem, with the greatest load per replica that the rank lacks. K must not exceed the number of those.
 
     Complexity: O(S * K) and O(S) per duplicate, all problems at once.
     """
