@@ -31,6 +31,33 @@ def preemptions(llm):
     return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
+def traffic(worker):
+    """Calls of each collective so far, by name, in one worker."""
+    from collections import Counter
+
+    from ascend_sim import counters
+
+    calls = Counter()
+    for (name, _), count in counters.snapshot().collectives.items():
+        calls[name] += count.calls
+    return dict(calls)
+
+
+def linear_layers(worker):
+    """Path -> (op, ranks that share the weight, bytes of weight and bias on this one) of the linear layers in one worker."""
+    from vllm_ascend.layers.linear import WithOp
+
+    return {
+        layer.prefix: (
+            type(layer.op).__name__,
+            None if layer.op is None else list(layer.op.group.ranks),
+            sum(x.numel() * x.element_size() for x in layer.parameters()),
+        )
+        for layer in worker.get_model().modules()
+        if isinstance(layer, WithOp)
+    }
+
+
 def main(job_file, result_file):
     from vllm import LLM
 
@@ -39,7 +66,19 @@ def main(job_file, result_file):
     results = []
     for engine in job:
         llm = LLM(enforce_eager=True, disable_log_stats=False, **engine["engine"])
-        results.append({"runs": [generate(llm, run) for run in engine["runs"]], "preemptions": preemptions(llm)})
+        inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
+        runs, collectives = [], []
+        for run in engine["runs"]:
+            runs.append(generate(llm, run))
+            collectives.append(llm.collective_rpc(traffic) if inspected else None)
+        results.append(
+            {
+                "runs": runs,
+                "preemptions": preemptions(llm),
+                "collectives": collectives,
+                "layers": llm.collective_rpc(linear_layers) if inspected else None,
+            }
+        )
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()

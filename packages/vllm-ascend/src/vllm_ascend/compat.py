@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["alias_cuda_streams", "register_slot_mapping"]
+__all__ = ["alias_cuda_streams", "register_slot_mapping", "shard_of"]
 
 
 def alias_cuda_streams() -> None:
@@ -26,6 +29,24 @@ def alias_cuda_streams() -> None:
     torch.cuda.current_stream = torch.npu.current_stream
     torch.cuda.default_stream = torch.npu.default_stream
     torch.cuda.set_stream = torch.npu.set_stream
+
+
+@contextmanager
+def shard_of(module: ModuleType, rank: int, size: int) -> Iterator[None]:
+    """Let a layer of vLLM's `module` that is constructed within take shard `rank` of `size`, not its place in the TP group.
+
+    Reason: the constructors of MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear and ParallelLMHead take no rank and size;
+    they ask these two functions, as names of their module. Retired by: `tp_rank` and `tp_size` as arguments, which ColumnParallelLinear has.
+    """
+    names = {"get_tensor_model_parallel_rank": rank, "get_tensor_model_parallel_world_size": size}
+    kept = {name: getattr(module, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(module, name, lambda value=value: value)
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(module, name, function)
 
 
 def compute_slot_mapping(

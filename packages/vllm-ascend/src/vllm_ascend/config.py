@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AscendConfig: this plugin's options, given as `--additional-config '{...}'`, under the names that the public plugin uses."""
+"""AscendConfig: this plugin's options, given as `--additional-config '{...}'`, under the names that the public plugin uses.
+
+Here each value is checked on its own. What options ask of each other, of the parallel sizes and of the model is checked in `layout`.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
-__all__ = ["AscendConfig"]
+from ascend_linear.state import FLASHCOMM1_DENSE_THRESHOLD
+
+__all__ = ["AscendConfig", "FinegrainedTP", "PrefetchRatio", "WeightPrefetch"]
 
 # Options of the public plugin that this version does not have: name -> the values that ask for nothing.
 KNOWN: Mapping[str, tuple[Any, ...]] = {
-    "enable_flashcomm1": (False,),
-    "flashcomm2_parallel_size": (0,),
-    "enable_matmul_allreduce": (False,),
-    "layer_sharding": (None, []),
-    "enable_dsa_cp": (False,),
     "enable_shared_expert_dp": (False,),
     "multistream_overlap_shared_expert": (False,),
     "multistream_overlap_gate": (False,),
-    "finegrained_tp_config": (None, {}),
-    "weight_prefetch_config": (None, {}, {"enabled": False}),
     "eplb_config": (None, {}, {"dynamic_eplb": False}),
     "enable_fused_mc2": (0, False),
     "enable_prefill_mc2": (False,),
@@ -51,37 +49,165 @@ INERT = ("refresh", "enable_cpu_binding")
 # Keys that vLLM itself puts into additional_config.
 OF_VLLM = ("gdn_prefill_backend", "kda_prefill_backend", "kda_decode_backend")
 
+_Options = TypeVar("_Options")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinegrainedTP:
+    """`finegrained_tp_config`: ranks along data parallel that share a kind of layer; 0 leaves it to the TP group.
+
+    Args:
+        lmhead_tensor_parallel_size: of the LM head.
+        oproj_tensor_parallel_size: of o_proj; needs tensor_parallel_size 1.
+        embedding_tensor_parallel_size: of the token embedding.
+        mlp_tensor_parallel_size: of the dense MLPs.
+    """
+
+    lmhead_tensor_parallel_size: int = 0
+    oproj_tensor_parallel_size: int = 0
+    embedding_tensor_parallel_size: int = 0
+    mlp_tensor_parallel_size: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _AttentionRatio:
+    qkv: float = 1.0
+    o: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MoeRatio:
+    gate_up: float = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MlpRatio:
+    gate_up: float = 1.0
+    down: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchRatio:
+    """`prefetch_ratio`: the share of each weight that is prefetched, 0 to 1. That of `moe` is not used yet."""
+
+    attn: _AttentionRatio = field(default_factory=_AttentionRatio)
+    moe: _MoeRatio = field(default_factory=_MoeRatio)
+    mlp: _MlpRatio = field(default_factory=_MlpRatio)
+
+    @property
+    def by_module(self) -> dict[str, float]:
+        """As `ascend_linear.PrefetchConfig` takes them."""
+        return {"qkv": self.attn.qkv, "o": self.attn.o, "gate_up": self.mlp.gate_up, "down": self.mlp.down}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightPrefetch:
+    """`weight_prefetch_config`: whether and how much of the next layer's weight is brought into the L2 cache ahead."""
+
+    enabled: bool = False
+    prefetch_ratio: PrefetchRatio = field(default_factory=PrefetchRatio)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AscendConfig:
-    """This plugin's options, checked. None is implemented yet: linear and MoE options follow with their packages."""
+    """This plugin's options, each of the right type.
+
+    Args:
+        enable_flashcomm1: tokens split over TP between the layers.
+        flashcomm1_dense_threshold: tokens of a step up to which a dense model does without it (an option of this plugin alone).
+        flashcomm2_parallel_size: shards of o_proj under FlashComm2; 1 keeps it whole, 0 is off.
+        enable_matmul_allreduce: product and all-reduce in one kernel.
+        layer_sharding: modules whose layers are spread over ranks.
+        enable_dsa_cp: context parallelism of DeepSeek sparse attention.
+        finegrained_tp_config: TP sizes per module.
+        weight_prefetch_config: weight prefetch.
+    """
+
+    enable_flashcomm1: bool = False
+    flashcomm1_dense_threshold: int = FLASHCOMM1_DENSE_THRESHOLD
+    flashcomm2_parallel_size: int = 0
+    enable_matmul_allreduce: bool = False
+    layer_sharding: tuple[str, ...] = ()
+    enable_dsa_cp: bool = False
+    finegrained_tp_config: FinegrainedTP = field(default_factory=FinegrainedTP)
+    weight_prefetch_config: WeightPrefetch = field(default_factory=WeightPrefetch)
 
     @classmethod
     def of(cls, additional_config: object, retired_variables: Mapping[str, str] | None = None) -> AscendConfig:
-        """Check what the user gave.
+        """Read what the user gave.
 
         Args:
             additional_config: vLLM's `additional_config`.
             retired_variables: variables of the public plugin that are set, with the key that took their place ("" for none).
 
         Raises:
-            ValueError: naming the option, its value and the remedy, for an unknown key, a known one that this plugin does not have, and a
-                variable that the public plugin read.
+            ValueError: naming the option, its value and the remedy, for an unknown key, a known one that this plugin does not have, a value
+                of the wrong type, and a variable that the public plugin read.
         """
         for name, key in (retired_variables or {}).items():
             remedy = f"use --additional-config '{{\"{key}\": ...}}'" if key else "unset it"
             raise ValueError(f"environment variable {name} belongs to the public plugin and is not read here; {remedy}")
         if not isinstance(additional_config, Mapping):
             raise ValueError(f"additional_config must be a JSON object, got {type(additional_config).__name__}")
+        ours = {f.name for f in fields(cls)}
+        given: dict[str, Any] = {}
         for key, value in additional_config.items():
             if key in INERT or key in OF_VLLM:
                 continue
-            if key not in KNOWN:
-                near = difflib.get_close_matches(key, [*KNOWN, *INERT], n=3)
-                hint = f"did you mean {' or '.join(near)}?" if near else "see docs/options.md for the names that exist"
-                raise ValueError(f"additional_config has an unknown option {key!r} ({value!r}); {hint}")
-            if value not in KNOWN[key]:
+            if key in ours:
+                given[key] = value
+            elif key not in KNOWN:
+                raise ValueError(f"additional_config has an {_unknown(key, value, [*ours, *KNOWN, *INERT])}")
+            elif value not in KNOWN[key]:
                 raise ValueError(
                     f"option {key!r} ({value!r}) of the public plugin is not supported by this one; remove it, or set it to {KNOWN[key][0]!r}"
                 )
-        return cls()
+        return _read(cls, given, "")
+
+
+def _unknown(key: str, value: object, names: list[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see docs/options.md for the names that exist"
+    return f"unknown option {key!r} ({value!r}); {hint}"
+
+
+def _read(cls: type[_Options], given: object, path: str) -> _Options:
+    """A config class from a JSON object whose keys are its fields. null leaves a field at its default.
+
+    Raises:
+        ValueError: an unknown key, or a value of the wrong type, named by its path.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"option {path.rstrip('.')!r} ({given!r}) must be an object with the keys {_names(cls)}")
+    defaults = cls()
+    read: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in _names(cls):
+            raise ValueError(f"option {path.rstrip('.')!r} has an {_unknown(key, value, _names(cls))}")
+        default = getattr(defaults, key)
+        if value is not None:
+            read[key] = _read_value(default, value, f"{path}{key}")
+    return cls(**read)
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in fields(cls)]
+
+
+def _read_value(default: Any, value: Any, path: str) -> Any:
+    """`value` as the type that `default` has, or a ValueError."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        allowed, fits = "true or false", isinstance(value, bool)
+    elif isinstance(default, int):
+        allowed, fits = "a whole number, 0 or more", is_number and isinstance(value, int) and value >= 0
+    elif isinstance(default, float):
+        allowed, fits = "a number from 0 to 1", is_number and 0 <= value <= 1
+    elif isinstance(default, tuple):
+        fits = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+        allowed, value = "a list of names", tuple(value) if fits else value
+    else:
+        return _read(type(default), value, f"{path}.")
+    if not fits:
+        raise ValueError(f"option {path!r} ({value!r}) must be {allowed}")
+    return value

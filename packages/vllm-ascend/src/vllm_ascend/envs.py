@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-__all__ = ["retired_variables", "set_defaults_for_vllm", "wants_v2_model_runner"]
+from ascend_comm.hccl import DEFAULT_BUFFER_MB
+
+__all__ = ["hccl_buffsize_mb", "retired_variables", "set_defaults_for_vllm", "wants_v2_model_runner"]
 
 # Variable of the public plugin -> (its default, the key of additional_config that took its place).
 RETIRED: Mapping[str, tuple[str, str]] = {
@@ -34,6 +36,18 @@ def set_defaults_for_vllm() -> None:
 def wants_v2_model_runner() -> bool:
     """Whether the user asked for the V2 model runner."""
     return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0", "false", "False")
+
+
+def hccl_buffsize_mb() -> int:
+    """Size in MB of an HCCL communicator's buffers: HCCL's own variable HCCL_BUFFSIZE, else its default.
+
+    Raises:
+        ValueError: it is set to something else than a whole number above 0.
+    """
+    said = os.environ.get("HCCL_BUFFSIZE", str(DEFAULT_BUFFER_MB))
+    if not said.isdecimal() or int(said) == 0:
+        raise ValueError(f"environment variable HCCL_BUFFSIZE={said!r}: must be a whole number of MB above 0")
+    return int(said)
 
 
 def retired_variables() -> dict[str, str]:

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_ascend import compat
+from vllm_ascend import compat, parallel
+from vllm_ascend.layers import linear, sequence
 
 __all__ = ["AscendModelRunner"]
 
@@ -19,3 +23,21 @@ class AscendModelRunner(GPUModelRunner):
         """Build vLLM's runner on `device`."""
         compat.alias_cuda_streams()
         super().__init__(vllm_config, device)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, then give the linear ops its weights and put FlashComm1's hooks on it."""
+        super().load_model(*args, **kwargs)
+        linear.finish_loading(self.get_model())
+        sequence.attach(self.get_model())
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step without requests. Where data parallel ranks share the LM head, it goes on to the logits, for which the others wait.
+
+        A profiling run computes them itself.
+        """
+        hidden, last = super()._dummy_run(*args, **kwargs)
+        shared = parallel.current()
+        lmhead_is_shared = shared is not None and "lmhead_tp" in shared.groups
+        if lmhead_is_shared and not kwargs.get("is_profile") and get_pp_group().is_last_rank and not self.is_pooling_model:
+            self.model.compute_logits(last)
+        return hidden, last

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
-from vllm_ascend import compat, envs
+from vllm_ascend import compat, envs, layout
 from vllm_ascend.config import AscendConfig
 
 if TYPE_CHECKING:
@@ -80,15 +80,24 @@ class AscendPlatform(Platform):
         """The last word on vLLM's configuration; ValueError for what this plugin cannot do."""
         from vllm.config import CUDAGraphMode
 
-        AscendConfig.of(vllm_config.additional_config, envs.retired_variables())
+        config = AscendConfig.of(vllm_config.additional_config, envs.retired_variables())
         if envs.wants_v2_model_runner():
             raise ValueError(
                 "VLLM_USE_V2_MODEL_RUNNER=1: vllm-ascend serves vLLM's V1 model runner only; unset it or set it to 0"
             )
+        if vllm_config.model_config is not None:
+            layout.check(config, layout.Deployment.of(vllm_config))
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = "vllm_ascend.worker.AscendWorker"
+
+    @classmethod
+    def set_additional_forward_context(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The state of the step that begins, for the linear layers."""
+        from vllm_ascend import parallel
+
+        return parallel.forward_context(kwargs.get("num_tokens"), kwargs.get("num_tokens_across_dp"))
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_ascend import layers
+from vllm_ascend import layers, parallel
 from vllm_ascend.model_runner import AscendModelRunner
 
 __all__ = ["AscendWorker"]
@@ -31,12 +31,13 @@ class AscendWorker(Worker):
         layers.register()
 
     def init_device(self) -> None:
-        """Take the device, join the process groups, measure free memory."""
+        """Take the device, join vLLM's process groups and ours, measure free memory."""
         self.device = torch.device("npu", self._device_index())
         torch.npu.set_device(self.device)
         init_worker_distributed_environment(
             self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, current_platform.dist_backend
         )
+        parallel.start(self.vllm_config)
         set_random_seed(self.model_config.seed)
         gc.collect()
         torch.npu.empty_cache()
@@ -76,3 +77,8 @@ class AscendWorker(Worker):
         """Nothing is compiled; the profiling run has already warmed the kernels up."""
         set_random_seed(self.model_config.seed)
         return CompilationTimes(language_model=0.0, encoder=0.0)
+
+    def shutdown(self) -> None:
+        """Destroy this plugin's groups, then what vLLM built."""
+        parallel.close()
+        super().shutdown()

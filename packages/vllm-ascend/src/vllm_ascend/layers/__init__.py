@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that hand vLLM's layers to NPU kernels. Called by the worker before it builds the model."""
+"""Adapters that hand vLLM's layers to NPU kernels and to the libraries. Called by the worker before it builds the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ __all__ = ["register"]
 @cache
 def register() -> None:
     """Put every replacement layer in vLLM's registry, once a process."""
-    from vllm_ascend.layers import activation, rotary
+    from vllm_ascend.layers import activation, linear, rotary, vocab
 
     activation.register()
+    linear.register()
     rotary.register()
+    vocab.register()

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's linear layers with the ops of ascend-linear.
+
+A layer asks for its op by its path. The op says which shard of the weight this rank holds, and is the layer's forward; the product itself
+stays with vLLM's quantisation method. Where there is no op, everything is vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from ascend_linear import (
+    CustomLinearOp,
+    LinearEnv,
+    LinearParams,
+    LinearResult,
+    MLPColumnParallelOp,
+    MLPRowParallelOp,
+    OProjRowParallelOp,
+    Selected,
+    StepState,
+    StreamedWeight,
+    get_parallel_op,
+    get_replicated_op,
+    layer_index,
+)
+from torch import Tensor, nn
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+
+from vllm_ascend import compat, parallel
+
+__all__ = [
+    "AscendColumnParallelLinear",
+    "AscendMergedColumnParallelLinear",
+    "AscendQKVParallelLinear",
+    "AscendReplicatedLinear",
+    "AscendRowParallelLinear",
+    "WithOp",
+    "finish_loading",
+    "register",
+    "select",
+]
+
+# Column layers that need no op under FlashComm1: what precedes them has gathered the tokens.
+_GATHERED_BEFORE = ("q_b_proj", "kv_b_proj")
+# Module of `ascend_linear.PrefetchConfig` by the last component of a layer's path.
+_PREFETCHED = {"qkv_proj": "qkv", "o_proj": "o", "gate_up_proj": "gate_up", "down_proj": "down"}
+
+
+def select(direction: Literal["column", "row"], prefix: str, env: LinearEnv, *, disable_tp: bool = False) -> Selected:
+    """The op of a layer, as `get_parallel_op` has it, and a check that FlashComm1 leaves no layer of a model behind.
+
+    Shared experts never take part in mlp-TP: the MoE layer around them sums their output with the routed experts'.
+
+    Raises:
+        ValueError: FlashComm1 splits tokens before this layer, and no op of it knows of that.
+    """
+    shared_expert = not {"shared_expert", "shared_experts"}.isdisjoint(prefix.split("."))
+    if shared_expert and env.mlp_tp is not None:
+        env = replace(env, mlp_tp=None)
+    chosen = get_parallel_op(direction, prefix, env, disable_tp=disable_tp)
+    name = prefix.rpartition(".")[2]
+    if env.enable_flashcomm1 and chosen.op is None and not disable_tp and name not in _GATHERED_BEFORE:
+        # A neighbour that FlashComm1 is made for tells whether tokens are split here: not in towers, shared experts or outside of layers.
+        only = LinearEnv(tp=env.tp, enable_flashcomm1=True)
+        neighbour = get_parallel_op("row", f"{prefix.rpartition('.')[0]}.o_proj", only)
+        if layer_index(prefix) is not None and neighbour.op is not None:
+            raise ValueError(
+                f"option 'enable_flashcomm1' (True) cannot be used with this model: its layer {prefix!r} does not know of split tokens"
+            )
+    return chosen
+
+
+class WithOp(LinearBase):
+    """What the replacements of vLLM's linear layers have in common."""
+
+    op: CustomLinearOp | None
+    next_to_prefetch: tuple[str, WithOp] | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Choose the op, let vLLM build the layer as the op's shard, hand over."""
+        shared = parallel.current()
+        in_tree = next(kind for kind in type(self).__mro__ if not issubclass(kind, WithOp))
+        given = signature(in_tree.__init__).bind(self, *args, **kwargs).arguments
+        self.op = None
+        self.next_to_prefetch = None
+        if shared is None or given.get("tp_size") is not None:  # outside a worker, or the model cuts the weight itself
+            super().__init__(*args, **kwargs)
+            return
+        chosen = self._choose(shared.env, given.get("prefix", ""), bool(given.get("disable_tp")))
+        self.op = chosen.op
+        with compat.shard_of(vllm_linear, chosen.tp_rank, chosen.tp_size):
+            super().__init__(*args, **kwargs)
+        self.hand_over()
+
+    def _choose(self, env: LinearEnv, prefix: str, disable_tp: bool) -> Selected:
+        raise NotImplementedError
+
+    def hand_over(self, streamed: StreamedWeight | None = None) -> None:
+        """Give weight, bias and flags to the op: at construction, and again when the weights are loaded and processed.
+
+        Args:
+            streamed: where the weight comes from under layer sharding.
+
+        Raises:
+            ValueError: flags with which the op cannot work.
+        """
+        if self.op is None:
+            return
+        unquantised = type(self.quant_method) is UnquantizedLinearMethod
+        self.op.update_attrs(
+            LinearParams(
+                weight=self.weight if unquantised else next(self.parameters()),
+                bias=self.bias,
+                skip_bias_add=self.skip_bias_add,
+                return_bias=self.return_bias,
+                gather_output=getattr(self, "gather_output", False),
+                input_is_parallel=getattr(self, "input_is_parallel", True),
+                reduce_results=getattr(self, "reduce_results", True),
+                gemm=torch.nn.functional.linear if unquantised else self._product,
+                streamed=streamed,
+            )
+        )
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of a quantised layer, whose method knows where its weights are."""
+        product: Tensor = self.quant_method.apply(self, x, bias)  # type: ignore[attr-defined]
+        return product
+
+    def forward(self, input_: Tensor) -> LinearResult:
+        """The op's forward; vLLM's own where there is none."""
+        if self.op is None:
+            result: LinearResult = super().forward(input_)
+        elif isinstance(self.op, (MLPColumnParallelOp, MLPRowParallelOp, OProjRowParallelOp)):
+            result = _over_data_parallel(self.op, input_, parallel.step())
+        else:
+            result = self.op.apply(input_, parallel.step())
+        if self.next_to_prefetch is not None:
+            _prefetch(self.next_to_prefetch, result)
+        return result
+
+
+def _over_data_parallel(op: CustomLinearOp, input_: Tensor, state: StepState) -> LinearResult:
+    """`op.apply` where the ranks of its group, which is along DP, have different numbers of tokens: all are padded to the largest."""
+    shared = parallel.current()
+    assert shared is not None  # the op came from it
+    counts = shared.tokens_over(op.group, state)
+    if state.flashcomm1 or counts is None or len(set(counts)) == 1:  # FlashComm1 has padded all replicas to one length
+        return op.apply(input_, state)
+    own, longest = counts[op.group.rank_in_group], max(counts)
+    if not isinstance(op, MLPRowParallelOp):
+        input_ = torch.nn.functional.pad(input_, (0, 0, 0, longest - own))
+    result = op.apply(input_, replace(state, dp_tokens=None))
+    if isinstance(op, MLPColumnParallelOp):
+        return result
+    return (result[0][:own], result[1]) if isinstance(result, tuple) else result[:own]
+
+
+def _prefetch(following: tuple[str, WithOp], result: LinearResult) -> None:
+    """Begin to prefetch the weight of the layer that follows, behind what has just been computed."""
+    shared = parallel.current()
+    if shared is None or shared.prefetcher is None:
+        return
+    module, layer = following
+    shared.prefetcher.finish()
+    shared.prefetcher.start(module, layer.weight, result[0] if isinstance(result, tuple) else result)
+
+
+class _Column(WithOp):
+    def _choose(self, env: LinearEnv, prefix: str, disable_tp: bool) -> Selected:
+        return select("column", prefix, env, disable_tp=disable_tp)
+
+
+class AscendColumnParallelLinear(_Column, ColumnParallelLinear):
+    """`ColumnParallelLinear` with an op."""
+
+
+class AscendMergedColumnParallelLinear(_Column, MergedColumnParallelLinear):
+    """`MergedColumnParallelLinear` with an op."""
+
+
+class AscendQKVParallelLinear(_Column, QKVParallelLinear):
+    """`QKVParallelLinear` with an op."""
+
+
+class AscendRowParallelLinear(WithOp, RowParallelLinear):
+    """`RowParallelLinear` with an op."""
+
+    def _choose(self, env: LinearEnv, prefix: str, disable_tp: bool) -> Selected:
+        return select("row", prefix, env, disable_tp=disable_tp)
+
+
+class AscendReplicatedLinear(WithOp, ReplicatedLinear):
+    """`ReplicatedLinear` with an op."""
+
+    def _choose(self, env: LinearEnv, prefix: str, disable_tp: bool) -> Selected:
+        return Selected(
+            get_replicated_op(prefix, env, disable_tp=disable_tp), env.tp.rank_in_group, env.tp.world_size
+        )
+
+
+def finish_loading(model: nn.Module) -> None:
+    """Hand the loaded weights over, begin to stream those of layer sharding, and chain the weights that are prefetched.
+
+    Collective where layer sharding is on.
+
+    Raises:
+        ValueError: a series of fewer than two layers to stream.
+    """
+    shared = parallel.current()
+    if shared is None:
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, WithOp)]
+    for layer in layers:
+        layer.hand_over()
+    if (o_shard := shared.env.o_shard) is not None:
+        for layer in layers:
+            index = layer_index(layer.prefix)
+            if index is not None and layer.prefix.endswith(".o_proj") and layer.op is not None:
+                layer.hand_over(o_shard.add(index, layer.weight))
+        o_shard.start()
+    if shared.prefetcher is not None:
+        _chain(layers)
+
+
+def _chain(layers: list[WithOp]) -> None:
+    """Tell each layer which one follows it, if its weight is prefetched; the first one follows the last."""
+    named = [(_PREFETCHED.get(layer.prefix.rpartition(".")[2], ""), layer) for layer in layers]
+    found = [(module, layer) for module, layer in named if module and layer_index(layer.prefix) is not None]
+    for (_, layer), following in zip(found, [*found[1:], *found[:1]], strict=True):
+        layer.next_to_prefetch = following  # in a tuple, or nn.Module would take it for a part of this layer
+
+
+def register() -> None:
+    """Replace vLLM's layers, each under its own name."""
+    replacements: list[tuple[Callable[..., Any], type[WithOp]]] = [
+        (ColumnParallelLinear.register_oot, AscendColumnParallelLinear),
+        (MergedColumnParallelLinear.register_oot, AscendMergedColumnParallelLinear),
+        (QKVParallelLinear.register_oot, AscendQKVParallelLinear),
+        (RowParallelLinear.register_oot, AscendRowParallelLinear),
+        (ReplicatedLinear.register_oot, AscendReplicatedLinear),
+    ]
+    for register_oot, replacement in replacements:
+        register_oot(replacement)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place with state of a worker process: its communication groups, its `LinearEnv`, and the step that it is in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+from ascend_comm import CommGroup, GroupSet, Topology, wrap
+from ascend_linear import LinearEnv, PrefetchConfig, StepState, WeightPrefetcher, plan_step
+from torch import Tensor
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.forward_context import get_forward_context, is_forward_context_available
+
+from vllm_ascend import envs, layout
+from vllm_ascend.config import AscendConfig
+
+__all__ = ["Parallel", "close", "current", "forward_context", "start", "step"]
+
+_STEP = "ascend_step"  # key in the forward context
+_UNSPLIT = StepState()
+_current: Parallel | None = None
+
+
+class Parallel:
+    """What the adapters of a worker's layers share.
+
+    Args:
+        config: the options.
+        env: what linear ops are told.
+        groups: the groups beside vLLM's own.
+        max_num_seqs: requests of a step at most.
+    """
+
+    def __init__(self, config: AscendConfig, env: LinearEnv, groups: GroupSet, max_num_seqs: int) -> None:
+        """Note them."""
+        self.config = config
+        self.env = env
+        self.groups = groups
+        self.max_num_seqs = max_num_seqs
+        self.last_step = _UNSPLIT
+        ratios = config.weight_prefetch_config
+        self.prefetcher = (
+            WeightPrefetcher(PrefetchConfig(ratios=ratios.prefetch_ratio.by_module)) if ratios.enabled else None
+        )
+
+    def plan(self, tokens: int, dp_tokens: tuple[int, ...] | None) -> StepState:
+        """The state of the step that begins now. `last_step` keeps it for what runs behind the model, such as the LM head."""
+        self.last_step = plan_step(
+            tokens, self.env, threshold=self.config.flashcomm1_dense_threshold, dp_tokens=dp_tokens
+        )
+        return self.last_step
+
+    def tokens_over(self, group: CommGroup, state: StepState) -> tuple[int, ...] | None:
+        """Tokens of each rank of `group` (consecutive DP ranks) in a step; None where vLLM has not counted over DP."""
+        if state.dp_tokens is None:
+            return None
+        first = self.env.dp_rank - group.rank_in_group
+        return state.dp_tokens[first : first + group.world_size]
+
+    def pad(self, x: Tensor, state: StepState) -> Tensor:
+        """`[N, ...]` -> `[P, ...]`, P a multiple of TP."""
+        return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, state.pad_size)) if state.pad_size else x
+
+    def own_chunk(self, x: Tensor, state: StepState) -> Tensor:
+        """This rank's rows under FlashComm1: `[N, ...]` -> `[P / TP, ...]`."""
+        return self.pad(x, state).chunk(self.env.tp.world_size)[self.env.tp.rank_in_group]
+
+    def all_chunks(self, x: Tensor, state: StepState) -> Tensor:
+        """All ranks' rows under FlashComm1, without the padding: `[P / TP, ...]` -> `[N, ...]`."""
+        gathered = self.env.tp.all_gather(x, 0)
+        return gathered[: gathered.shape[0] - state.pad_size]
+
+
+def start(vllm_config: Any) -> Parallel:
+    """Build the groups and the environment of this worker, in the place of those of an earlier one in this process.
+
+    Collective: all ranks of the world call it, after vLLM has built its own groups.
+
+    Raises:
+        ValueError: options that do not fit (they have been checked before the workers started).
+        MemoryError: the groups' HCCL buffers do not fit into the free device memory.
+    """
+    global _current
+    close()
+    config = AscendConfig.of(vllm_config.additional_config)
+    parallel = vllm_config.parallel_config
+    deployment = _in_actual_world(layout.Deployment.of(vllm_config))
+    wanted = layout.group_config(config, deployment, envs.hccl_buffsize_mb())
+    seconds = parallel.distributed_timeout_seconds
+    groups = GroupSet(
+        wanted,
+        backend="hccl",
+        free_memory=torch.npu.mem_get_info()[0] if wanted.families() else None,
+        timeout=timedelta(seconds=seconds) if seconds else None,
+    )
+    env = layout.linear_env(
+        config, deployment, tp=wrap(get_tp_group()), groups=groups, dp_rank=parallel.data_parallel_rank
+    )
+    _current = Parallel(config, env, groups, vllm_config.scheduler_config.max_num_seqs)
+    return _current
+
+
+def _in_actual_world(deployment: layout.Deployment) -> layout.Deployment:
+    """The same over the world that runs, which is larger where several replicas are launched outside vLLM."""
+    top, world = deployment.topology, torch.distributed.get_world_size()
+    if world == top.world_size:
+        return deployment
+    sizes = (top.data_parallel, top.pipeline_parallel, top.prefill_context_parallel, top.tensor_parallel)
+    return replace(deployment, topology=Topology(world, *sizes))
+
+
+def current() -> Parallel | None:
+    """What `start` built; None outside a worker."""
+    return _current
+
+
+def close() -> None:
+    """Destroy the groups. More calls do nothing."""
+    global _current
+    if _current is not None:
+        _current.groups.close()
+    _current = None
+
+
+def forward_context(num_tokens: int | None, num_tokens_across_dp: Tensor | None) -> dict[str, Any]:
+    """What vLLM keeps in the forward context of a step of `num_tokens` tokens, `num_tokens_across_dp` `[DP]` on all replicas."""
+    if _current is None or num_tokens is None:
+        return {}
+    counts = None if num_tokens_across_dp is None else tuple(num_tokens_across_dp.tolist())
+    return {_STEP: _current.plan(num_tokens, counts)}
+
+
+def step() -> StepState:
+    """The step whose forward pass runs; outside of one, a step without split tokens."""
+    if not is_forward_context_available():
+        return _UNSPLIT
+    state: StepState = get_forward_context().additional_kwargs.get(_STEP, _UNSPLIT)
+    return state
