@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: `vllm-ascend doctor`."""
+"""Command line: `vllm-ascend doctor` and `vllm-ascend explain`."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from vllm_ascend import doctor as diagnosis
+
+if TYPE_CHECKING:
+    from vllm_ascend.explain import Explained
 
 __all__ = ["app", "main"]
 
@@ -42,6 +46,75 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         console.print("plugin: [red]inactive[/red] because ", end="")
         console.print(report.reason, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(0 if report.active else 1)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hugging Face hub.")],
+    tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1)] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", min=1)] = 1,
+    data_parallel_size: Annotated[int, typer.Option("--data-parallel-size", "-dp", min=1)] = 1,
+    enable_expert_parallel: Annotated[bool, typer.Option("--enable-expert-parallel", "-ep")] = False,
+    additional_config: Annotated[str, typer.Option(help="This plugin's options, as JSON.")] = "{}",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    rank: Annotated[int, typer.Option(help="The global rank to look at.", min=0)] = 0,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step, which decide whether FlashComm1 takes part.", min=1)] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every layer by itself.")] = False,
+) -> None:
+    """Print the op, the group and the bytes of every linear layer under these options, without starting an engine."""
+    from ascend_comm import Topology
+
+    from vllm_ascend import explain as explanation
+    from vllm_ascend.config import AscendConfig
+    from vllm_ascend.models import read_config
+
+    sizes = (data_parallel_size, pipeline_parallel_size, 1, tensor_parallel_size)
+    try:
+        rows = explanation.explain(
+            read_config(model),
+            AscendConfig.of(json.loads(additional_config)),
+            Topology(data_parallel_size * pipeline_parallel_size * tensor_parallel_size, *sizes),
+            expert_parallel=enable_expert_parallel,
+            rank=rank,
+            tokens=tokens,
+            dtype=dtype,
+        )
+    except ValueError as error:  # JSON that is none is one too
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps([row.as_dict() for row in rows], indent=2))
+        return
+    Console().print(_explained_table(rows, rank, tokens))
+
+
+def _explained_table(rows: list[Explained], rank: int, tokens: int) -> Table:
+    from vllm_ascend.explain import merged
+
+    table = Table(box=box.SIMPLE, title=f"rank {rank}, steps of {tokens} tokens", title_justify="left", padding=(0, 1, 0, 0))
+    for column in ("layer", "op", "ranks"):
+        table.add_column(column, overflow="fold")
+    for column in ("n", "weight", "sent/token", "sent/step"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row, count in merged(rows):
+        ranks = ",".join(map(str, row.ranks)) if len(row.ranks) <= 4 else f"{row.ranks[0]}..{row.ranks[-1]}"
+        name = row.path.removeprefix("model.").removeprefix("layers.*.")
+        figures = (row.weight_bytes, row.bytes_per_token, row.bytes_per_step)
+        table.add_row(name, row.op or "vLLM's own", ranks, str(count), *map(_in_units, figures))
+    table.add_section()
+    sent = sum(row.bytes_per_token for row in rows if row.path != "lm_head")  # whose rows are few
+    totals = (sum(row.weight_bytes for row in rows), sent, sum(row.bytes_per_step for row in rows))
+    table.add_row("all", "(sent: without lm_head)", "", str(len(rows)), *map(_in_units, totals))
+    return table
+
+
+def _in_units(size: float) -> str:
+    """Bytes, with the largest unit that leaves a number of 1 or more."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
 
 
 def main() -> None:

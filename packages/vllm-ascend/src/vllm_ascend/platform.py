@@ -155,5 +155,5 @@ class AscendPlatform(Platform):
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:
-        """torch.distributed over HCCL needs nothing beyond vLLM's base class."""
-        return "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
+        """vLLM's base class over HCCL, and collectives of unequal parts."""
+        return "vllm_ascend.communicator.AscendCommunicator"

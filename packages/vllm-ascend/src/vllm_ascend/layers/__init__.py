@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 __all__ = ["register"]
 
 
 @cache
-def register() -> None:
-    """Put every replacement layer in vLLM's registry, once a process."""
-    from vllm_ascend.layers import activation, linear, rotary, vocab
+def register() -> Any:
+    """Put every replacement layer in vLLM's registry, once a process. What is returned keeps operators defined, and is cached for that."""
+    from vllm_ascend.layers import activation, linear, moe, rotary, vocab
 
     activation.register()
     linear.register()
     rotary.register()
     vocab.register()
+    return moe.register()

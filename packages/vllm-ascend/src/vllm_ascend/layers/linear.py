@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from ascend_linear import (
@@ -24,7 +24,6 @@ from ascend_linear import (
     Selected,
     StepState,
     StreamedWeight,
-    get_parallel_op,
     get_replicated_op,
     layer_index,
 )
@@ -41,6 +40,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from vllm_ascend import compat, parallel
+from vllm_ascend.layers.select import select
 
 __all__ = [
     "AscendColumnParallelLinear",
@@ -51,37 +51,10 @@ __all__ = [
     "WithOp",
     "finish_loading",
     "register",
-    "select",
 ]
 
-# Column layers that need no op under FlashComm1: what precedes them has gathered the tokens.
-_GATHERED_BEFORE = ("q_b_proj", "kv_b_proj")
 # Module of `ascend_linear.PrefetchConfig` by the last component of a layer's path.
 _PREFETCHED = {"qkv_proj": "qkv", "o_proj": "o", "gate_up_proj": "gate_up", "down_proj": "down"}
-
-
-def select(direction: Literal["column", "row"], prefix: str, env: LinearEnv, *, disable_tp: bool = False) -> Selected:
-    """The op of a layer, as `get_parallel_op` has it, and a check that FlashComm1 leaves no layer of a model behind.
-
-    Shared experts never take part in mlp-TP: the MoE layer around them sums their output with the routed experts'.
-
-    Raises:
-        ValueError: FlashComm1 splits tokens before this layer, and no op of it knows of that.
-    """
-    shared_expert = not {"shared_expert", "shared_experts"}.isdisjoint(prefix.split("."))
-    if shared_expert and env.mlp_tp is not None:
-        env = replace(env, mlp_tp=None)
-    chosen = get_parallel_op(direction, prefix, env, disable_tp=disable_tp)
-    name = prefix.rpartition(".")[2]
-    if env.enable_flashcomm1 and chosen.op is None and not disable_tp and name not in _GATHERED_BEFORE:
-        # A neighbour that FlashComm1 is made for tells whether tokens are split here: not in towers, shared experts or outside of layers.
-        only = LinearEnv(tp=env.tp, enable_flashcomm1=True)
-        neighbour = get_parallel_op("row", f"{prefix.rpartition('.')[0]}.o_proj", only)
-        if layer_index(prefix) is not None and neighbour.op is not None:
-            raise ValueError(
-                f"option 'enable_flashcomm1' (True) cannot be used with this model: its layer {prefix!r} does not know of split tokens"
-            )
-    return chosen
 
 
 class WithOp(LinearBase):

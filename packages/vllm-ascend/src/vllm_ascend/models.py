@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear layers of known models, read off their Hugging Face config. No vLLM: a test holds the list against real engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["ARCHITECTURES", "Linear", "layers_of", "read_config", "stage_layers"]
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """A linear layer, whole.
+
+    Args:
+        path: its path in vLLM's model.
+        kind: "column" (output features are cut), "row" (input features are) or "replicated".
+        inputs: input features.
+        outputs: output features, those of key and value heads apart.
+        heads: of a qkv_proj: how many key and value heads, and the features of one of each together.
+        bias: whether it has one.
+        reduced_later: a row layer whose sum over ranks the model takes together with another's.
+    """
+
+    path: str
+    kind: Literal["column", "row", "replicated"]
+    inputs: int
+    outputs: int
+    heads: tuple[int, int] = (0, 0)
+    bias: bool = False
+    reduced_later: bool = False
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The config of a model's folder, or of a model on the Hugging Face hub; of a model of several parts that of its language model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = Path(model) / "config.json"
+    if file.exists():
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    elif Path(model).exists():
+        raise ValueError(f"{model}: there is no config.json in it")
+    else:
+        from transformers import PretrainedConfig
+
+        try:
+            config = PretrainedConfig.get_config_dict(model)[0]
+        except OSError as error:
+            raise ValueError(f"{model}: neither a folder nor a model on the hub ({str(error).splitlines()[0]})") from error
+    inner = config.get("text_config")
+    return {**inner, "architectures": config.get("architectures", [])} if isinstance(inner, dict) else config
+
+
+def layers_of(config: Config) -> list[Linear]:
+    """Every linear layer between the embedding and the LM head, in the order of the model.
+
+    Raises:
+        ValueError: an architecture that is not in `ARCHITECTURES`.
+    """
+    names = config.get("architectures") or ["?"]
+    build = next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
+    if build is None:
+        raise ValueError(f"architecture {names[0]!r} is not known here; known are {', '.join(sorted(ARCHITECTURES))}")
+    return [layer for n in range(config["num_hidden_layers"]) for layer in build(config, n, f"model.layers.{n}")]
+
+
+def stage_layers(layers: int, stages: int, stage: int) -> range:
+    """The layers of a pipeline stage, as vLLM spreads them: what is left over goes to the last stages but one."""
+    sizes = [layers // stages] * stages
+    for late in range(2, layers % stages + 2):
+        sizes[-late] += 1
+    return range(sum(sizes[:stage]), sum(sizes[: stage + 1]))
+
+
+def _attention(config: Config, path: str, *, qkv_bias: bool, o_bias: bool = False) -> Iterator[Linear]:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    pairs = config.get("num_key_value_heads") or heads
+    yield Linear(
+        path=f"{path}.self_attn.qkv_proj", kind="column", inputs=hidden, outputs=heads * head, heads=(pairs, 2 * head), bias=qkv_bias
+    )  # fmt: skip
+    yield Linear(path=f"{path}.self_attn.o_proj", kind="row", inputs=heads * head, outputs=hidden, bias=o_bias)
+
+
+def _latent_attention(config: Config, path: str) -> Iterator[Linear]:
+    """DeepSeek's MLA."""
+    hidden, heads, path = config["hidden_size"], config["num_attention_heads"], f"{path}.self_attn"
+    rank, rope, value = config["kv_lora_rank"], config["qk_rope_head_dim"], config["v_head_dim"]
+    nope = config["qk_nope_head_dim"]
+    query_rank = config.get("q_lora_rank")
+    if query_rank is None:
+        yield Linear(path=f"{path}.kv_a_proj_with_mqa", kind="replicated", inputs=hidden, outputs=rank + rope)
+        yield Linear(path=f"{path}.q_proj", kind="column", inputs=hidden, outputs=heads * (nope + rope))
+    else:
+        both = query_rank + rank + rope
+        yield Linear(path=f"{path}.fused_qkv_a_proj", kind="replicated", inputs=hidden, outputs=both)
+        yield Linear(path=f"{path}.q_b_proj", kind="column", inputs=query_rank, outputs=heads * (nope + rope))
+    yield Linear(path=f"{path}.kv_b_proj", kind="column", inputs=rank, outputs=heads * (nope + value))
+    yield Linear(path=f"{path}.o_proj", kind="row", inputs=heads * value, outputs=hidden)
+
+
+def _mlp(config: Config, path: str, width: int, *, bias: bool = False, shared: bool = False) -> Iterator[Linear]:
+    hidden = config["hidden_size"]
+    yield Linear(path=f"{path}.gate_up_proj", kind="column", inputs=hidden, outputs=2 * width, bias=bias)
+    yield Linear(
+        path=f"{path}.down_proj", kind="row", inputs=width, outputs=hidden, bias=bias, reduced_later=shared
+    )
+
+
+def _gate(config: Config, path: str, experts: int) -> Linear:
+    return Linear(path=f"{path}.gate", kind="replicated", inputs=config["hidden_size"], outputs=experts)
+
+
+def _llama(config: Config, n: int, path: str) -> Iterator[Linear]:
+    bias = bool(config.get("attention_bias") or config.get("bias"))
+    yield from _attention(config, path, qkv_bias=bool(config.get("qkv_bias", bias)), o_bias=bias)
+    yield from _mlp(config, f"{path}.mlp", config["intermediate_size"], bias=bool(config.get("mlp_bias")))
+
+
+def _qwen2(config: Config, n: int, path: str) -> Iterator[Linear]:
+    yield from _attention(config, path, qkv_bias=True)
+    yield from _mlp(config, f"{path}.mlp", config["intermediate_size"])
+
+
+def _qwen3(config: Config, n: int, path: str) -> Iterator[Linear]:
+    yield from _attention(config, path, qkv_bias=bool(config.get("attention_bias")))
+    yield from _mlp(config, f"{path}.mlp", config["intermediate_size"])
+
+
+def _qwen_moe(config: Config, n: int, path: str, *, qkv_bias: bool) -> Iterator[Linear]:
+    yield from _attention(config, path, qkv_bias=qkv_bias)
+    dense = n in (config.get("mlp_only_layers") or []) or (n + 1) % config.get("decoder_sparse_step", 1)
+    if dense:
+        yield from _mlp(config, f"{path}.mlp", config["intermediate_size"])
+        return
+    yield _gate(config, f"{path}.mlp", config["num_experts"])
+    if width := config.get("shared_expert_intermediate_size"):
+        yield Linear(path=f"{path}.mlp.shared_expert_gate", kind="replicated", inputs=config["hidden_size"], outputs=1)
+        yield from _mlp(config, f"{path}.mlp.shared_expert", width, shared=True)
+
+
+def _qwen2_moe(config: Config, n: int, path: str) -> Iterator[Linear]:
+    yield from _qwen_moe(config, n, path, qkv_bias=bool(config.get("qkv_bias", True)))
+
+
+def _qwen3_moe(config: Config, n: int, path: str) -> Iterator[Linear]:
+    yield from _qwen_moe(config, n, path, qkv_bias=bool(config.get("attention_bias")))
+
+
+def _deepseek_mlp(config: Config, n: int, path: str) -> Iterator[Linear]:
+    first, every = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
+    experts = config.get("n_routed_experts")
+    if not experts or n < first or n % every:
+        yield from _mlp(config, f"{path}.mlp", config["intermediate_size"])
+        return
+    yield _gate(config, f"{path}.mlp", experts)
+    if shared := config.get("n_shared_experts"):
+        width = config["moe_intermediate_size"] * shared
+        yield from _mlp(config, f"{path}.mlp.shared_experts", width, shared=True)
+
+
+def _deepseek(config: Config, n: int, path: str) -> Iterator[Linear]:
+    yield from _latent_attention(config, path)
+    yield from _deepseek_mlp(config, n, path)
+
+
+def _glm4_moe(config: Config, n: int, path: str) -> Iterator[Linear]:
+    yield from _attention(config, path, qkv_bias=bool(config.get("attention_bias")))
+    yield from _deepseek_mlp(config, n, path)
+
+
+def _mixtral(config: Config, n: int, path: str) -> Iterator[Linear]:
+    yield from _attention(config, path, qkv_bias=False)
+    yield _gate(config, f"{path}.block_sparse_moe", config["num_local_experts"])
+
+
+ARCHITECTURES: Mapping[str, Callable[[Config, int, str], Iterator[Linear]]] = {
+    "DeepseekV2ForCausalLM": _deepseek,
+    "DeepseekV3ForCausalLM": _deepseek,
+    "Glm4MoeForCausalLM": _glm4_moe,
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _llama,
+    "MixtralForCausalLM": _mixtral,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen2MoeForCausalLM": _qwen2_moe,
+    "Qwen3ForCausalLM": _qwen3,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+}

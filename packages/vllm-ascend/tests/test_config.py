@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options for linear layers: what is read, and the one error that each broken rule gives before anything starts."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from ascend_comm import Topology
+from ascend_linear import MoeLayers
+from vllm_ascend import envs
+from vllm_ascend.config import AscendConfig, FinegrainedTP
+from vllm_ascend.layout import Deployment, Model, check, group_config, planned_env
+
+DENSE = Model(vocabulary=1000, dense_width=128, attention_width=256)
+MOE = Model(moe=MoeLayers(routed_experts=8), vocabulary=1000, dense_width=128, attention_width=256)
+TIED = Model(moe=MoeLayers(routed_experts=8), vocabulary=1000, dense_width=128, tied_embeddings=True)
+
+
+def over(dp=1, pp=1, tp=1, **more):
+    """A deployment; a dense model's replicas are apart."""
+    model = more.pop("model", DENSE)
+    replicas = dp if model.moe.routed_experts else 1
+    return Deployment(
+        topology=Topology(replicas * pp * tp, replicas, pp, 1, tp), data_parallel_asked=dp, model=model, **more
+    )
+
+
+def fine(**sizes):
+    return {"finegrained_tp_config": {f"{name}_tensor_parallel_size": size for name, size in sizes.items()}}
+
+
+def test_what_is_read():
+    read = AscendConfig.of(
+        {
+            "enable_flashcomm1": True,
+            "flashcomm1_dense_threshold": 7,
+            "flashcomm2_parallel_size": 2,
+            "layer_sharding": ["o_proj"],
+            "finegrained_tp_config": {"mlp_tensor_parallel_size": 4, "oproj_tensor_parallel_size": None},
+            "weight_prefetch_config": {"enabled": True, "prefetch_ratio": {"attn": {"qkv": 0.5}, "mlp": {"down": 0}}},
+            "enable_dsa_cp": None,
+        }
+    )
+    assert read.enable_flashcomm1 is True
+    assert (read.flashcomm1_dense_threshold, read.flashcomm2_parallel_size) == (7, 2)
+    assert read.layer_sharding == ("o_proj",)
+    assert read.finegrained_tp_config == FinegrainedTP(mlp_tensor_parallel_size=4)
+    ratios = read.weight_prefetch_config.prefetch_ratio.by_module
+    assert ratios == {"qkv": 0.5, "o": 1.0, "gate_up": 1.0, "down": 0}
+    assert read.enable_dsa_cp is False
+
+
+WRONG_VALUES = [
+    ({"enable_flashcomm1": 1}, "option 'enable_flashcomm1' (1) must be true or false"),
+    ({"flashcomm2_parallel_size": True}, "option 'flashcomm2_parallel_size' (True) must be a whole number, 0 or more"),
+    ({"flashcomm2_parallel_size": -1}, "option 'flashcomm2_parallel_size' (-1) must be a whole number, 0 or more"),
+    ({"flashcomm1_dense_threshold": 2.5}, "'flashcomm1_dense_threshold' (2.5) must be a whole number"),
+    ({"layer_sharding": "o_proj"}, "option 'layer_sharding' ('o_proj') must be a list of names"),
+    ({"finegrained_tp_config": 2}, "option 'finegrained_tp_config' (2) must be an object with the keys"),
+    (fine(mpl=2), "'finegrained_tp_config' has an unknown option 'mpl_tensor_parallel_size' (2); did you mean mlp_tensor_parallel_size"),
+    (fine(mlp="2"), "option 'finegrained_tp_config.mlp_tensor_parallel_size' ('2') must be a whole number"),
+    ({"weight_prefetch_config": {"prefetch_ratio": {"attn": {"o": 1.5}}}}, "'weight_prefetch_config.prefetch_ratio.attn.o' (1.5) must be a number from 0 to 1"),
+    ({"enable_shared_expert_dp": True}, "option 'enable_shared_expert_dp' (True) of the public plugin is not supported"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG_VALUES)
+def test_a_wrong_value_is_named(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AscendConfig.of(given)
+
+
+BROKEN_RULES = [
+    ({"enable_flashcomm1": True}, over(), "option 'enable_flashcomm1' (True) needs tensor_parallel_size > 1, got 1"),
+    ({"enable_flashcomm1": True}, over(tp=2, model=MOE), "of a MoE model needs enable_expert_parallel"),
+    ({"enable_flashcomm1": True}, over(dp=2, tp=2, model=MOE, expert_parallel=True), "needs data_parallel_size 1, got 2"),
+    ({"enable_flashcomm1": True}, over(tp=2, model=Model(latent_attention=True)), "cannot be used with multi-head latent attention"),
+    ({"enable_flashcomm1": True}, over(tp=2, speculative=True), "cannot be used with speculative decoding"),
+    ({"enable_flashcomm1": True}, over(tp=2, adapters=True), "LoRA cannot be used with this plugin's options"),
+    ({"flashcomm2_parallel_size": 1}, over(tp=2, microbatches=True), "microbatches (enable_dbo) cannot be used"),
+    ({"flashcomm2_parallel_size": 3}, over(tp=4), "flashcomm2_parallel_size"),
+    ({"flashcomm2_parallel_size": 4}, over(tp=4), "flashcomm2_parallel_size"),
+    ({"flashcomm2_parallel_size": 2}, over(tp=4, kv_role="consumer"), "not on a decode-only node"),
+    ({"flashcomm2_parallel_size": 2, **fine(oproj=2)}, over(tp=4, dp=2, model=MOE), "finegrained_tp_config.oproj_tensor_parallel_size=2"),
+    ({"enable_matmul_allreduce": True, "flashcomm2_parallel_size": 1}, over(tp=2), "enable_matmul_allreduce=True: excludes"),
+    ({"enable_matmul_allreduce": True}, over(tp=3), "tensor_parallel_size must be one of (1, 2, 4, 8), got 3"),
+    ({"layer_sharding": ["o_proj"]}, over(tp=2), "option 'layer_sharding' (['o_proj']) needs flashcomm2_parallel_size"),
+    ({"layer_sharding": ["q_b_proj"], "flashcomm2_parallel_size": 1}, over(tp=2), "only ('o_proj',) is allowed"),
+    ({"enable_dsa_cp": True}, over(tp=2), "option 'enable_dsa_cp' (True) needs a model with DeepSeek sparse attention"),
+    ({"enable_dsa_cp": True}, over(tp=2, model=Model(sparse_attention=True)), "enable_dsa_cp=True: needs enable_flashcomm1=True"),
+    (fine(oproj=2), over(dp=2, tp=2, model=MOE), "oproj_tensor_parallel_size=2: needs tensor_parallel_size=1, got 2"),
+    (fine(mlp=3), over(dp=3, model=MOE), "'finegrained_tp_config.mlp_tensor_parallel_size' (3) must divide intermediate_size of the model, 128"),
+    (fine(mlp=4), over(dp=2, model=MOE), "finegrained_tp_config.mlp_tensor_parallel_size: k=4"),
+    (fine(lmhead=2), over(dp=2), "(2) needs a MoE model: vLLM runs the data parallel ranks of a dense one apart"),
+    (fine(lmhead=2), over(dp=2, model=TIED), "must be equal, for the model's LM head is its embedding"),
+    (fine(lmhead=2), over(dp=2, model=MOE, speculative=True), "cannot be used with speculative decoding"),
+    (fine(embedding=2), over(dp=2, model=MOE, prompt_embeddings=True), "needs a model that is given tokens alone"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "deployment", "message"), BROKEN_RULES)
+def test_a_broken_rule_is_named(given, deployment, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(AscendConfig.of(given), deployment)
+
+
+GOOD = [
+    ({}, over(dp=2, tp=3)),
+    ({"enable_flashcomm1": True, "flashcomm2_parallel_size": 2, "layer_sharding": ["o_proj"]}, over(pp=2, tp=4)),
+    ({"enable_flashcomm1": True}, over(tp=2, model=MOE, expert_parallel=True)),
+    ({"enable_flashcomm1": True, **fine(mlp=1)}, over(dp=2, tp=2)),
+    ({"enable_matmul_allreduce": True, "weight_prefetch_config": {"enabled": True}}, over(tp=8, kv_role="consumer")),
+    (fine(oproj=2, mlp=4, lmhead=2, embedding=2), over(dp=4, model=MOE)),
+    (fine(lmhead=2, embedding=2), over(dp=4, tp=2, model=TIED)),
+]
+
+
+@pytest.mark.parametrize(("given", "deployment"), GOOD)
+def test_what_fits_gives_every_rank_its_groups(given, deployment):
+    config = AscendConfig.of(given)
+    check(config, deployment)
+    families = group_config(config, deployment).families()
+    for rank in range(deployment.topology.world_size):
+        env = planned_env(config, deployment, rank)
+        assert rank in env.tp.ranks
+        assert env.enable_flashcomm1 == config.enable_flashcomm1
+        if "mlp_tp" in families:
+            assert env.mlp_tp.ranks in families["mlp_tp"]
+    with pytest.raises(AttributeError, match="only planned"):
+        planned_env(config, deployment).tp.all_gather(None)
+
+
+@pytest.mark.parametrize(
+    ("precision", "tp", "fused"), [(True, 2, True), (True, 3, False), (False, 2, False), (True, 16, False)]
+)
+def test_product_and_reduce_scatter_are_one_kernel_where_it_can(precision, tp, fused):
+    env = planned_env(AscendConfig(enable_flashcomm1=True), over(tp=tp, model=Model(half_precision=precision)))
+    assert env.enable_matmul_reduce_scatter is fused
+
+
+def test_model_facts_of_a_config():
+    deepseek = {
+        "n_routed_experts": 256, "first_k_dense_replace": 3, "moe_layer_freq": 1, "index_topk": 2048, "num_attention_heads": 128,
+        "v_head_dim": 128, "hidden_size": 7168, "vocab_size": 129280, "intermediate_size": 18432,
+    }  # fmt: skip
+    model = Model.of(deepseek, latent_attention=True)
+    assert model.moe == MoeLayers(routed_experts=256, first_k_dense_replace=3)
+    assert model.sparse_attention
+    assert (model.attention_width, model.dense_width, model.vocabulary) == (16384, 18432, 129280)
+    plain = Model.of({"num_attention_heads": 4, "hidden_size": 64, "tie_word_embeddings": True})
+    assert plain == Model(tied_embeddings=True, attention_width=64)
+
+
+def test_hccl_buffer_size(monkeypatch):
+    assert envs.hccl_buffsize_mb() == 200
+    monkeypatch.setenv("HCCL_BUFFSIZE", "512")
+    assert envs.hccl_buffsize_mb() == 512
+    monkeypatch.setenv("HCCL_BUFFSIZE", "lots")
+    with pytest.raises(ValueError, match="HCCL_BUFFSIZE='lots'"):
+        envs.hccl_buffsize_mb()
+
+
+def test_a_broken_rule_stops_the_engine_before_its_workers(tmp_path):
+    """vLLM's own start: one error, and no worker process."""
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 4, '
+        '"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512, '
+        '"max_position_embeddings": 256}'
+    )
+    code = (
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        f"EngineArgs(model={str(tmp_path)!r}, skip_tokenizer_init=True, additional_config={{'enable_flashcomm1': True}}).create_engine_config()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "option 'enable_flashcomm1' (True) needs tensor_parallel_size > 1, got 1" in done.stderr

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-ascend explain`: figures worked out by hand, every known architecture, and what it says of mistakes. Engines are held against it in
+test_linear.py."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from ascend_comm import Topology
+from vllm_ascend.config import AscendConfig
+from vllm_ascend.explain import explain, merged
+from vllm_ascend.models import ARCHITECTURES, layers_of, stage_layers
+
+DENSE = {
+    "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "head_dim": 16, "intermediate_size": 96, "vocab_size": 500, "attention_bias": True,
+}  # fmt: skip
+MOE = DENSE | {
+    "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "mlp_only_layers": [0, 1], "decoder_sparse_step": 1, "moe_intermediate_size": 32,
+}  # fmt: skip
+LATENT = {
+    "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "kv_lora_rank": 32,
+    "q_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32,
+    "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "vocab_size": 512,
+}  # fmt: skip
+E = 2  # bytes of bfloat16
+VOCABULARY = 512  # padded
+
+
+def rows(config, options=None, dp=1, pp=1, tp=1, **more):
+    found = explain(config, AscendConfig.of(options or {}), Topology(dp * pp * tp, dp, pp, 1, tp), **more)
+    return {row.path: row for row in found}
+
+
+def of_layer(found, name, layer=0):
+    return next(row for path, row in found.items() if path.endswith(f"layers.{layer}.{name}"))
+
+
+def test_plain_tensor_parallel():
+    found = rows(DENSE, tp=4)
+    qkv, o_proj = of_layer(found, "self_attn.qkv_proj"), of_layer(found, "self_attn.o_proj")
+    assert qkv.op == o_proj.op == ""
+    assert qkv.ranks == (0, 1, 2, 3)
+    assert qkv.weight_bytes == (2 * 16 + 2 * 16) * (64 + 1) * E  # 2 of 8 query heads, and one of the 2 key and value heads each twice there
+    assert qkv.bytes_per_token == 0
+    assert o_proj.weight_bytes == 64 * 128 // 4 * E
+    assert o_proj.bytes_per_token == 2 * 64 * E * 3 / 4  # all-reduce
+    assert found["lm_head"].bytes_per_token == VOCABULARY / 4 * E * 3
+    assert found["model.embed_tokens"].weight_bytes == VOCABULARY // 4 * 64 * E
+
+
+def test_flashcomm1_halves_what_a_row_layer_sends():
+    split = rows(DENSE, {"enable_flashcomm1": True}, tp=4, tokens=1001)
+    assert of_layer(split, "mlp.down_proj").bytes_per_token == 64 * E * 3 / 4  # reduce-scatter
+    assert of_layer(split, "mlp.gate_up_proj").bytes_per_token == 64 * E * 3 / 4  # all-gather
+    short = rows(DENSE, {"enable_flashcomm1": True}, tp=4, tokens=1000)
+    assert of_layer(short, "mlp.down_proj").bytes_per_token == 2 * 64 * E * 3 / 4
+    assert of_layer(short, "mlp.gate_up_proj").bytes_per_token == 0
+
+
+def test_flashcomm2_with_streamed_weights():
+    options = {"flashcomm2_parallel_size": 2, "layer_sharding": ["o_proj"]}
+    found = rows(DENSE, options, tp=4, rank=3)
+    o_proj = of_layer(found, "self_attn.o_proj")
+    assert (o_proj.op, o_proj.ranks) == ("Flashcomm2OProjRowParallelOp", (1, 3))
+    # all-to-all over 2 ranks, reduce-scatter over 2 of half the tokens, all-gather over 4
+    assert o_proj.bytes_per_token == (128 / 4 / 2 + 64 / 2 / 2 + 64 * 3 / 4) * E
+    shard = 64 * 128 // 2 * E
+    assert (o_proj.weight_bytes, o_proj.bytes_per_step) == (shard // 2, shard / 2)
+
+
+def test_layers_along_data_parallel():
+    fine = {f"{name}_tensor_parallel_size": 2 for name in ("oproj", "mlp", "lmhead", "embedding")}
+    found = rows(MOE, {"finegrained_tp_config": fine}, dp=4, rank=2)
+    o_proj, gate_up = of_layer(found, "self_attn.o_proj"), of_layer(found, "mlp.gate_up_proj", 1)
+    assert {row.ranks for row in (o_proj, gate_up, found["lm_head"], found["model.embed_tokens"])} == {(2, 3)}
+    assert o_proj.bytes_per_token == (128 / 2 + 64) * E
+    assert gate_up.bytes_per_token == 64 * E
+    assert gate_up.weight_bytes == 2 * 96 // 2 * 64 * E
+    assert found["lm_head"].bytes_per_token == (64 + VOCABULARY / 2) * E
+    assert found["model.embed_tokens"].bytes_per_token == 4 + 64 * E
+    assert of_layer(found, "mlp.gate", 2).op == "CustomReplicatedOp"
+    assert not any("layers.2.mlp.gate_up" in path for path in found)
+
+
+def test_latent_attention_and_shared_experts():
+    found = rows(LATENT, tp=2)
+    assert of_layer(found, "self_attn.fused_qkv_a_proj").weight_bytes == (48 + 32 + 8) * 64 * E
+    assert of_layer(found, "self_attn.q_b_proj").weight_bytes == 4 * 24 // 2 * 48 * E
+    assert of_layer(found, "mlp.down_proj").bytes_per_token == 2 * 64 * E / 2
+    assert of_layer(found, "mlp.shared_experts.down_proj", 1).bytes_per_token == 0  # summed with the routed experts' output
+
+
+def test_pipeline_stages_hold_their_layers():
+    found = [rows(DENSE, pp=2, tp=2, rank=rank) for rank in (0, 3)]
+    assert "model.embed_tokens" in found[0]
+    assert "lm_head" not in found[0]
+    assert "lm_head" in found[1]
+    assert {row.ranks for row in found[1].values()} == {(2, 3)}
+    assert all(any(f"layers.{n}." in path for path in found[n // 2]) for n in range(4))
+    assert [len(stage_layers(30, 4, stage)) for stage in range(4)] == [7, 8, 8, 7]
+
+
+def test_a_dense_model_ignores_data_parallel():
+    assert rows(DENSE, dp=2, tp=2) == rows(DENSE, tp=2)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_known_architecture(architecture):
+    config = LATENT | MOE | {"architectures": [architecture], "num_local_experts": 8, "shared_expert_intermediate_size": 32}
+    names = {layer.path.rpartition(".")[2] for layer in layers_of(config)}
+    assert "o_proj" in names
+    options = {"flashcomm2_parallel_size": 1}
+    config = {name: value for name, value in config.items() if "lora" not in name or architecture.startswith("Deepseek")}
+    found = rows(config, options, tp=2)
+    assert of_layer(found, "self_attn.o_proj").op == "Flashcomm2OProjRowParallelOp"
+
+
+def test_layers_that_differ_only_in_their_index_are_one_row():
+    found = rows(DENSE, tp=2)
+    counted = {row.path: count for row, count in merged(found.values())}
+    assert counted["model.layers.*.mlp.down_proj"] == 4
+    assert sum(counted.values()) == len(found)
+
+
+def test_command_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DENSE))
+
+    def run(*arguments):
+        command = (sys.executable, "-m", "vllm_ascend.cli", "explain", *arguments)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "120"})
+
+    done = run(str(tmp_path), "--tensor-parallel-size", "2", "--additional-config", '{"flashcomm2_parallel_size": 1}')
+    assert done.returncode == 0, done.stderr
+    assert "Flashcomm2OProjRowParallelOp" in done.stdout
+    done = run(str(tmp_path), "--tensor-parallel-size", "4", "--json")
+    assert [row["path"] for row in json.loads(done.stdout)][:2] == ["model.embed_tokens", "model.layers.0.self_attn.qkv_proj"]
+    for arguments, message in (
+        ((str(tmp_path), "--additional-config", '{"flashcomm2_parallel_size": 2}'), "flashcomm2_parallel_size"),
+        ((str(tmp_path), "--additional-config", "{"), "error: "),
+        ((str(tmp_path), "--rank", "1"), "rank"),
+        ((str(tmp_path / "config.json"),), "there is no config.json"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_what_it_cannot_explain():
+    with pytest.raises(ValueError, match=r"architecture 'NewForCausalLM' is not known here; known are DeepseekV2"):
+        rows(DENSE | {"architectures": ["NewForCausalLM"]})
+    with pytest.raises(ValueError, match="dtype='int4': must be one of bfloat16"):
+        rows(DENSE, dtype="int4")
