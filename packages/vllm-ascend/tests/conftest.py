@@ -4,8 +4,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -51,28 +53,66 @@ def prompts(smollm2):
     ]
 
 
-@pytest.fixture
-def run_engines(tmp_path):
-    """Run a job of `run_engine.py` in its own process group; returns its results. Ends with everything it started."""
-
-    def run(job, timeout=600, **env):
-        (tmp_path / "job.json").write_text(json.dumps(job))
-        settings = (
-            os.environ
-            | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "ASCEND_SIM_STRICT": "0", "OMP_NUM_THREADS": "1"}
-            | env
-        )
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "run_engine.py"), str(tmp_path / "job.json"), str(tmp_path / "result.json")],
-            env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+def start_engines(job, folder, env):
+    """`run_engine.py` as a process of its own, in its own process group."""
+    folder.mkdir(exist_ok=True)
+    (folder / "job.json").write_text(json.dumps(job))
+    settings = (
+        os.environ
+        | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "ASCEND_SIM_STRICT": "0", "OMP_NUM_THREADS": "1"}
+        | env
+    )
+    with (folder / "said.txt").open("w") as said:
+        return subprocess.Popen(
+            [sys.executable, str(HERE / "run_engine.py"), str(folder / "job.json"), str(folder / "result.json")],
+            env=settings, stdout=said, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
-        try:
-            said, _ = process.communicate(timeout=timeout)
-        finally:
+
+
+def wait_for_engines(processes, folders, timeout):
+    """Their results. Ends everything that they started, and all of them when one fails."""
+    ends = time.monotonic() + timeout
+    try:
+        while any(process.poll() is None for process in processes) and time.monotonic() < ends:
+            if any(process.poll() for process in processes):
+                break
+            time.sleep(0.2)
+    finally:
+        for process in processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-        assert process.returncode == 0, said[-6000:]
-        return json.loads((tmp_path / "result.json").read_text())
+                process.wait()
+    said = "\n\n".join((folder / "said.txt").read_text()[-6000:] for folder in folders)
+    assert all(process.returncode == 0 for process in processes), said
+    return [json.loads((folder / "result.json").read_text()) for folder in folders]
+
+
+@pytest.fixture
+def run_engines(tmp_path):
+    """Run a job of `run_engine.py`; returns its results."""
+
+    def run(job, timeout=600, **env):
+        folder = tmp_path / "engines"
+        return wait_for_engines([start_engines(job, folder, env)], [folder], timeout)[0]
+
+    return run
+
+
+@pytest.fixture
+def run_replicas(tmp_path):
+    """Run one job of `run_engine.py` for each data parallel rank, side by side; returns the results of each."""
+
+    def run(jobs, timeout=300, **env):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        folders = [tmp_path / f"replica{rank}" for rank in range(len(jobs))]
+        world = {"VLLM_DP_SIZE": str(len(jobs)), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(port)}
+        processes = [
+            start_engines(job, folder, env | world | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)})
+            for rank, (job, folder) in enumerate(zip(jobs, folders, strict=True))
+        ]
+        return wait_for_engines(processes, folders, timeout)
 
     return run
 

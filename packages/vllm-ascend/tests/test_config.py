@@ -39,7 +39,7 @@ def test_what_is_read():
             "layer_sharding": ["o_proj"],
             "finegrained_tp_config": {"mlp_tensor_parallel_size": 4, "oproj_tensor_parallel_size": None},
             "weight_prefetch_config": {"enabled": True, "prefetch_ratio": {"attn": {"qkv": 0.5}, "mlp": {"down": 0}}},
-            "enable_dsa_cp": None,
+            "enable_shared_expert_dp": None,
         }
     )
     assert read.enable_flashcomm1 is True
@@ -48,7 +48,7 @@ def test_what_is_read():
     assert read.finegrained_tp_config == FinegrainedTP(mlp_tensor_parallel_size=4)
     ratios = read.weight_prefetch_config.prefetch_ratio.by_module
     assert ratios == {"qkv": 0.5, "o": 1.0, "gate_up": 1.0, "down": 0}
-    assert read.enable_dsa_cp is False
+    assert read.enable_shared_expert_dp is False
 
 
 WRONG_VALUES = [
@@ -61,7 +61,7 @@ WRONG_VALUES = [
     (fine(mpl=2), "'finegrained_tp_config' has an unknown option 'mpl_tensor_parallel_size' (2); did you mean mlp_tensor_parallel_size"),
     (fine(mlp="2"), "option 'finegrained_tp_config.mlp_tensor_parallel_size' ('2') must be a whole number"),
     ({"weight_prefetch_config": {"prefetch_ratio": {"attn": {"o": 1.5}}}}, "'weight_prefetch_config.prefetch_ratio.attn.o' (1.5) must be a number from 0 to 1"),
-    ({"enable_shared_expert_dp": True}, "option 'enable_shared_expert_dp' (True) of the public plugin is not supported"),
+    ({"enable_dsa_cp": True}, "option 'enable_dsa_cp' (True) of the public plugin is not supported"),
 ]  # fmt: skip
 
 
@@ -87,8 +87,7 @@ BROKEN_RULES = [
     ({"enable_matmul_allreduce": True}, over(tp=3), "tensor_parallel_size must be one of (1, 2, 4, 8), got 3"),
     ({"layer_sharding": ["o_proj"]}, over(tp=2), "option 'layer_sharding' (['o_proj']) needs flashcomm2_parallel_size"),
     ({"layer_sharding": ["q_b_proj"], "flashcomm2_parallel_size": 1}, over(tp=2), "only ('o_proj',) is allowed"),
-    ({"enable_dsa_cp": True}, over(tp=2), "option 'enable_dsa_cp' (True) needs a model with DeepSeek sparse attention"),
-    ({"enable_dsa_cp": True}, over(tp=2, model=Model(sparse_attention=True)), "enable_dsa_cp=True: needs enable_flashcomm1=True"),
+    ({"enable_shared_expert_dp": True}, over(tp=2, model=MOE), "option 'enable_shared_expert_dp' (True) needs a MoE model with shared experts"),
     (fine(oproj=2), over(dp=2, tp=2, model=MOE), "oproj_tensor_parallel_size=2: needs tensor_parallel_size=1, got 2"),
     (fine(mlp=3), over(dp=3, model=MOE), "'finegrained_tp_config.mlp_tensor_parallel_size' (3) must divide intermediate_size of the model, 128"),
     (fine(mlp=4), over(dp=2, model=MOE), "finegrained_tp_config.mlp_tensor_parallel_size: k=4"),
@@ -141,12 +140,12 @@ def test_product_and_reduce_scatter_are_one_kernel_where_it_can(precision, tp, f
 
 def test_model_facts_of_a_config():
     deepseek = {
-        "n_routed_experts": 256, "first_k_dense_replace": 3, "moe_layer_freq": 1, "index_topk": 2048, "num_attention_heads": 128,
+        "n_routed_experts": 256, "first_k_dense_replace": 3, "moe_layer_freq": 1, "n_shared_experts": 1, "num_attention_heads": 128,
         "v_head_dim": 128, "hidden_size": 7168, "vocab_size": 129280, "intermediate_size": 18432,
     }  # fmt: skip
     model = Model.of(deepseek, latent_attention=True)
     assert model.moe == MoeLayers(routed_experts=256, first_k_dense_replace=3)
-    assert model.sparse_attention
+    assert model.shared_experts
     assert (model.attention_width, model.dense_width, model.vocabulary) == (16384, 18432, 129280)
     plain = Model.of({"num_attention_heads": 4, "hidden_size": 64, "tie_word_embeddings": True})
     assert plain == Model(tied_embeddings=True, attention_width=64)

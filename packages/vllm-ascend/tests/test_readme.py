@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's example prints what the README says, and its table names the kernels that there are."""
+"""The README's examples do what it says, and its table names the kernels that there are."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 from vllm_ascend import kernels
+from vllm_ascend.cli import app
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -30,3 +34,15 @@ def test_the_example_prints_what_it_says(smollm2, tmp_path):
 def test_the_table_of_kernels_is_complete():
     source = Path(kernels.__file__).read_text(encoding="utf-8")
     assert set(re.findall(r"`(npu_\w+)`", README)) == set(re.findall(r"_npu\(\)\.(npu_\w+)", source))
+
+
+def test_the_explained_example_works(tmp_path, monkeypatch):
+    (line,) = re.findall(r"^vllm-ascend (explain .*)$", README, re.MULTILINE)
+    config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9,
+              "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True}  # fmt: skip
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "smollm2" / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner(env={"COLUMNS": "120"}).invoke(app, shlex.split(line))
+    assert done.exit_code == 0, done.output
+    assert "SequenceRowParallelOp" in done.stdout

@@ -58,7 +58,9 @@ def explain(
     additional_config: Annotated[str, typer.Option(help="This plugin's options, as JSON.")] = "{}",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     rank: Annotated[int, typer.Option(help="The global rank to look at.", min=0)] = 0,
-    tokens: Annotated[int, typer.Option(help="Tokens of a step, which decide whether FlashComm1 takes part.", min=1)] = 4096,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens of a step, which decide whether FlashComm1 takes part.", min=1)
+    ] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every layer by itself.")] = False,
 ) -> None:
     """Print the op, the group and the bytes of every linear layer under these options, without starting an engine."""
@@ -91,7 +93,9 @@ def explain(
 def _explained_table(rows: list[Explained], rank: int, tokens: int) -> Table:
     from vllm_ascend.explain import merged
 
-    table = Table(box=box.SIMPLE, title=f"rank {rank}, steps of {tokens} tokens", title_justify="left", padding=(0, 1, 0, 0))
+    table = Table(
+        box=box.SIMPLE, title=f"rank {rank}, steps of {tokens} tokens", title_justify="left", padding=(0, 1, 0, 0)
+    )
     for column in ("layer", "op", "ranks"):
         table.add_column(column, overflow="fold")
     for column in ("n", "weight", "sent/token", "sent/step"):

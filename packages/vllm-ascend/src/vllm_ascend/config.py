@@ -17,7 +17,7 @@ __all__ = ["AscendConfig", "FinegrainedTP", "PrefetchRatio", "WeightPrefetch"]
 
 # Options of the public plugin that this version does not have: name -> the values that ask for nothing.
 KNOWN: Mapping[str, tuple[Any, ...]] = {
-    "enable_shared_expert_dp": (False,),
+    "enable_dsa_cp": (False,),  # context parallelism of DeepSeek sparse attention, which has no attention backend here
     "multistream_overlap_shared_expert": (False,),
     "multistream_overlap_gate": (False,),
     "eplb_config": (None, {}, {"dynamic_eplb": False}),
@@ -117,8 +117,8 @@ class AscendConfig:
         flashcomm1_dense_threshold: tokens of a step up to which a dense model does without it (an option of this plugin alone).
         flashcomm2_parallel_size: shards of o_proj under FlashComm2; 1 keeps it whole, 0 is off.
         enable_matmul_allreduce: product and all-reduce in one kernel.
-        layer_sharding: modules whose layers are spread over ranks.
-        enable_dsa_cp: context parallelism of DeepSeek sparse attention.
+        layer_sharding: modules whose layers are spread over ranks; o_proj with FlashComm2.
+        enable_shared_expert_dp: shared experts whole on every rank, which computes its share of the tokens.
         finegrained_tp_config: TP sizes per module.
         weight_prefetch_config: weight prefetch.
     """
@@ -128,7 +128,7 @@ class AscendConfig:
     flashcomm2_parallel_size: int = 0
     enable_matmul_allreduce: bool = False
     layer_sharding: tuple[str, ...] = ()
-    enable_dsa_cp: bool = False
+    enable_shared_expert_dp: bool = False
     finegrained_tp_config: FinegrainedTP = field(default_factory=FinegrainedTP)
     weight_prefetch_config: WeightPrefetch = field(default_factory=WeightPrefetch)
 

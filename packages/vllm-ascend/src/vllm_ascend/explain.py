@@ -81,9 +81,7 @@ def explain(
     if not model.moe.routed_experts and asked > 1:  # each replica is a world of its own
         topology = Topology(topology.world_size // asked, 1, *_inner_sizes(topology))
     topology.coordinates(rank)
-    deployment = Deployment(
-        topology=topology, data_parallel_asked=asked, model=model, expert_parallel=expert_parallel
-    )
+    deployment = Deployment(topology=topology, data_parallel_asked=asked, model=model, expert_parallel=expert_parallel)
     check(options, deployment)
     env = planned_env(options, deployment, rank)
     step = plan_step(tokens, env, threshold=options.flashcomm1_dense_threshold)
@@ -117,10 +115,8 @@ def _explained(linear: Linear, env: LinearEnv, costs: _Costs) -> Explained:
         op, cut = get_replicated_op(linear.path, env), 1
     else:
         op, _, cut = select(linear.kind, linear.path, env)
-    if op is not None:
-        ranks = op.group.ranks
-    else:
-        ranks = env.tp.ranks if cut > 1 else [env.tp.ranks[env.tp.rank_in_group]]
+    without_op = env.tp.ranks if cut > 1 else [env.tp.ranks[env.tp.rank_in_group]]
+    ranks = without_op if op is None else op.group.ranks
     weight = costs.weight(linear, cut)
     per_step = 0.0
     if isinstance(op, al.Flashcomm2OProjRowParallelOp) and env.o_shard is not None:

@@ -42,7 +42,7 @@ class Model:
     Args:
         moe: which layers are MoE layers; `moe.routed_experts` is 0 for a dense model.
         latent_attention: whether attention runs as multi-head latent attention (MLA).
-        sparse_attention: whether it is DeepSeek's sparse attention.
+        shared_experts: whether its MoE layers have shared experts.
         multimodal: whether it embeds more than tokens.
         tied_embeddings: whether the LM head is the token embedding.
         vocabulary: tokens, without padding.
@@ -53,7 +53,7 @@ class Model:
 
     moe: MoeLayers = field(default_factory=MoeLayers)
     latent_attention: bool = False
-    sparse_attention: bool = False
+    shared_experts: bool = False
     multimodal: bool = False
     tied_embeddings: bool = False
     vocabulary: int = 0
@@ -87,7 +87,7 @@ class Model:
                 first_k_dense_replace=get("first_k_dense_replace") if isinstance(frequency, int) else None,
                 moe_layer_freq=frequency if isinstance(frequency, int) else 1,
             ),
-            "sparse_attention": get("index_topk") is not None,
+            "shared_experts": bool(get("n_shared_experts", "shared_expert_intermediate_size", default=0)),
             "tied_embeddings": bool(get("tie_word_embeddings", default=False)),
             "vocabulary": get("vocab_size", default=0),
             "dense_width": get("intermediate_size", default=0),
@@ -217,7 +217,7 @@ def linear_env(
             enable_flashcomm1=config.enable_flashcomm1,
             enable_matmul_allreduce=config.enable_matmul_allreduce,
             enable_matmul_reduce_scatter=config.enable_flashcomm1 and fused,
-            enable_dsa_cp=config.enable_dsa_cp,
+            enable_shared_expert_dp=config.enable_shared_expert_dp,
             layer_sharding=config.layer_sharding,
             o_shard=LayerShard(groups["shard_weight"]) if streams_o_proj else None,
             moe=model.moe,
@@ -254,10 +254,10 @@ def _broken_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]
     yield from _broken_flashcomm_rules(config, deployment)
     yield from _broken_finegrained_rules(config, deployment)
     model, names = deployment.model, list(config.layer_sharding)
-    if config.enable_dsa_cp and not model.sparse_attention:
-        yield "option 'enable_dsa_cp' (True) needs a model with DeepSeek sparse attention (index_topk in its config)"
-    if names and not config.flashcomm2_parallel_size and not config.enable_dsa_cp:
-        yield f"option 'layer_sharding' ({names}) needs flashcomm2_parallel_size > 0 with ['o_proj'], or enable_dsa_cp"
+    if config.enable_shared_expert_dp and not (model.moe.routed_experts and model.shared_experts):
+        yield "option 'enable_shared_expert_dp' (True) needs a MoE model with shared experts"
+    if names and not config.flashcomm2_parallel_size:
+        yield f"option 'layer_sharding' ({names}) needs flashcomm2_parallel_size > 0, and must be ['o_proj'] then"
     changes_layers = config != AscendConfig(flashcomm1_dense_threshold=config.flashcomm1_dense_threshold)
     for wanted, what in ((deployment.adapters, "LoRA"), (deployment.microbatches, "microbatches (enable_dbo)")):
         if wanted and changes_layers:

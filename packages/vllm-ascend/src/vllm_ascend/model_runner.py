@@ -36,8 +36,20 @@ class AscendModelRunner(GPUModelRunner):
         A profiling run computes them itself.
         """
         hidden, last = super()._dummy_run(*args, **kwargs)
-        shared = parallel.current()
-        lmhead_is_shared = shared is not None and "lmhead_tp" in shared.groups
-        if lmhead_is_shared and not kwargs.get("is_profile") and get_pp_group().is_last_rank and not self.is_pooling_model:
+        computes_logits = get_pp_group().is_last_rank and not self.is_pooling_model
+        if self._lmhead_is_shared() and computes_logits and not kwargs.get("is_profile"):
             self.model.compute_logits(last)
         return hidden, last
+
+    def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Log-probabilities of prompts, for which the LM head runs once more. `AscendPlatform.validate_request` refuses them where it is shared."""
+        if self._lmhead_is_shared() and self.num_prompt_logprobs:
+            raise RuntimeError(
+                "a request with prompt_logprobs has come to an engine with finegrained_tp_config.lmhead_tensor_parallel_size"
+            )
+        return super()._get_prompt_logprobs_dict(*args, **kwargs)
+
+    @staticmethod
+    def _lmhead_is_shared() -> bool:
+        shared = parallel.current()
+        return shared is not None and "lmhead_tp" in shared.groups

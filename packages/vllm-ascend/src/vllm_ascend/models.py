@@ -54,7 +54,9 @@ def read_config(model: str) -> dict[str, Any]:
         try:
             config = PretrainedConfig.get_config_dict(model)[0]
         except OSError as error:
-            raise ValueError(f"{model}: neither a folder nor a model on the hub ({str(error).splitlines()[0]})") from error
+            raise ValueError(
+                f"{model}: neither a folder nor a model on the hub ({str(error).splitlines()[0]})"
+            ) from error
     inner = config.get("text_config")
     return {**inner, "architectures": config.get("architectures", [])} if isinstance(inner, dict) else config
 
@@ -110,9 +112,7 @@ def _latent_attention(config: Config, path: str) -> Iterator[Linear]:
 def _mlp(config: Config, path: str, width: int, *, bias: bool = False, shared: bool = False) -> Iterator[Linear]:
     hidden = config["hidden_size"]
     yield Linear(path=f"{path}.gate_up_proj", kind="column", inputs=hidden, outputs=2 * width, bias=bias)
-    yield Linear(
-        path=f"{path}.down_proj", kind="row", inputs=width, outputs=hidden, bias=bias, reduced_later=shared
-    )
+    yield Linear(path=f"{path}.down_proj", kind="row", inputs=width, outputs=hidden, bias=bias, reduced_later=shared)
 
 
 def _gate(config: Config, path: str, experts: int) -> Linear:

@@ -14,6 +14,8 @@ from vllm_ascend.config import AscendConfig
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.config.kernel import IrOpPriorityConfig
+    from vllm.pooling_params import PoolingParams
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 __all__ = ["AscendPlatform"]
@@ -31,6 +33,8 @@ class AscendPlatform(Platform):
     ray_noset_device_env_vars = ["RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"]  # noqa: RUF012
     simple_compile_backend = "eager"
     dist_backend = "hccl"
+    lmhead_is_shared = False
+    """Whether data parallel ranks share the LM head in the engine that was configured last in this process."""
 
     @classmethod
     def import_kernels(cls) -> None:
@@ -87,10 +91,20 @@ class AscendPlatform(Platform):
             )
         if vllm_config.model_config is not None:
             layout.check(config, layout.Deployment.of(vllm_config))
+        cls.lmhead_is_shared = config.finegrained_tp_config.lmhead_tensor_parallel_size > 0
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = "vllm_ascend.worker.AscendWorker"
+
+    @classmethod
+    def validate_request(cls, processed_inputs: Any, params: SamplingParams | PoolingParams) -> None:
+        """ValueError for a request whose logits would be computed apart from the step in which other ranks wait for them."""
+        if cls.lmhead_is_shared and getattr(params, "prompt_logprobs", None) is not None:
+            raise ValueError(
+                f"prompt_logprobs={params.prompt_logprobs}: must be None with finegrained_tp_config.lmhead_tensor_parallel_size, "
+                "for the ranks that share the LM head meet once a step"
+            )
 
     @classmethod
     def set_additional_forward_context(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:

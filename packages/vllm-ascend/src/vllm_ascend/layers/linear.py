@@ -180,9 +180,7 @@ class AscendReplicatedLinear(WithOp, ReplicatedLinear):
     """`ReplicatedLinear` with an op."""
 
     def _choose(self, env: LinearEnv, prefix: str, disable_tp: bool) -> Selected:
-        return Selected(
-            get_replicated_op(prefix, env, disable_tp=disable_tp), env.tp.rank_in_group, env.tp.world_size
-        )
+        return Selected(get_replicated_op(prefix, env, disable_tp=disable_tp), env.tp.rank_in_group, env.tp.world_size)
 
 
 def finish_loading(model: nn.Module) -> None:

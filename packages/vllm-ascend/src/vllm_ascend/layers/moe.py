@@ -47,7 +47,9 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
             ValueError: an activation other than SwiGLU, clamping, or biases.
         """
         if layer.activation != MoEActivation.SILU or layer.swiglu_limit is not None or self.moe.has_bias:
-            raise ValueError(f"MoE layers with {layer.activation}, clamping or biases are not supported, only plain SwiGLU")
+            raise ValueError(
+                f"MoE layers with {layer.activation}, clamping or biases are not supported, only plain SwiGLU"
+            )
         ids = topk_ids.long() if layer.expert_map is None else layer.expert_map[topk_ids.long()]  # -1: on another rank
         output = torch.zeros_like(x)
         for expert in range(layer.local_num_experts):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where tokens become split under FlashComm1 and whole again, as hooks on modules: the model's own code knows nothing of it.
+"""Where tokens become split over TP and whole again, as hooks on modules: the model's own code knows nothing of it.
 
-N: tokens of the step; P: N padded to a multiple of TP. Between the hooks a rank holds `[P / TP, H]`.
+N: tokens of the step; P: N padded to a multiple of TP. Under FlashComm1 a rank holds `[P / TP, H]` between the hooks.
 """
 
 from __future__ import annotations
@@ -18,20 +18,64 @@ __all__ = ["attach"]
 
 
 def attach(model: nn.Module) -> None:
-    """Put the hooks on `model`, so that real and dummy runs both go through them. Without FlashComm1 there are none.
+    """Put the hooks on `model`, so that real and dummy runs both go through them. Without an option that splits tokens there are none.
 
     The embedding layer splits what it embeds itself; here are the other ways in and out: embeddings that are given, tensors of an earlier
-    pipeline stage, the model's output, and MoE layers, which take all tokens on every rank.
+    pipeline stage, the model's output, and MoE layers, which take all tokens on every rank. Shared experts whose weights are whole on every
+    rank (`enable_shared_expert_dp`) compute this rank's share of the tokens.
     """
     shared = parallel.current()
-    if shared is None or not shared.env.enable_flashcomm1:
+    if shared is None:
         return
-    model.register_forward_pre_hook(_split_inputs, with_kwargs=True)
-    model.register_forward_hook(_join_output)
-    for module in model.modules():
-        if isinstance(module, MoERunner):
-            module.register_forward_pre_hook(_join_inputs, with_kwargs=True)
-            module.register_forward_hook(_split_output)
+    runners = [module for module in model.modules() if isinstance(module, MoERunner)]
+    if shared.env.enable_flashcomm1:
+        model.register_forward_pre_hook(_split_inputs, with_kwargs=True)
+        model.register_forward_hook(_join_output)
+        for runner in runners:
+            runner.register_forward_pre_hook(_join_inputs, with_kwargs=True)
+            runner.register_forward_hook(_split_output)
+    if shared.env.enable_shared_expert_dp:
+        for runner in runners:
+            # vLLM's own sequence parallel MoE has split the tokens of all experts already
+            if runner.shared_experts is not None and not runner.moe_config.is_sequence_parallel:
+                for layer in runner.shared_experts.children():
+                    split = _ShareOfTokens(shared.env.tp.rank_in_group, shared.env.tp.world_size)
+                    layer.register_forward_pre_hook(split.before)
+                    layer.register_forward_hook(split.after)
+
+
+class _ShareOfTokens:
+    """Hooks of a layer that computes this rank's share of the tokens, and returns zeros for the others: a sum over ranks follows.
+
+    Args:
+        rank: this rank.
+        ranks: how many share.
+    """
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        """No tokens yet."""
+        self.rank = rank
+        self.ranks = ranks
+        self.tokens = 0
+
+    def _share(self) -> tuple[int, slice]:
+        """Tokens with padding, and which of them are this rank's, one at least."""
+        each = max(-(-self.tokens // self.ranks), 1)
+        return each * self.ranks, slice(self.rank * each, (self.rank + 1) * each)
+
+    def before(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`[N, H]` -> this rank's rows."""
+        (x,) = args
+        self.tokens = x.shape[0]
+        padded, own = self._share()
+        return (nn.functional.pad(x, (0, 0, 0, padded - self.tokens))[own],)
+
+    def after(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """This rank's rows -> `[N, H]`."""
+        padded, own = self._share()
+        whole = output.new_zeros((padded, output.shape[-1]))
+        whole[own] = output
+        return whole[: self.tokens]
 
 
 def _split_inputs(
