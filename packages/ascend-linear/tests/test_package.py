@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What importing the package brings along, and the README's example."""
+"""What importing the package brings along, and the examples of the README and of docs/add-an-op.md."""
 
 import os
 import re
@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import ascend_linear
+import pytest
 from spawned import NO_NPU
 
+ROOT = Path(__file__).parents[3]
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -21,13 +23,19 @@ def test_import_needs_neither_vllm_nor_an_npu():
     assert done.stdout.split() == ["ascend_comm", "torch"]
 
 
+def test_only_kernels_names_torch_npu():
+    files = Path(ascend_linear.__file__).parent.glob("*.py")
+    assert [path.name for path in files if re.search(r"import\b.*torch_npu", path.read_text())] == ["kernels.py"]
+
+
 def test_all_is_complete():
     assert ascend_linear.__all__ == sorted(ascend_linear.__all__)
     assert all(hasattr(ascend_linear, name) for name in ascend_linear.__all__)
 
 
-def test_readme_example(tmp_path):
-    code, output = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", README.read_text(), re.DOTALL).groups()
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "add-an-op.md"], ids=lambda page: page.name)
+def test_example(page, tmp_path):
+    code, output = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", page.read_text(), re.DOTALL).groups()
     script = tmp_path / "example.py"
     script.write_text(code)
     command, environment = [sys.executable, script], os.environ | NO_NPU
