@@ -146,3 +146,22 @@ def greedy(smollm2, prompts):
     with torch.inference_mode():
         model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
         return hugging_face_greedy(model, prompts, 32)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory):
+    """A random Qwen3 of 4 layers: its folder, prompts of 5 to 59 tokens, and Hugging Face's 32 greedy tokens for each."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("qwen3")
+    prompts = [[(7 * i * i + 3 * k) % 512 for i in range(5 + 9 * k)] for k in range(7)]
+    with torch.inference_mode():
+        model = Qwen3ForCausalLM(config).float().eval()
+        model.save_pretrained(folder)
+        return folder, prompts, hugging_face_greedy(model, prompts, 32)

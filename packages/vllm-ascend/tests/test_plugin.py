@@ -80,7 +80,7 @@ def test_options_that_ask_for_nothing_new(config):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"enable_flashcomm1": True}, r"'enable_flashcomm1' \(True\) of the public plugin is not supported"),
+        ({"enable_dsa_cp": True}, r"'enable_dsa_cp' \(True\) of the public plugin is not supported"),
         ({"enable_flashcom1": True}, r"unknown option 'enable_flashcom1'.*did you mean enable_flashcomm1"),
         ({"zzz": 1}, r"unknown option 'zzz'.*docs/options.md"),
         ([1], r"must be a JSON object, got list"),

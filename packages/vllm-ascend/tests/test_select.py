@@ -53,11 +53,14 @@ def test_a_constructor_sees_the_shard_and_nobody_else_does():
     def whole():
         return "TP's"
 
-    module = ModuleType("layers")
-    module.get_tensor_model_parallel_rank = module.get_tensor_model_parallel_world_size = whole
-    with pytest.raises(KeyError), shard_of(module, 3, 8):
+    def construct():
         assert module.get_tensor_model_parallel_rank() == 3
         assert module.get_tensor_model_parallel_world_size() == 8
         raise KeyError
+
+    module = ModuleType("layers")
+    module.get_tensor_model_parallel_rank = module.get_tensor_model_parallel_world_size = whole
+    with pytest.raises(KeyError), shard_of(module, 3, 8):
+        construct()
     assert module.get_tensor_model_parallel_rank is whole
     assert module.get_tensor_model_parallel_world_size is whole

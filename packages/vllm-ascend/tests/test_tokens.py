@@ -57,32 +57,13 @@ def test_tensor_parallel_over_three_ranks(smollm2, prompts, greedy, run_engines)
     assert tokens(result) == greedy
 
 
-@pytest.fixture(scope="module")
-def tiny_qwen3(tmp_path_factory, hugging_face):
-    """A random Qwen3 of 4 layers, and 32 greedy tokens of Hugging Face for three prompts."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.2,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("qwen3")
-    prompts = [[(7 * i * i + 3 * k) % 512 for i in range(5 + 9 * k)] for k in range(3)]
-    with torch.inference_mode():
-        model = Qwen3ForCausalLM(config).float().eval()
-        model.save_pretrained(folder)
-        return folder, prompts, hugging_face(model, prompts, 32)
-
-
 @pytest.mark.parametrize("parallel", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["tp2", "pp2"])
 def test_tiny_qwen3_over_two_ranks(parallel, tiny_qwen3, run_engines):
     folder, prompts, expected = tiny_qwen3
     engine = {"model": str(folder), **SMALL, "max_model_len": 256, "skip_tokenizer_init": True, **parallel}
     sampling = {**GREEDY, "detokenize": False}
-    (result,) = run_engines([{"engine": engine, "runs": [{"prompts": prompts, "sampling": sampling}]}])
-    assert tokens(result) == expected
+    (result,) = run_engines([{"engine": engine, "runs": [{"prompts": prompts[:3], "sampling": sampling}]}])
+    assert tokens(result) == expected[:3]
 
 
 def test_bfloat16_logprobs_in_strict_mode(smollm2, prompts, run_engines, hugging_face):

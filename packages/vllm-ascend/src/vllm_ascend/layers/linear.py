@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from ascend_linear import (
     CustomLinearOp,
+    Flashcomm2OProjRowParallelOp,
+    LayerShard,
     LinearEnv,
     LinearParams,
     LinearResult,
@@ -197,14 +199,25 @@ def finish_loading(model: nn.Module) -> None:
     layers = [layer for layer in model.modules() if isinstance(layer, WithOp)]
     for layer in layers:
         layer.hand_over()
-    if (o_shard := shared.env.o_shard) is not None:
-        for layer in layers:
-            index = layer_index(layer.prefix)
-            if index is not None and layer.prefix.endswith(".o_proj") and layer.op is not None:
-                layer.hand_over(o_shard.add(index, layer.weight))
-        o_shard.start()
+    if shared.env.o_shard is not None:
+        _stream(layers, shared.env.o_shard)
     if shared.prefetcher is not None:
         _chain(layers)
+
+
+def _stream(layers: list[WithOp], o_shard: LayerShard) -> None:
+    """Spread the weights of o_proj over ranks. On a short pipeline stage broadcasts start as early as they can."""
+    series = [
+        layer
+        for layer in layers
+        if layer.prefix.endswith(".o_proj") and isinstance(layer.op, Flashcomm2OProjRowParallelOp)
+    ]
+    for layer in series:
+        index = layer_index(layer.prefix)
+        if index is not None:
+            layer.hand_over(o_shard.add(index, layer.weight))
+    o_shard.prefetch_step = min(o_shard.prefetch_step, max(len(series) - 2, 0))
+    o_shard.start()
 
 
 def _chain(layers: list[WithOp]) -> None:

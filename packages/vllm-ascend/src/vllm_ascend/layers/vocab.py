@@ -22,32 +22,31 @@ __all__ = ["AscendLogitsProcessor", "AscendParallelLMHead", "AscendVocabParallel
 _OF_TOKENS = ("", "embed_in", "embed_tokens", "embeddings", "tok_embeddings", "word_embeddings", "wte")
 
 
-def _group(kind: type, name: str, layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CommGroup | None:
-    """The group called `name` that shares a layer built with these arguments; None where vLLM decides."""
-    shared = parallel.current()
-    given = signature(kind.__init__).bind(layer, *args, **kwargs).arguments
-    if shared is None or given.get("disable_tp") or given.get("parallel_group") is not None:
-        return None
-    return shared.groups.get(name)
+class _OverDataParallel(VocabParallelEmbedding):
+    """A layer whose rows may be cut over the data parallel ranks of `shared_over`, the group called `group_name`, or None."""
 
-
-class AscendVocabParallelEmbedding(VocabParallelEmbedding):
-    """`VocabParallelEmbedding` whose rows may be cut over data parallel ranks, and whose output FlashComm1 may split.
-
-    Args are vLLM's. `shared_over` is the group of the data parallel ranks that share it, or None.
-    """
-
+    group_name: str
     shared_over: CommGroup | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Let vLLM build the layer as this rank's shard."""
-        group = _group(VocabParallelEmbedding, "embed_tp", self, args, kwargs)
+        shared = parallel.current()
+        in_tree = next(kind for kind in type(self).__mro__ if not issubclass(kind, _OverDataParallel))
+        given = signature(in_tree.__init__).bind(self, *args, **kwargs).arguments
+        vllm_decides = given.get("disable_tp") or given.get("parallel_group") is not None
+        group = None if shared is None or vllm_decides else shared.groups.get(self.group_name)
         if group is None:
             super().__init__(*args, **kwargs)
         else:
             with compat.shard_of(vllm_vocab, group.rank_in_group, group.world_size):
                 super().__init__(*args, **kwargs)
         self.shared_over = group
+
+
+class AscendVocabParallelEmbedding(_OverDataParallel):
+    """`VocabParallelEmbedding` over data parallel ranks (embedding-TP), whose output FlashComm1 may split."""
+
+    group_name = "embed_tp"
 
     def forward(self, input_: Tensor) -> Tensor:
         """Token ids `[N]` -> `[N, H]`, under FlashComm1 this rank's chunk `[P / TP, H]`."""
@@ -86,20 +85,10 @@ class AscendVocabParallelEmbedding(VocabParallelEmbedding):
         return shared.own_chunk(embedded, state) if splits else embedded
 
 
-class AscendParallelLMHead(ParallelLMHead):
-    """`ParallelLMHead` whose rows may be cut over data parallel ranks, `shared_over`."""
+class AscendParallelLMHead(_OverDataParallel, ParallelLMHead):
+    """`ParallelLMHead` over data parallel ranks (lmhead-TP)."""
 
-    shared_over: CommGroup | None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Let vLLM build the layer as this rank's shard."""
-        group = _group(ParallelLMHead, "lmhead_tp", self, args, kwargs)
-        if group is None:
-            super().__init__(*args, **kwargs)
-        else:
-            with compat.shard_of(vllm_vocab, group.rank_in_group, group.world_size):
-                super().__init__(*args, **kwargs)
-        self.shared_over = group
+    group_name = "lmhead_tp"
 
 
 class AscendLogitsProcessor(LogitsProcessor):
