@@ -43,6 +43,13 @@ def traffic(worker):
     return dict(calls)
 
 
+def operators(worker):
+    """Calls of each operator of the NPU's own so far, in one worker."""
+    from ascend_sim import counters
+
+    return {name: count.calls for name, count in counters.snapshot().operators.items() if name.startswith("npu::")}
+
+
 def linear_layers(worker):
     """Path -> (op, ranks that share the weight, bytes of weight and bias on this one) of the linear layers in one worker."""
     from vllm_ascend.layers.linear import WithOp
@@ -77,6 +84,7 @@ def main(job_file, result_file):
                 "preemptions": preemptions(llm),
                 "collectives": collectives,
                 "layers": llm.collective_rpc(linear_layers) if inspected else None,
+                "operators": llm.collective_rpc(operators) if inspected else None,
             }
         )
         llm.llm_engine.engine_core.shutdown()

@@ -91,6 +91,27 @@ def test_two_ranks(tiny_qwen3, tiny_moe, run_engines):
     assert {size for _, _, size in shared.values()} == {64 * 128 * 4, 2 * 64 * 128 * 4}  # whole
 
 
+def test_fused_product_and_reduce_scatter(tiny_qwen3, run_engines):
+    """FlashComm1 in bfloat16, where the two are one kernel: log-probabilities of the next token, against Hugging Face's in float32."""
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    folder, prompts, _ = tiny_qwen3
+    with torch.inference_mode():
+        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        exact = [model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
+    options = {"enable_flashcomm1": True, "flashcomm1_dense_threshold": 0}
+    engine = {
+        "model": str(folder), **SMALL, "dtype": "bfloat16", "max_logprobs": 5, "tensor_parallel_size": 2, "additional_config": options,
+    }  # fmt: skip
+    runs = [{"prompts": prompts, "sampling": GREEDY | {"max_tokens": 1, "logprobs": 5}}]
+    (result,) = run_engines([{"engine": engine, "runs": runs, "inspect": True}], ASCEND_SIM_STRICT="1", **INSPECT)
+    for output, reference in zip(result["runs"][0], exact, strict=True):
+        (found,) = output["logprobs"]
+        assert found[str(reference.argmax().item())] == pytest.approx(reference.max().item(), abs=0.1)
+    assert {name.partition("::")[2] for name in result["operators"][0]} >= {"npu_mm_reduce_scatter_base"}
+
+
 def test_four_ranks(tiny_qwen3, run_engines):
     """Two shards of o_proj under FlashComm2, streamed (layer sharding), with FlashComm1 in every step; then pipeline stages with FlashComm1."""
     folder, prompts, expected = tiny_qwen3
@@ -106,7 +127,9 @@ def test_four_ranks(tiny_qwen3, run_engines):
                 "inspect": True,
             },
             {
-                "engine": engine | {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "additional_config": split},
+                "engine": engine
+                | {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "additional_config": split}
+                | {"enable_prompt_embeds": True},  # the model is then called with embeddings, also of tokens
                 "runs": runs,
                 "inspect": True,
             },

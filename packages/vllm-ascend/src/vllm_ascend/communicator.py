@@ -23,7 +23,7 @@ class AscendCommunicator(DeviceCommunicatorBase):
         """As vLLM's."""
         super().__init__(*args, **kwargs)
         if self.use_all2all:
-            self.all2all_manager = AgRsAll2AllManager(self.cpu_group)
+            self.all2all_manager = AgRsAll2AllManager(self.cpu_group)  # type: ignore[no-untyped-call]
 
     def all_gatherv(
         self, input_: Tensor | list[Tensor], dim: int = 0, sizes: list[int] | None = None
@@ -44,7 +44,7 @@ class AscendCommunicator(DeviceCommunicatorBase):
             return self.all_gather(x, 0)
         longest = max(sizes)
         gathered = self.all_gather(_padded(x, longest), 0)
-        return torch.cat([part[:size] for part, size in zip(gathered.split(longest), sizes, strict=True)])
+        return torch.cat([part[:size] for part, size in zip(torch.split(gathered, longest), sizes, strict=True)])
 
     def reduce_scatterv(self, input_: Tensor, dim: int = -1, sizes: list[int] | None = None) -> Tensor:
         """The sum over ranks along dim 0, of which this rank gets its `sizes[rank]` rows.
@@ -57,7 +57,7 @@ class AscendCommunicator(DeviceCommunicatorBase):
         if sizes is None or len(set(sizes)) == 1:
             return self.reduce_scatter(input_, 0)
         longest = max(sizes)
-        parts = torch.cat([_padded(part, longest) for part in input_.split(sizes)])
+        parts = torch.cat([_padded(part, longest) for part in torch.split(input_, sizes)])
         return self.reduce_scatter(parts, 0)[: sizes[self.rank_in_group]]
 
     def dispatch_router_logits(self, *args: Any, **kwargs: Any) -> Any:

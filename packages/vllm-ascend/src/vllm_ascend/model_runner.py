@@ -38,7 +38,7 @@ class AscendModelRunner(GPUModelRunner):
         hidden, last = super()._dummy_run(*args, **kwargs)
         computes_logits = get_pp_group().is_last_rank and not self.is_pooling_model
         if self._lmhead_is_shared() and computes_logits and not kwargs.get("is_profile"):
-            self.model.compute_logits(last)
+            self.model.compute_logits(last)  # type: ignore[operator]
         return hidden, last
 
     def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -100,7 +100,9 @@ class AscendPlatform(Platform):
     @classmethod
     def validate_request(cls, processed_inputs: Any, params: SamplingParams | PoolingParams) -> None:
         """ValueError for a request whose logits would be computed apart from the step in which other ranks wait for them."""
-        if cls.lmhead_is_shared and getattr(params, "prompt_logprobs", None) is not None:
+        from vllm.sampling_params import SamplingParams
+
+        if cls.lmhead_is_shared and isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
             raise ValueError(
                 f"prompt_logprobs={params.prompt_logprobs}: must be None with finegrained_tp_config.lmhead_tensor_parallel_size, "
                 "for the ranks that share the LM head meet once a step"

@@ -62,6 +62,8 @@ _PREFETCHED = {"qkv_proj": "qkv", "o_proj": "o", "gate_up_proj": "gate_up", "dow
 class WithOp(LinearBase):
     """What the replacements of vLLM's linear layers have in common."""
 
+    weight: Tensor
+    bias: Any  # Parameter or None; vLLM says so only in some classes
     op: CustomLinearOp | None
     next_to_prefetch: tuple[str, WithOp] | None
 
@@ -112,11 +114,11 @@ class WithOp(LinearBase):
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The product of a quantised layer, whose method knows where its weights are."""
-        product: Tensor = self.quant_method.apply(self, x, bias)  # type: ignore[attr-defined]
+        product: Tensor = self.quant_method.apply(self, x, bias)
         return product
 
-    def forward(self, input_: Tensor) -> LinearResult:
-        """The op's forward; vLLM's own where there is none."""
+    def forward(self, input_: Tensor) -> Any:
+        """The op's forward (`LinearResult`); vLLM's own where there is none."""
         if self.op is None:
             result: LinearResult = super().forward(input_)
         elif isinstance(self.op, (MLPColumnParallelOp, MLPRowParallelOp, OProjRowParallelOp)):

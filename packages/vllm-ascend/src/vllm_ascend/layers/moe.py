@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -52,14 +54,15 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
             )
         ids = topk_ids.long() if layer.expert_map is None else layer.expert_map[topk_ids.long()]  # -1: on another rank
         output = torch.zeros_like(x)
+        w13, w2 = cast(Tensor, layer.w13_weight), cast(Tensor, layer.w2_weight)
         for expert in range(layer.local_num_experts):
             token, slot = (ids == expert).nonzero(as_tuple=True)
             if token.numel() == 0:
                 continue
             weight = topk_weights[token, slot, None].to(x.dtype)
             own = x[token] * weight if layer.apply_router_weight_on_input else x[token]
-            gate, up = torch.nn.functional.linear(own, layer.w13_weight[expert]).chunk(2, dim=-1)
-            done = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, layer.w2_weight[expert])
+            gate, up = torch.nn.functional.linear(own, w13[expert]).chunk(2, dim=-1)
+            done = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, w2[expert])
             output.index_add_(0, token, done if layer.apply_router_weight_on_input else done * weight)
         return output
 
@@ -106,14 +109,14 @@ def topk_sigmoid(
 _ARGUMENTS = "Tensor(a!) topk_weights, Tensor(b!) topk_ids, Tensor token_expert_indices, Tensor gating_output, bool renormalize, Tensor? bias=None"
 
 
-def register() -> torch.library.Library:
+def register() -> Any:
     """Replace vLLM's method, and define the routing operators that its routers call and that an "empty" build lacks.
 
     Returns:
         What keeps the operators defined; the caller holds it.
     """
     UnquantizedFusedMoEMethod.register_oot(AscendUnquantizedFusedMoEMethod)
-    library = torch.library.Library("_moe_C", "FRAGMENT")
+    library: Any = torch.library.Library("_moe_C", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(f"topk_softmax({_ARGUMENTS}, Tensor? is_padding=None) -> ()")
     library.define(f"topk_sigmoid({_ARGUMENTS}, float routed_scaling_factor=1.0, Tensor? is_padding=None) -> ()")
     library.impl("topk_softmax", topk_softmax, "CompositeExplicitAutograd")

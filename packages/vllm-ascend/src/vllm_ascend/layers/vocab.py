@@ -55,7 +55,7 @@ class AscendVocabParallelEmbedding(_OverDataParallel):
         if self.shared_over is not None:
             return self._over_data_parallel(input_, state, splits)
         if not splits:
-            embedded: Tensor = super().forward(input_)
+            embedded: Tensor = super().forward(input_)  # type: ignore[no-untyped-call]
             return embedded
         shared = parallel.current()
         assert shared is not None  # there is a step that it planned
@@ -68,7 +68,7 @@ class AscendVocabParallelEmbedding(_OverDataParallel):
         """`[n]` -> `[n, H]`, zeros for the rows that another rank has."""
         reduces, self.reduce_results = self.reduce_results, False
         try:
-            partial: Tensor = super().forward(ids)
+            partial: Tensor = super().forward(ids)  # type: ignore[no-untyped-call]
         finally:
             self.reduce_results = reduces
         return partial
