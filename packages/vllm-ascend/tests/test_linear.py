@@ -151,8 +151,9 @@ def test_four_ranks(tiny_qwen3, run_engines):
 
 
 def test_smollm2_over_three_ranks(smollm2, prompts, greedy, run_engines):
-    """Real weights: prompts whose tokens no multiple of three ranks are, together above the threshold and one by one below it."""
-    options = {"enable_flashcomm1": True, "flashcomm1_dense_threshold": 64}
+    """Real weights: tokens that are no multiple of three ranks, together above FlashComm1's threshold and one prompt alone below it."""
+    options = {"enable_flashcomm1": True, "flashcomm1_dense_threshold": 64, "flashcomm2_parallel_size": 1}
+    options |= {"weight_prefetch_config": {"enabled": True}}
     engine = {
         "model": str(smollm2), **SMALL, "max_num_batched_tokens": 128, "skip_tokenizer_init": False, "kv_cache_memory_bytes": 256 << 20,
         "tensor_parallel_size": 3, "additional_config": options,

@@ -119,3 +119,15 @@ def test_v2_runner_is_refused(monkeypatch):
 
     with pytest.raises(ValueError, match="V1 model runner only"):
         AscendPlatform.check_and_update_config(SimpleNamespace(additional_config={}))
+
+
+def test_prompt_logprobs_are_refused_where_the_lm_head_is_shared(monkeypatch):
+    from vllm import PoolingParams, SamplingParams
+    from vllm_ascend.platform import AscendPlatform
+
+    AscendPlatform.validate_request({}, SamplingParams(prompt_logprobs=1))
+    monkeypatch.setattr(AscendPlatform, "lmhead_is_shared", True)
+    AscendPlatform.validate_request({}, SamplingParams(logprobs=1))
+    AscendPlatform.validate_request({}, PoolingParams())
+    with pytest.raises(ValueError, match="prompt_logprobs=0: must be None with finegrained_tp_config"):
+        AscendPlatform.validate_request({}, SamplingParams(prompt_logprobs=0))

@@ -64,3 +64,23 @@ def test_a_constructor_sees_the_shard_and_nobody_else_does():
         construct()
     assert module.get_tensor_model_parallel_rank is whole
     assert module.get_tensor_model_parallel_world_size is whole
+
+
+@pytest.mark.parametrize(("tokens", "ranks"), [(5, 2), (6, 3), (1, 4), (7, 4)])
+def test_shares_of_tokens_sum_to_the_whole(tokens, ranks):
+    """A layer's output on each rank's share, with zeros for the rest, summed as the MoE layer does."""
+    import torch
+    from vllm_ascend.layers.sequence import _ShareOfTokens
+
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.SiLU())
+    x = torch.randn(tokens, 8)
+    whole = layer(x)
+    summed = torch.zeros_like(whole)
+    for rank in range(ranks):
+        split = _ShareOfTokens(rank, ranks)
+        hooks = [layer.register_forward_pre_hook(split.before), layer.register_forward_hook(split.after)]
+        summed += layer(x)
+        for hook in hooks:
+            hook.remove()
+    torch.testing.assert_close(summed, whole)
