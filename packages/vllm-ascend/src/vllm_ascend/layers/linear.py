@@ -224,8 +224,13 @@ def _stream(layers: list[WithOp], o_shard: LayerShard) -> None:
 
 def _chain(layers: list[WithOp]) -> None:
     """Tell each layer which one follows it, if its weight is prefetched; the first one follows the last."""
-    named = [(_PREFETCHED.get(layer.prefix.rpartition(".")[2], ""), layer) for layer in layers]
-    found = [(module, layer) for module, layer in named if module and layer_index(layer.prefix) is not None]
+    found = [
+        (module, layer)
+        for layer in layers
+        if (module := _PREFETCHED.get(layer.prefix.rpartition(".")[2]))
+        and layer_index(layer.prefix) is not None
+        and isinstance(getattr(layer, "weight", None), Tensor)  # a quantised layer may have no single one
+    ]
     for (_, layer), following in zip(found, [*found[1:], *found[:1]], strict=True):
         layer.next_to_prefetch = following  # in a tuple, or nn.Module would take it for a part of this layer
 
