@@ -18,7 +18,12 @@ SMALL = {
     "kv_cache_memory_bytes": 64 << 20,
     "skip_tokenizer_init": True,
 }
-INSPECT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# Forked workers need not import everything again, which is most of an engine's start. (Spawned ones are the default; other tests have them.)
+INSPECT = {
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+}
 
 
 def tokens(result, run=0):
