@@ -9,6 +9,7 @@
 #include <set>
 
 #include "alias.h"
+#include "matmul.h"
 
 namespace ascend_sim {
 
@@ -135,7 +136,7 @@ struct Pair {
   bool write;
 };
 
-class AtenKernel final : public c10::OperatorKernel {
+class AtenKernel : public c10::OperatorKernel {
  public:
   explicit AtenKernel(const c10::FunctionSchema& schema)
       : name_(schema.name()), tally_(tally(schema.name())), left_(left_matrix(schema.name())), mixed_(takes_cpu_tensors(schema.name())), draws_(draws_without_generator(schema.name())) {
@@ -191,6 +192,12 @@ class AtenKernel final : public c10::OperatorKernel {
       if (returns_[r] >= 0 && !originals[r].isNone()) value = std::move(originals[r]);
       else give(value, pairs, *device);
     }
+  }
+
+ protected:
+  void count(int64_t flops) {
+    tally_.calls.fetch_add(1, std::memory_order_relaxed);
+    tally_.flops.fetch_add(flops, std::memory_order_relaxed);
   }
 
  private:
@@ -280,6 +287,32 @@ class AtenKernel final : public c10::OperatorKernel {
   bool mixed_, draws_;
   std::vector<Argument> arguments_;
   std::vector<int> returns_;
+};
+
+// A product with few rows, as in a decoding step; every other one goes the common way.
+class MatmulKernel final : public AtenKernel {
+ public:
+  explicit MatmulKernel(const c10::FunctionSchema& schema) : AtenKernel(schema), adds_(schema.name() == "aten::addmm") {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+    const size_t base = stack->size() - op.schema().arguments().size();
+    const IValue* args = stack->data() + base;
+    at::Tensor bias;
+    if (adds_) {
+      if (!plain(args[3]) || !plain(args[4])) return AtenKernel::operator()(op, keys, stack);  // beta, alpha
+      bias = args[0].toTensor();
+    }
+    auto out = few_rows(args[adds_].toTensor(), args[adds_ + 1].toTensor(), bias);
+    if (!out) return AtenKernel::operator()(op, keys, stack);
+    count(2 * args[adds_].toTensor().size(1) * out->numel());
+    stack->resize(base);
+    stack->emplace_back(std::move(*out));
+  }
+
+ private:
+  static bool plain(const IValue& factor) { return factor.isScalar() && factor.toScalar().equal(1); }
+
+  bool adds_;
 };
 
 // torch_npu differentiates some operators with npu kernels of its own. Here they differentiate as they do on the CPU, with npu tensors: either
@@ -381,7 +414,10 @@ void install() {
                             : torch::CppFunction::makeFallthrough());
     const bool cpu = op->hasKernelForDispatchKey(c10::DispatchKey::CPU) && !composite;  // a composite needs no kernel where torch_npu has none
     if (kept().count(full_name(name)) || !(npu || cpu)) continue;
-    aten.impl(full_name(name).c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<AtenKernel>(op->schema())));
+    const std::string full = full_name(name);
+    aten.impl(full.c_str(), full == "aten::mm" || full == "aten::matmul" || full == "aten::addmm"
+                                ? torch::CppFunction::makeFromBoxedFunctor(std::make_unique<MatmulKernel>(op->schema()))
+                                : torch::CppFunction::makeFromBoxedFunctor(std::make_unique<AtenKernel>(op->schema())));
   }
   aten.impl("copy_", TORCH_FN(copy_));
   aten.impl("_copy_from", TORCH_FN(copy_from));

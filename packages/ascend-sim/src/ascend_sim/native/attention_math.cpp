@@ -6,43 +6,12 @@
 #include <ATen/ops/empty.h>
 
 #include "attention.h"
+#include "lanes.h"
 
 namespace ascend_sim::attention {
 namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
-constexpr int64_t lanes = 16;
-using Lanes = float __attribute__((vector_size(64)));
-using Half = float __attribute__((vector_size(32)));
-using Quarter = float __attribute__((vector_size(16)));
-
-template <class T>
-inline Lanes vload(const T* from) {
-  Lanes out;
-  if constexpr (std::is_same_v<T, float>) {
-    std::memcpy(&out, from, sizeof out);
-  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
-    uint16_t __attribute__((vector_size(32))) bits;
-    std::memcpy(&bits, from, sizeof bits);
-    using Wide = uint32_t __attribute__((vector_size(64)));
-    const Wide wide = __builtin_convertvector(bits, Wide) << 16;
-    std::memcpy(&out, &wide, sizeof out);
-  } else {
-    for (int64_t i = 0; i < lanes; ++i) out[i] = static_cast<float>(from[i]);
-  }
-  return out;
-}
-
-inline float total(const Lanes& v) {
-  Half half[2];
-  std::memcpy(half, &v, sizeof v);
-  const Half sum = half[0] + half[1];
-  Quarter quarter[2];
-  std::memcpy(quarter, &sum, sizeof sum);
-  const Quarter last = quarter[0] + quarter[1];
-  return (last[0] + last[2]) + (last[1] + last[3]);
-}
-
 // Calls f(pointer to key `s`, s, count) for each stretch of [low, high) that lies in one block.
 template <class T, class F>
 inline void stretches(const Cache& cache, const Request& r, int64_t head, int64_t low, int64_t high, const F& f) {
