@@ -24,6 +24,19 @@ std::map<std::pair<std::string, std::string>, Traffic>& traffic() {
   return all;
 }
 
+}  // namespace
+
+// One more call of a collective, or of a kernel that has one in it, on a group. Declared where it is used: matmul_comm.cpp.
+void count_traffic(const std::string& name, const Group& group, int64_t bytes) {
+  const std::string& described = group.getGroupDesc();
+  std::lock_guard<std::mutex> lock(traffic_mutex);
+  auto& entry = traffic()[{name, described.empty() || described == "undefined" ? group.getGroupName() : described}];
+  entry.calls += 1;
+  entry.bytes += bytes;
+}
+
+namespace {
+
 // A group whose CPU backend is the Gloo group that stands behind the npu backend of `group`.
 c10::intrusive_ptr<Group> over_gloo(const c10::intrusive_ptr<Group>& group) {
   auto gloo = group->getBackend(c10::DeviceType::PrivateUse1);
@@ -124,13 +137,7 @@ void collective(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack
       (*stack)[base + i] = gloo;
     }
   TORCH_INTERNAL_ASSERT(group, "no process group in ", schema.name());
-  {
-    const std::string& described = group->getGroupDesc();
-    std::lock_guard<std::mutex> lock(traffic_mutex);
-    auto& entry = traffic()[{schema.name().substr(6), described.empty() || described == "undefined" ? group->getGroupName() : described}];
-    entry.calls += 1;
-    entry.bytes += wire_bytes(schema.name(), *stack, base, group->getRank(), group->getSize());
-  }
+  count_traffic(schema.name().substr(6), *group, wire_bytes(schema.name(), *stack, base, group->getRank(), group->getSize()));
   for (size_t i = 0; i < count; ++i) (*stack)[base + i] = aliased((*stack)[base + i]);
   if (takes_any_shape(schema.name()))
     for (size_t i = 0; i < 2; ++i) (*stack)[base + i] = flat((*stack)[base + i]);

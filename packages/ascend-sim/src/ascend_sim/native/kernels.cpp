@@ -13,6 +13,8 @@ void install_cache(torch::Library& npu);
 void install_attention(torch::Library& npu);
 void install_sampling(torch::Library& npu);
 void install_format(torch::Library& npu);
+void install_quant(torch::Library& npu);
+void install_matmul_comm(torch::Library& npu);
 
 void install_kernels() {
   static torch::Library npu(torch::Library::IMPL, "npu", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
@@ -23,6 +25,8 @@ void install_kernels() {
   install_attention(npu);
   install_sampling(npu);
   install_format(npu);
+  install_quant(npu);
+  install_matmul_comm(npu);
 }
 
 }  // namespace ascend_sim
