@@ -19,10 +19,13 @@ CASES = [(5, flags) for flags in FLAGS] + [(tokens, FLAGS[0]) for tokens in (0, 
 
 
 def data(tokens: int, seed: int = 0, in_: int = IN, out: int = OUT) -> tuple[Tensor, Tensor, Tensor]:
-    """x [tokens, in], weight [out, in], bias [out] in float64."""
-    generator = torch.Generator().manual_seed(seed)
+    """x [tokens, in], weight [out, in], bias [out] in float64, on the default device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
     shapes = [(tokens, in_), (out, in_), (out,)]
-    x, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(torch.get_default_device())
+        for shape in shapes
+    )
     return x, weight, bias
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`spawn` runs a function in processes joined by gloo; `in_threads` does in threads, for worlds too large to spawn."""
+"""`spawn` runs a function in processes joined by gloo or hccl; `in_threads` does in threads, for worlds too large to spawn."""
 
 import threading
 import time
@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -17,9 +18,21 @@ from ascend_comm import CommGroup, GroupConfig, GroupSet
 TIMEOUT = timedelta(seconds=120)
 
 
-def spawn(case: Callable[[int], None], world: int, folder: Path, limit: float = 300) -> None:
-    """Run ``case(rank)`` in `world` processes; whatever fails or hangs in one ends all."""
-    context = mp.spawn(_enter, (case, world, str(folder / "store")), nprocs=world, join=False)
+# Without an NPU, real or simulated; with one that computes in float32 what hardware does in bfloat16; with a strict one.
+NO_NPU = {"ASCEND_SIM": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+RELAXED, STRICT = {"ASCEND_SIM_STRICT": "0"}, {"ASCEND_SIM_STRICT": "1"}
+
+
+def spawn(case: Callable[[int], None], world: int, folder: Path, environment: dict[str, str], limit: float = 300) -> None:
+    """Run ``case(rank)`` in `world` processes, with CPU tensors and gloo under `NO_NPU`, else with npu tensors and hccl.
+
+    Whatever fails or hangs in one ends all.
+    """
+    backend = "gloo" if environment is NO_NPU else "hccl"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        context = mp.spawn(_enter, (case, world, backend, str(folder / "store")), nprocs=world, join=False)
     deadline = time.monotonic() + limit
     try:
         while not context.join(timeout=1):
@@ -31,10 +44,13 @@ def spawn(case: Callable[[int], None], world: int, folder: Path, limit: float = 
             process.join()
 
 
-def _enter(rank: int, case: Callable[[int], None], world: int, store: str) -> None:
+def _enter(rank: int, case: Callable[[int], None], world: int, backend: str, store: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
+    if backend == "hccl":
+        torch.npu.set_device(rank)
+        torch.set_default_device(f"npu:{rank}")
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         case(rank)
     finally:

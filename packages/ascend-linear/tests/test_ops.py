@@ -4,14 +4,17 @@
 import ascend_linear as al
 import linear_cases
 import pytest
+import shard_cases
 import torch
 from ascend_comm import GroupConfig, Solo, Topology
-from spawned import in_threads, spawn
+from spawned import NO_NPU, in_threads, spawn
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_in_processes(world, tmp_path):
-    spawn(getattr(linear_cases, f"world_of_{world}"), world, tmp_path)
+@pytest.mark.parametrize(
+    ("case", "world"), [(linear_cases.world_of_2, 2), (linear_cases.world_of_4, 4), (shard_cases.world_of_4, 4)]
+)
+def test_over_gloo(case, world, tmp_path):
+    spawn(case, world, tmp_path, NO_NPU)
 
 
 @pytest.mark.parametrize(("tp", "k"), [(6, 2), (6, 3), (8, 2), (8, 4), (16, 2)])

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What importing the package brings along, and the README's example."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import ascend_linear
+from spawned import NO_NPU
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_import_needs_neither_vllm_nor_an_npu():
     code = "import sys, ascend_linear; print(*sorted({'vllm', 'torch_npu', 'torch', 'ascend_comm'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    environment = os.environ | NO_NPU
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.split() == ["ascend_comm", "torch"]
 
 
@@ -26,6 +30,7 @@ def test_readme_example(tmp_path):
     code, output = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", README.read_text(), re.DOTALL).groups()
     script = tmp_path / "example.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=300)
+    command, environment = [sys.executable, script], os.environ | NO_NPU
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == output

@@ -22,6 +22,8 @@ FC1 = {"tp": TP4, "enable_flashcomm1": True}
 FC2 = {"tp": TP4, "flashcomm2_odp": Ranks(2), "flashcomm2_otp": K2}
 DSA = {**FC1, "enable_dsa_cp": True}
 MLP = {"tp": TP4, "mlp_tp": K2}
+O_SHARD = {**FC2, "layer_sharding": ("o_proj",), "o_shard": al.LayerShard(Ranks(2))}
+FUSED = {"tp": TP4, "enable_matmul_allreduce": True}
 
 CASES = [
     # options, direction, prefix, op, tp_rank, tp_size
@@ -71,8 +73,19 @@ CASES = [
     (FC1, "row", "thinker.audio_tower.layers.0.self_attn.out_proj", None, 3, 4),
     (FC1, "row", "multi_modal_projector.down_proj", None, 3, 4),
     (FC1, "row", "language_model.model.layers.0.mlp.down_proj", al.SequenceRowParallelOp, 3, 4),
-    ({"tp": TP4, "enable_matmul_allreduce": True}, "row", "visual.blocks.0.attn.proj", None, 3, 4),
-    ({"tp": TP4, "enable_matmul_allreduce": True}, "column", LAYER + "self_attn.qkv_proj", None, 3, 4),
+    (FUSED, "row", LAYER + "self_attn.o_proj", al.MatmulAllreduceRowParallelOp, 3, 4),
+    (FUSED, "row", LAYER + "mlp.w2", al.MatmulAllreduceRowParallelOp, 3, 4),
+    (FUSED, "row", "visual.blocks.0.attn.proj", None, 3, 4),
+    (FUSED, "column", LAYER + "self_attn.qkv_proj", None, 3, 4),
+    ({**MLP, **FUSED}, "row", LAYER + "mlp.down_proj", al.MLPRowParallelOp, 1, 2),
+    *[
+        (O_SHARD, "column", LAYER + name, al.Flashcomm2OshardQKVParallelOp, 3, 4)
+        for name in ("self_attn.qkv_proj", "ssm.conv1d", "attention.query_key_value")
+    ],
+    (O_SHARD, "row", LAYER + "self_attn.o_proj", al.Flashcomm2OProjRowParallelOp, 1, 2),
+    (O_SHARD, "column", LAYER + "mlp.gate_up_proj", None, 3, 4),
+    ({**O_SHARD, **FC1}, "column", LAYER + "self_attn.qkv_proj", al.Flashcomm2OshardQKVParallelOp, 3, 4),
+    ({**O_SHARD, **FC1}, "column", LAYER + "mlp.gate_up_proj", al.SequenceColumnParallelOp, 3, 4),
     ({**FC1, "enable_shared_expert_dp": True}, "row", LAYER + "mlp.shared_expert.down_proj", None, 0, 1),
     ({**FC1, "enable_shared_expert_dp": True}, "row", LAYER + "mlp.down_proj", al.SequenceRowParallelOp, 3, 4),
 ]
@@ -87,22 +100,23 @@ def test_get_parallel_op(options, direction, prefix, kind, tp_rank, tp_size):
     assert al.get_parallel_op(direction, prefix, env, disable_tp=True) == (None, 0, 1)
 
 
+def test_every_op_of_the_tree_is_chosen_somewhere():
+    chosen = {kind for *_, kind, _, _ in CASES if kind}
+    named = {name for name in al.__all__ if name.endswith("Op")}
+    bases = {"CustomLinearOp", "CustomColumnParallelOp", "CustomRowParallelOp", "CustomReplicatedOp"}
+    assert {kind.__name__ for kind in chosen} == named - bases
+
+
 @pytest.mark.parametrize(
-    ("options", "direction", "name", "message"),
+    ("options", "prefix", "message"),
     [
-        ({**FC2, "layer_sharding": ("o_proj",)}, "column", "qkv_proj", "Flashcomm2OshardQKVParallelOp.*layer_sharding"),
-        ({**FC2, "layer_sharding": ("o_proj",)}, "row", "o_proj", "streamed weights.*layer_sharding"),
-        (
-            {"tp": TP4, "enable_matmul_allreduce": True},
-            "row",
-            "o_proj",
-            "MatmulAllreduceRowParallelOp.*turn off enable_matmul_allreduce",
-        ),
+        ({**O_SHARD, "o_shard": None}, LAYER + "attn.qkv_proj", "env.o_shard=None: Flashcomm2OshardQKV.* needs"),
+        (O_SHARD, "model.qkv_proj", "prefix='model.qkv_proj': .* needs 'layers.<n>' in it"),
     ],
 )
-def test_what_is_not_there_says_so(options, direction, name, message):
-    with pytest.raises(NotImplementedError, match=rf"layer 'model.layers.3.self_attn.{name}' needs .*{message}"):
-        al.get_parallel_op(direction, f"{LAYER}self_attn.{name}", al.LinearEnv(**options))
+def test_what_o_sharding_needs(options, prefix, message):
+    with pytest.raises(ValueError, match=message):
+        al.get_parallel_op("column", prefix, al.LinearEnv(**options))
 
 
 def test_direction_is_checked():
@@ -147,6 +161,15 @@ def test_is_moe_layer(prefix, options, expected):
         ({"tp": TP4, "enable_dsa_cp": True}, "enable_dsa_cp=True: needs enable_flashcomm1=True"),
         ({**FC1, "enable_matmul_allreduce": True}, "enable_matmul_allreduce=True: excludes"),
         ({**FC2, "enable_matmul_allreduce": True}, "enable_matmul_allreduce=True: excludes"),
+        ({"tp": Ranks(3), "enable_matmul_allreduce": True}, r"allreduce=True: tp must be one of \(1, 2, 4, 8\), got 3"),
+        ({"tp": TP4, "enable_matmul_reduce_scatter": True}, "reduce_scatter=True: needs enable_flashcomm1=True"),
+        ({**FC1, "enable_matmul_reduce_scatter": True, "moe": MOE}, "for dense models only, got routed_experts=8"),
+        (
+            {"tp": Ranks(16), "enable_flashcomm1": True, "enable_matmul_reduce_scatter": True},
+            r"reduce_scatter=True: tp must be one of \(2, 4, 8\), got 16",
+        ),
+        ({**O_SHARD, "layer_sharding": ()}, "o_shard: needs FlashComm2 .* with layer_sharding="),
+        ({"tp": TP4, "layer_sharding": ("o_proj",), "o_shard": O_SHARD["o_shard"]}, "o_shard: needs FlashComm2"),
         ({"tp": TP4, "flashcomm2_otp": K2}, "flashcomm2_otp of 2 ranks: needs flashcomm2_odp too"),
         ({"tp": TP4, "flashcomm2_odp": K2}, "flashcomm2_odp of 2 ranks and flashcomm2_otp of 1: .* the 4 ranks of tp"),
         ({"tp": TP4, "flashcomm2_odp": TP1, "flashcomm2_otp": TP4}, "with 2 or more in odp"),

@@ -4,16 +4,54 @@
 The TP group is a grid of k x G ranks, G = TP / k: rank ``j * G + i`` has index i in its ODP block (G consecutive ranks)
 and j in its OTP group (k ranks, G apart). ODP exchanges tokens for heads, OTP shares the weight. With k = 1 there is no
 OTP and the weight is whole.
+
+With layer sharding (o-shard) the o_proj of most layers is on other ranks: the layer's qkv projection starts to stream
+it, and attention hides the transfer.
 """
 
 import torch
 from ascend_comm import Solo
 from torch import Tensor
 
-from ascend_linear.op import CustomRowParallelOp, own_rank
-from ascend_linear.state import LinearEnv, StepState
+from ascend_linear.op import CustomColumnParallelOp, CustomRowParallelOp, own_rank
+from ascend_linear.quant import W8A8Static
+from ascend_linear.sequence import gather_tokens
+from ascend_linear.state import LinearEnv, StepState, layer_index
 
-__all__ = ["Flashcomm2OProjRowParallelOp"]
+__all__ = ["Flashcomm2OProjRowParallelOp", "Flashcomm2OshardQKVParallelOp"]
+
+
+class Flashcomm2OshardQKVParallelOp(CustomColumnParallelOp):
+    """Starts the broadcast that brings an o_proj weight of `env.o_shard`, then computes as `SequenceColumnParallelOp`.
+
+    ``[N, in] -> [N, out / TP]``, under FlashComm1 ``[P / TP, in] -> [N, out / TP]``. The broadcast is that of the layer
+    ``prefetch_step`` after this one. A layer whose o_proj is not in the series starts none.
+
+    Args:
+        env: groups and options, `o_shard` among them.
+        prefix: the layer's path in the model, with ``layers.<n>`` in it.
+
+    Raises:
+        ValueError: `env` has no `o_shard`, or `prefix` no layer index.
+    """
+
+    def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
+        """As above."""
+        super().__init__(env, prefix=prefix)
+        if env.o_shard is None:
+            raise ValueError("env.o_shard=None: Flashcomm2OshardQKVParallelOp needs the series of o_proj")
+        layer = layer_index(prefix)
+        if layer is None:
+            raise ValueError(f"prefix={prefix!r}: Flashcomm2OshardQKVParallelOp needs 'layers.<n>' in it")
+        self.layer = layer
+        self.o_shard = env.o_shard
+
+    def forward(self, input_: Tensor, state: StepState) -> Tensor:
+        """As above."""
+        input_ = gather_tokens(self, input_, state)
+        if self.layer in self.o_shard:
+            self.o_shard.reach(self.layer)
+        return self.gather_features(self.gemm(input_))
 
 
 class Flashcomm2OProjRowParallelOp(CustomRowParallelOp):
@@ -21,7 +59,9 @@ class Flashcomm2OProjRowParallelOp(CustomRowParallelOp):
 
     Each rank ends with the token chunk of its own TP index. Where FlashComm1 is not active an all-gather over TP
     follows: ``[N, out]``. N: tokens of the TP group; P: N padded to a multiple of TP, by `StepState.pad_size` where
-    FlashComm1 is active. The weight is cut into k shards over OTP.
+    FlashComm1 is active. The weight is cut into k shards over OTP. A W8A8 layer with a static scale quantises before the
+    exchange, which then has half the bytes; one with a scale for each token after it, since a token's features come
+    from many ranks.
 
     Args:
         env: groups and options, `flashcomm2_odp` among them.
@@ -53,6 +93,8 @@ class Flashcomm2OProjRowParallelOp(CustomRowParallelOp):
                 f"pad_size={pad_size}: {self!r} has {tokens + pad_size} rows with it, "
                 f"must be a multiple of {tp.world_size} ranks"
             )
+        if isinstance(self.params.quant, W8A8Static) and input_.numel():
+            input_ = self.params.quant.quantise(input_)
         if pad_size:
             input_ = torch.nn.functional.pad(input_, (0, 0, 0, pad_size))
         output = self.partial_product(self._exchange(input_))

@@ -3,7 +3,7 @@
 
 A layer asks `ascend_linear.get_parallel_op` for its op, creates and loads its weight as shard `tp_rank` of `tp_size`,
 hands it over with `update_attrs`, and calls `apply`. To add an op: subclass `CustomColumnParallelOp` or
-`CustomRowParallelOp`, give it its group, override `forward`, and add a rule to `select.py`.
+`CustomRowParallelOp`, give it its group, override `forward`, and add a rule to `select.py` (docs/add-an-op.md).
 
 In shapes: n tokens of this rank, k ranks of the op's group, in/out the whole layer's features. Weights are ``[out,
 in]``; column ops cut `out`, row ops cut `in`.
@@ -16,6 +16,8 @@ import torch
 from ascend_comm import CommGroup, Solo
 from torch import Tensor
 
+from ascend_linear.layer_shard import StreamedWeight
+from ascend_linear.quant import QuantMethod
 from ascend_linear.state import LinearEnv, StepState
 
 __all__ = [
@@ -29,7 +31,7 @@ __all__ = [
 ]
 
 Gemm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""``gemm(x [n, in], weight, bias) -> [n, out]``, the product on this rank. A quantised layer gives its own."""
+"""``gemm(x [n, in], weight, bias) -> [n, out]``, the product on this rank."""
 
 LinearResult = Tensor | tuple[Tensor, Tensor | None]
 """The output, or with `return_bias` the pair (output, bias that was not added)."""
@@ -50,6 +52,8 @@ class LinearParams:
             own out.
         reduce_results: row ops: sum over the group. False: the output is this rank's part of the sum.
         gemm: the product on this rank.
+        quant: the product of a quantised layer, instead of `gemm`.
+        streamed: where the weight comes from under layer sharding, instead of `weight`.
     """
 
     weight: Tensor
@@ -60,6 +64,13 @@ class LinearParams:
     input_is_parallel: bool = True
     reduce_results: bool = True
     gemm: Gemm = torch.nn.functional.linear
+    quant: QuantMethod | None = None
+    streamed: StreamedWeight | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the product is ``x @ weight.T + bias``, which fused kernels compute too."""
+        return self.quant is None and self.gemm is torch.nn.functional.linear
 
 
 class CustomLinearOp:
@@ -77,6 +88,7 @@ class CustomLinearOp:
         self.group = group
         self.prefix = prefix
         self._params: LinearParams | None = None
+        self._comm_name: str | None = None
 
     def __repr__(self) -> str:
         """Class, layer and ranks."""
@@ -139,7 +151,20 @@ class CustomLinearOp:
         """The product on this rank, with the bias unless `add_bias` is False or the layer skips it."""
         params = self.params
         bias = params.bias if add_bias and not params.skip_bias_add else None
-        return params.gemm(input_, params.weight, bias)
+        if params.quant is not None:
+            return params.quant.product(input_, self.weight(), bias, once=add_bias)
+        return params.gemm(input_, self.weight(), bias)
+
+    def weight(self) -> Tensor:
+        """The weight to compute with: the layer's own, or the one streamed to this rank."""
+        params = self.params
+        return params.weight if params.streamed is None else params.streamed.get()
+
+    def comm_name(self) -> str:
+        """The HCCL communicator's name of the op's group, for fused kernels. RuntimeError where there is none."""
+        if self._comm_name is None:
+            self._comm_name = self.group.comm_name()
+        return self._comm_name
 
     def check_tokens_by_features(self, input_: Tensor) -> None:
         """Raise ValueError unless `input_` is ``[tokens, features]``."""

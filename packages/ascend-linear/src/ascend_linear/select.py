@@ -7,16 +7,16 @@ rule touches a vision or audio tower: what lies in between there adds tensors of
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from ascend_linear.flashcomm2 import Flashcomm2OProjRowParallelOp
+from ascend_linear.flashcomm2 import Flashcomm2OProjRowParallelOp, Flashcomm2OshardQKVParallelOp
+from ascend_linear.matmul_allreduce import MatmulAllreduceRowParallelOp
 from ascend_linear.mlp import MLPColumnParallelOp, MLPRowParallelOp
 from ascend_linear.op import CustomLinearOp, CustomReplicatedOp
 from ascend_linear.oproj import OProjRowParallelOp
 from ascend_linear.sequence import SequenceColumnParallelOp, SequenceRowParallelOp
 from ascend_linear.sharded_cp import ShardedCPColumnParallelOp, ShardedCPRowParallelOp
-from ascend_linear.state import LinearEnv, MoeLayers
+from ascend_linear.state import LinearEnv, MoeLayers, layer_index
 
 __all__ = ["COLUMN_RULES", "ROW_RULES", "Rule", "Selected", "get_parallel_op", "get_replicated_op", "is_moe_layer"]
 
@@ -37,8 +37,7 @@ class Rule:
         option: what turns it on, in words.
         active: whether it is on.
         layers: last path components that it is for, dotted where there are several; empty: all.
-        op: what those layers get: a class called with ``(env, prefix=...)``, or the name of one that is not implemented
-            yet.
+        op: what those layers get: a class, called with ``(env, prefix=...)``.
         moe_layers: whether it holds for MoE layers too.
         shared_experts: whether it holds for shared experts too.
     """
@@ -46,7 +45,7 @@ class Rule:
     option: str
     active: Callable[[LinearEnv], bool]
     layers: tuple[str, ...]
-    op: Callable[..., CustomLinearOp] | str
+    op: Callable[..., CustomLinearOp]
     moe_layers: bool = True
     shared_experts: bool = True
 
@@ -63,11 +62,6 @@ class Rule:
 _TOWERS = ("audio", "image", "sam", "sound", "speech", "vision", "visual", "vit", "vpm", "whisper")
 _CONNECTORS = ("projector", "qformer", "resampler")
 _QKV = ("qkv_proj", "conv1d", "query_key_value")
-_O_SHARD = "FlashComm2 (flashcomm2_odp) with layer_sharding=('o_proj',)"
-
-
-def _o_sharding(env: LinearEnv) -> bool:
-    return env.flashcomm2_size > 0 and "o_proj" in env.layer_sharding
 
 
 COLUMN_RULES = (
@@ -84,7 +78,12 @@ COLUMN_RULES = (
         op=MLPColumnParallelOp,
         moe_layers=False,
     ),
-    Rule(option=_O_SHARD, active=_o_sharding, layers=_QKV, op="Flashcomm2OshardQKVParallelOp"),
+    Rule(
+        option="FlashComm2 (flashcomm2_odp) with layer_sharding=('o_proj',)",
+        active=lambda env: env.flashcomm2_size > 0 and "o_proj" in env.layer_sharding,
+        layers=_QKV,
+        op=Flashcomm2OshardQKVParallelOp,
+    ),
     Rule(
         option="enable_flashcomm1",
         active=lambda env: env.enable_flashcomm1,
@@ -113,10 +112,7 @@ ROW_RULES = (
         option="enable_matmul_allreduce",
         active=lambda env: env.enable_matmul_allreduce,
         layers=(),
-        op="MatmulAllreduceRowParallelOp",
-    ),
-    Rule(
-        option=_O_SHARD, active=_o_sharding, layers=("o_proj",), op="Flashcomm2OProjRowParallelOp with streamed weights"
+        op=MatmulAllreduceRowParallelOp,
     ),
     Rule(
         option="FlashComm2 (flashcomm2_odp)",
@@ -150,8 +146,7 @@ def get_parallel_op(
         shared expert under `enable_shared_expert_dp`, the op is None and the weight whole (rank 0 of 1).
 
     Raises:
-        NotImplementedError: the rule that fits names an op that this version does not have.
-        ValueError: another direction.
+        ValueError: another direction, or a group that the op needs and `env` lacks.
     """
     if direction not in ("column", "row"):
         raise ValueError(f"direction={direction!r}: must be 'column' or 'row'")
@@ -160,7 +155,7 @@ def get_parallel_op(
     if not _in_tower(prefix):
         for rule in COLUMN_RULES if direction == "column" else ROW_RULES:
             if rule.matches(env, prefix):
-                op = _make(rule, prefix, env)
+                op = rule.op(env, prefix=prefix)
                 return Selected(op, op.tp_rank, op.tp_size)
     return Selected(None, env.tp.rank_in_group, env.tp.world_size)
 
@@ -175,19 +170,10 @@ def is_moe_layer(prefix: str, moe: MoeLayers) -> bool:
 
     False without such a pair, without routed experts, and where the model has no `first_k_dense_replace`.
     """
-    components = prefix.split(".")
-    indices = [int(n) for name, n in pairwise(components) if name == "layers" and n.isdecimal()]
-    if not indices or moe.routed_experts == 0 or moe.first_k_dense_replace is None:
+    layer = layer_index(prefix)
+    if layer is None or moe.routed_experts == 0 or moe.first_k_dense_replace is None:
         return False
-    return indices[0] >= moe.first_k_dense_replace and indices[0] % moe.moe_layer_freq == 0
-
-
-def _make(rule: Rule, prefix: str, env: LinearEnv) -> CustomLinearOp:
-    if isinstance(rule.op, str):
-        raise NotImplementedError(
-            f"layer {prefix!r} needs {rule.op}, which this version does not have; turn off {rule.option}"
-        )
-    return rule.op(env, prefix=prefix)
+    return layer >= moe.first_k_dense_replace and layer % moe.moe_layer_freq == 0
 
 
 def _ends_with(prefix: str, layer: str) -> bool:

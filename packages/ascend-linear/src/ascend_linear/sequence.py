@@ -9,10 +9,23 @@ padding.
 import torch
 from torch import Tensor
 
+from ascend_linear import kernels
 from ascend_linear.op import CustomColumnParallelOp, CustomRowParallelOp
+from ascend_linear.quant import W8A8Static
 from ascend_linear.state import LinearEnv, StepState
 
-__all__ = ["SequenceColumnParallelOp", "SequenceRowParallelOp"]
+__all__ = ["SequenceColumnParallelOp", "SequenceRowParallelOp", "gather_tokens"]
+
+
+def gather_tokens(op: CustomColumnParallelOp, input_: Tensor, state: StepState) -> Tensor:
+    """``[P / TP, in] -> [N, in]`` over the op's group; `input_` itself where FlashComm1 is not active."""
+    if not state.flashcomm1:
+        return input_
+    op.check_tokens_by_features(input_)
+    gathered = op.group.all_gather(input_, 0)
+    if gathered.shape[0] < state.pad_size:
+        raise ValueError(f"pad_size={state.pad_size}: {op!r} gathered only {gathered.shape[0]} rows")
+    return gathered[: gathered.shape[0] - state.pad_size]
 
 
 class SequenceColumnParallelOp(CustomColumnParallelOp):
@@ -23,24 +36,14 @@ class SequenceColumnParallelOp(CustomColumnParallelOp):
 
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
         """As above."""
-        if state.flashcomm1:
-            input_ = self._gather_tokens(input_, state)
-        return self.gather_features(self.gemm(input_))
-
-    def _gather_tokens(self, input_: Tensor, state: StepState) -> Tensor:
-        """``[P / TP, in] -> [N, in]``."""
-        self.check_tokens_by_features(input_)
-        gathered = self.group.all_gather(input_, 0)
-        if gathered.shape[0] < state.pad_size:
-            raise ValueError(f"pad_size={state.pad_size}: {self!r} gathered only {gathered.shape[0]} rows")
-        return gathered[: gathered.shape[0] - state.pad_size]
+        return self.gather_features(self.gemm(gather_tokens(self, input_, state)))
 
 
 class SequenceRowParallelOp(CustomRowParallelOp):
     """``[N, in / TP]`` -> padding -> product -> reduce-scatter of tokens -> ``[P / TP, out]``.
 
-    Where FlashComm1 is not active: all-reduce, ``[N, in / TP] -> [N, out]``. Product and
-    reduce-scatter are two calls here.
+    Where FlashComm1 is not active: all-reduce, ``[N, in / TP] -> [N, out]``. Product and reduce-scatter are one kernel
+    under `enable_matmul_reduce_scatter`, for layers that are not quantised or W8A8 with a static scale.
 
     Args:
         env: groups and options.
@@ -68,4 +71,17 @@ class SequenceRowParallelOp(CustomRowParallelOp):
                 f"pad_size={state.pad_size}: {self!r} has {input_.shape[0]} rows with it, "
                 f"must be a multiple of {self.tp_size} ranks"
             )
-        return self.group.reduce_scatter(self.partial_product(input_), 0)
+        return self._reduce_scattered_product(input_)
+
+    def _reduce_scattered_product(self, input_: Tensor) -> Tensor:
+        """``[P, in / TP] -> [P / TP, out]``. The fused kernel takes no bias: every rank adds it to its own rows."""
+        params = self.params
+        fused = self.env.enable_matmul_reduce_scatter and input_.numel() > 0
+        if fused and isinstance(params.quant, W8A8Static):
+            output = params.quant.reduce_scattered_product(input_, self.weight(), self.comm_name(), self.tp_size)
+        elif fused and params.is_plain:
+            weight = self.weight().t()
+            output = kernels.mm_reduce_scatter(input_.contiguous(), weight, self.comm_name(), self.tp_size)
+        else:
+            return self.group.reduce_scatter(self.partial_product(input_), 0)
+        return output if params.bias is None or params.skip_bias_add else output + params.bias

@@ -2,13 +2,25 @@
 """What an op is told: the groups and options of a run (`LinearEnv`) and what changes with every step (`StepState`)."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ascend_comm import CommGroup
 
-__all__ = ["FLASHCOMM1_DENSE_THRESHOLD", "LinearEnv", "MoeLayers", "StepState", "plan_step"]
+from ascend_linear.layer_shard import LayerShard
+
+__all__ = ["FLASHCOMM1_DENSE_THRESHOLD", "LinearEnv", "MoeLayers", "StepState", "layer_index", "plan_step"]
 
 FLASHCOMM1_DENSE_THRESHOLD = 1000
 """Tokens up to which a dense model is faster without FlashComm1. Empirical."""
+
+_MATMUL_ALLREDUCE_RANKS = (1, 2, 4, 8)  # of the kernels, torch_npu/_op_plugin_docs.py
+_MATMUL_REDUCE_SCATTER_RANKS = (2, 4, 8)
+
+
+def layer_index(prefix: str) -> int | None:
+    """n of the first components ``layers.<n>`` of a path in a model; None where there are none."""
+    components = prefix.split(".")
+    return next((int(n) for name, n in pairwise(components) if name == "layers" and n.isdecimal()), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +65,11 @@ class LinearEnv:
         dp_rank: index of this rank along DP, in its own world.
         enable_flashcomm1: tokens split over `tp` between the layers; needs a `tp` of more than one rank.
         enable_matmul_allreduce: product and all-reduce in one kernel.
+        enable_matmul_reduce_scatter: product and reduce-scatter of FlashComm1 in one kernel; for dense models.
         enable_dsa_cp: context parallelism of DeepSeek sparse attention; needs `enable_flashcomm1`.
         enable_shared_expert_dp: shared experts replicated.
         layer_sharding: last path components of the layers whose weights are spread over ranks.
+        o_shard: the series of o_proj, which FlashComm2 with ``layer_sharding=("o_proj",)`` streams.
         moe: which layers are MoE layers.
 
     Raises:
@@ -70,9 +84,11 @@ class LinearEnv:
     dp_rank: int = 0
     enable_flashcomm1: bool = False
     enable_matmul_allreduce: bool = False
+    enable_matmul_reduce_scatter: bool = False
     enable_dsa_cp: bool = False
     enable_shared_expert_dp: bool = False
     layer_sharding: tuple[str, ...] = ()
+    o_shard: LayerShard | None = None
     moe: MoeLayers = MoeLayers()
 
     def __post_init__(self) -> None:
@@ -88,14 +104,34 @@ class LinearEnv:
             raise ValueError("enable_flashcomm1=True: needs tp of more than 1 rank, got 1")
         if self.enable_dsa_cp and not self.enable_flashcomm1:
             raise ValueError("enable_dsa_cp=True: needs enable_flashcomm1=True")
-        if self.enable_matmul_allreduce and (self.enable_flashcomm1 or self.flashcomm2_odp is not None):
-            raise ValueError(
-                "enable_matmul_allreduce=True: excludes enable_flashcomm1 and FlashComm2 (flashcomm2_odp), "
-                "which replace the all-reduce"
-            )
+        self._check_fusion(tp)
         self._check_flashcomm2(tp)
 
+    def _check_fusion(self, tp: int) -> None:
+        if self.enable_matmul_allreduce:
+            if self.enable_flashcomm1 or self.flashcomm2_odp is not None:
+                raise ValueError(
+                    "enable_matmul_allreduce=True: excludes enable_flashcomm1 and FlashComm2 (flashcomm2_odp), "
+                    "which replace the all-reduce"
+                )
+            if tp not in _MATMUL_ALLREDUCE_RANKS:
+                raise ValueError(f"enable_matmul_allreduce=True: tp must be one of {_MATMUL_ALLREDUCE_RANKS}, got {tp}")
+        if self.enable_matmul_reduce_scatter:
+            if not self.enable_flashcomm1:
+                raise ValueError("enable_matmul_reduce_scatter=True: needs enable_flashcomm1=True")
+            if self.moe.routed_experts:
+                raise ValueError(
+                    "enable_matmul_reduce_scatter=True: for dense models only, "
+                    f"got routed_experts={self.moe.routed_experts}"
+                )
+            if tp not in _MATMUL_REDUCE_SCATTER_RANKS:
+                raise ValueError(
+                    f"enable_matmul_reduce_scatter=True: tp must be one of {_MATMUL_REDUCE_SCATTER_RANKS}, got {tp}"
+                )
+
     def _check_flashcomm2(self, tp: int) -> None:
+        if self.o_shard is not None and (self.flashcomm2_odp is None or "o_proj" not in self.layer_sharding):
+            raise ValueError("o_shard: needs FlashComm2 (flashcomm2_odp) with layer_sharding=('o_proj',)")
         if self.flashcomm2_odp is None:
             if self.flashcomm2_otp is not None:
                 raise ValueError(f"flashcomm2_otp of {self.flashcomm2_otp.world_size} ranks: needs flashcomm2_odp too")
