@@ -180,6 +180,20 @@ def uneven_tokens_are_refused(groups, rank: int) -> None:
         run(al.MLPRowParallelOp(env), data(dp.world_size)[0], *data(0)[1:], state, input_is_parallel=False)
 
 
+def fused_kernels_need_hccl(groups, rank: int) -> None:
+    """Over gloo the error says so, on all ranks, before anything is exchanged."""
+    x, weight, _ = data(4)
+    flags = {"enable_flashcomm1": True, "enable_matmul_reduce_scatter": True}
+    cases = (
+        (al.MatmulAllreduceRowParallelOp, {"enable_matmul_allreduce": True}, al.StepState()),
+        (al.SequenceRowParallelOp, flags, al.StepState(flashcomm1=True)),
+    )
+    for kind, options, state in cases:
+        op = kind(al.LinearEnv(tp=groups["tp"], **options))
+        with pytest.raises(RuntimeError, match="only an HCCL group has a communicator name, and this one runs over"):
+            run(op, cut(x, 1, op.group), weight, state=state)
+
+
 def layout(world: int, dp: int, **options: int) -> GroupConfig:
     topology = Topology(world, data_parallel=dp, tensor_parallel=world // dp)
     return GroupConfig(topology=topology, parallel=("tp", "dp"), mc2=False, **options)
@@ -202,6 +216,7 @@ def world_of_4(rank: int) -> None:
 def world_of_2(rank: int) -> None:
     with_groups(plain_ops, layout(2, 1), rank)
     with_groups(sequence_ops, layout(2, 1), rank)
+    with_groups(fused_kernels_need_hccl, layout(2, 1), rank)
     with_groups(flashcomm2, layout(2, 1, flashcomm2=1), rank)
     for k in (1, 2):
         with_groups(mlp, layout(2, 2, mlp_tp=k), rank)

@@ -21,6 +21,11 @@ def test_import_needs_neither_vllm_nor_an_npu():
     assert done.stdout.split() == ["ascend_comm", "torch"]
 
 
+def test_only_kernels_names_torch_npu():
+    files = Path(ascend_linear.__file__).parent.glob("*.py")
+    assert [path.name for path in files if re.search(r"import\b.*torch_npu", path.read_text())] == ["kernels.py"]
+
+
 def test_all_is_complete():
     assert ascend_linear.__all__ == sorted(ascend_linear.__all__)
     assert all(hasattr(ascend_linear, name) for name in ascend_linear.__all__)

@@ -36,6 +36,8 @@ Gemm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 LinearResult = Tensor | tuple[Tensor, Tensor | None]
 """The output, or with `return_bias` the pair (output, bias that was not added)."""
 
+_FLASHCOMM1_OFF = StepState()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearParams:
@@ -138,7 +140,7 @@ class CustomLinearOp:
             RuntimeError: `update_attrs` has not been called.
         """
         params = self.params
-        output = self.forward(input_, StepState() if state is None else state)
+        output = self.forward(input_, _FLASHCOMM1_OFF if state is None else state)
         if not params.return_bias:
             return output
         return output, params.bias if params.skip_bias_add else None
