@@ -111,7 +111,5 @@ def relaxed_8(rank: int) -> None:
     fused(rank, 8, torch.float32)
     quant_cases.exactly(rank, 8)
     topology = Topology(8, data_parallel=2, tensor_parallel=4)
-    config = GroupConfig(
-        topology=topology, parallel=("tp", "dp"), mc2=False, flashcomm2=2, layer_sharding=("o_proj",)
-    )
+    config = GroupConfig(topology=topology, parallel=("tp", "dp"), mc2=False, flashcomm2=2, layer_sharding=("o_proj",))
     with_groups(shard_cases.model_with_streamed_oproj, config, rank)

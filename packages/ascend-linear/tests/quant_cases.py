@@ -191,5 +191,3 @@ def as_on_hardware(rank: int, world: int) -> None:
         with_groups(bytes_on_the_wire, config, rank)
     for config in layouts(world, layer_sharding=("o_proj",)):
         with_groups(streamed_int8, config, rank)
-
-

@@ -23,7 +23,9 @@ NO_NPU = {"ASCEND_SIM": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 RELAXED, STRICT = {"ASCEND_SIM_STRICT": "0"}, {"ASCEND_SIM_STRICT": "1"}
 
 
-def spawn(case: Callable[[int], None], world: int, folder: Path, environment: dict[str, str], limit: float = 300) -> None:
+def spawn(
+    case: Callable[[int], None], world: int, folder: Path, environment: dict[str, str], limit: float = 300
+) -> None:
     """Run ``case(rank)`` in `world` processes, with CPU tensors and gloo under `NO_NPU`, else with npu tensors and hccl.
 
     Whatever fails or hangs in one ends all.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What importing the package brings along, and the README's example."""
+"""What importing the package brings along, and the examples of the README and of docs/add-an-op.md."""
 
 import os
 import re
@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import ascend_linear
+import pytest
 from spawned import NO_NPU
 
+ROOT = Path(__file__).parents[3]
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -31,8 +33,9 @@ def test_all_is_complete():
     assert all(hasattr(ascend_linear, name) for name in ascend_linear.__all__)
 
 
-def test_readme_example(tmp_path):
-    code, output = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", README.read_text(), re.DOTALL).groups()
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "add-an-op.md"], ids=lambda page: page.name)
+def test_example(page, tmp_path):
+    code, output = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", page.read_text(), re.DOTALL).groups()
     script = tmp_path / "example.py"
     script.write_text(code)
     command, environment = [sys.executable, script], os.environ | NO_NPU

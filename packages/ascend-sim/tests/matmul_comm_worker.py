@@ -112,7 +112,10 @@ def rejections(name: str) -> None:
         (lambda: reduce(x, weight, name, x3=x), "only bias, dequant_scale and pertoken_scale"),
     ]
     if STRICT:
-        short = torch.ones(WORLD, 8, device=NPU, dtype=torch.bfloat16), torch.ones(8, N, device=NPU, dtype=torch.bfloat16)
+        short = (
+            torch.ones(WORLD, 8, device=NPU, dtype=torch.bfloat16),
+            torch.ones(8, N, device=NPU, dtype=torch.bfloat16),
+        )
         cases += [
             (lambda: reduce(x.float(), weight.float(), name), "strict mode: .*got Float"),
             (lambda: reduce(x[:0], weight, name), "strict mode: .*must not be empty"),
@@ -132,9 +135,9 @@ def main(init: str) -> None:
     name = group._get_backend(NPU).get_hccl_comm_name(RANK)
     if STRICT and WORLD == 3:
         x = torch.ones(3, K, device=NPU, dtype=torch.bfloat16)
-        with pytest.raises(RuntimeError, match="strict mode: .*2, 4, 8 or 16, got 3"):
+        with pytest.raises(RuntimeError, match=r"strict mode: .*2, 4, 8 or 16, got 3"):
             torch_npu.npu_mm_reduce_scatter_base(x, x.t(), name, 3)
-        with pytest.raises(RuntimeError, match="strict mode: .*1, 2, 4 or 8 ranks, got 3"):
+        with pytest.raises(RuntimeError, match=r"strict mode: .*1, 2, 4 or 8 ranks, got 3"):
             torch_npu.npu_mm_all_reduce_base(x, x.t(), name)
     else:
         all_reduce(name, group)
@@ -142,7 +145,9 @@ def main(init: str) -> None:
         rejections(name)
     dist.destroy_process_group(group)
     with pytest.raises(RuntimeError, match="no HCCL communicator is named"):
-        torch_npu.npu_mm_all_reduce_base(*on_npu(*operands(1, torch.bfloat16 if STRICT else torch.float32)[0][:2]), name)
+        torch_npu.npu_mm_all_reduce_base(
+            *on_npu(*operands(1, torch.bfloat16 if STRICT else torch.float32)[0][:2]), name
+        )
     dist.destroy_process_group()
 
 

@@ -35,7 +35,9 @@ def same_as_meta(op, results, *args, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("shape", "axis", "count"), [((5, 16), -1, 16), ((5, 16), 1, 1), ((2, 3, 8), -2, 3), ((0, 4), -1, 4)])
+@pytest.mark.parametrize(
+    ("shape", "axis", "count"), [((5, 16), -1, 16), ((5, 16), 1, 1), ((2, 3, 8), -2, 3), ((0, 4), -1, 4)]
+)
 def test_quantize_by_multiplying(dtype, shape, axis, count):
     x = torch.randn(shape, dtype=dtype) * 3
     scales, zeros = (torch.rand(count) * 40 + 1).to(dtype), torch.randint(-50, 50, (count,)).to(dtype)
@@ -174,7 +176,10 @@ HALF, ONE = torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(1)
     ("call", "message"),
     [
         (lambda: torch_npu.npu_quantize(ONE.npu(), ONE.npu(), None, torch.quint4x2, -1, False), "dtype must be qint8"),
-        (lambda: torch_npu.npu_quantize(ONE.npu(), torch.ones(3).npu(), None, torch.qint8, -1, False), "1 or 1 numbers"),
+        (
+            lambda: torch_npu.npu_quantize(ONE.npu(), torch.ones(3).npu(), None, torch.qint8, -1, False),
+            "1 or 1 numbers",
+        ),
         (lambda: torch_npu.npu_quantize(ONE.npu(), ONE.npu(), None, torch.qint8, -2, False), "axis -2 does not fit"),
         (lambda: torch_npu.npu_dynamic_quant(HALF.npu(), dst_type=torch.quint4x2), "dst_type must be int8"),
         (lambda: torch_npu.npu_dynamic_quant(HALF[0].npu()), "more than 1 dimension"),

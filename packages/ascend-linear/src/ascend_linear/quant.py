@@ -43,13 +43,16 @@ class W8A8Static:
     output_dtype: torch.dtype = torch.bfloat16
     _reciprocal: Tensor = field(init=False, repr=False)
     _offset: Tensor = field(init=False, repr=False)
+    _dequantised_bias: Tensor | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check, and prepare what the kernel takes: the reciprocal and the offset in the activations' type."""
+        """Check, and prepare what the kernels take: reciprocal, offset and bias in the activations' type."""
         _check_output(self.output_dtype)
         for name in ("input_scale", "input_offset"):
             if getattr(self, name).numel() != 1:
-                raise ValueError(f"{name} of shape {tuple(getattr(self, name).shape)}: must be one number for the layer")
+                raise ValueError(
+                    f"{name} of shape {tuple(getattr(self, name).shape)}: must be one number for the layer"
+                )
         _check_scale("deq_scale", self.deq_scale)
         if self.quant_bias is not None and (
             self.quant_bias.dtype != torch.int32 or self.quant_bias.shape != self.deq_scale.shape
@@ -61,6 +64,8 @@ class W8A8Static:
         reciprocal = self.input_scale.reshape(1).float().reciprocal().to(self.output_dtype)
         object.__setattr__(self, "_reciprocal", reciprocal)
         object.__setattr__(self, "_offset", self.input_offset.reshape(1).to(self.output_dtype))
+        bias = None if self.quant_bias is None else (self.quant_bias * self.deq_scale).to(self.output_dtype)
+        object.__setattr__(self, "_dequantised_bias", bias)
 
     def quantise(self, x: Tensor) -> Tensor:
         """`x` as int8, which `product` takes too; ranks may exchange it in this form, half the bytes."""
@@ -101,9 +106,7 @@ class W8A8Static:
             weight_scale=self.deq_scale,
             output_dtype=self.output_dtype,
         )
-        if self.quant_bias is None:
-            return output
-        return output + (self.quant_bias * self.deq_scale).to(self.output_dtype)
+        return output if self._dequantised_bias is None else output + self._dequantised_bias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -5,7 +5,7 @@ Layers are told apart by whole components of their path (``model.layers.0.self_a
 rule touches a vision or audio tower: what lies in between there adds tensors of all tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -131,7 +131,12 @@ ROW_RULES = (
 
 
 def get_parallel_op(
-    direction: Literal["column", "row"], prefix: str, env: LinearEnv, *, disable_tp: bool = False
+    direction: Literal["column", "row"],
+    prefix: str,
+    env: LinearEnv,
+    *,
+    disable_tp: bool = False,
+    rules: Sequence[Rule] | None = None,
 ) -> Selected:
     """The op of a column or row parallel layer.
 
@@ -140,6 +145,7 @@ def get_parallel_op(
         prefix: the layer's path in the model, dotted.
         env: groups and options.
         disable_tp: the layer asks for its whole weight on every rank.
+        rules: read instead of `COLUMN_RULES` or `ROW_RULES`.
 
     Returns:
         `Selected`. Where no rule fits, the op is None and the shard that of the TP group; with `disable_tp`, or for a
@@ -153,7 +159,7 @@ def get_parallel_op(
     if disable_tp or (env.enable_shared_expert_dp and _in_shared_expert(prefix)):
         return Selected(None, 0, 1)
     if not _in_tower(prefix):
-        for rule in COLUMN_RULES if direction == "column" else ROW_RULES:
+        for rule in (COLUMN_RULES if direction == "column" else ROW_RULES) if rules is None else rules:
             if rule.matches(env, prefix):
                 op = rule.op(env, prefix=prefix)
                 return Selected(op, op.tp_rank, op.tp_size)
