@@ -7,6 +7,7 @@ bandwidth-optimal collectives; what is measured more is padding.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import ascend_linear as al
 import torch
@@ -115,22 +116,17 @@ LAYOUTS = (
         env={**FC1, "enable_matmul_reduce_scatter": True},
         int8=True,
     ),
-    Layout(name="FlashComm2 k=1", least=lambda: flashcomm2(1), formula=FC2_FORMULA, groups={"flashcomm2": 1}),
-    Layout(name="FlashComm2 k=2", least=lambda: flashcomm2(2), formula=FC2_FORMULA, groups={"flashcomm2": 2}),
-    Layout(
-        name="FlashComm2 k=1, int8",
-        least=lambda: flashcomm2(1, 1),
-        formula=FC2_FORMULA,
-        groups={"flashcomm2": 1},
-        int8=True,
-    ),
-    Layout(
-        name="FlashComm2 k=2, int8",
-        least=lambda: flashcomm2(2, 1),
-        formula=FC2_FORMULA,
-        groups={"flashcomm2": 2},
-        int8=True,
-    ),
+    *[
+        Layout(
+            name=f"FlashComm2 k={k}" + (", int8" if int8 else ""),
+            least=partial(flashcomm2, k, 1 if int8 else BYTES),
+            formula=FC2_FORMULA,
+            groups={"flashcomm2": k},
+            int8=int8,
+        )
+        for int8 in (False, True)
+        for k in (1, 2)
+    ],
     Layout(
         name="FlashComm2 k=1, o-shard",
         least=o_shard,

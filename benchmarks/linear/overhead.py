@@ -57,12 +57,13 @@ def measure() -> list[Overhead]:
 
 def beside_torch() -> Overhead:
     x, weight, bias = torch.ones(1, IN), torch.ones(OUT, IN), torch.ones(OUT)
-    op = al.CustomRowParallelOp(al.LinearEnv(tp=OneOfTwo()))
+    group = OneOfTwo()
+    op = al.CustomRowParallelOp(al.LinearEnv(tp=group))
     op.update_attrs(al.LinearParams(weight=weight, bias=bias))
 
     def by_hand() -> tuple[torch.Tensor, None]:
         output = linear(x, weight, bias)
-        dist.all_reduce(output)
+        dist.all_reduce(output, group=group.device_group)
         return output, None
 
     return Overhead("torch's linear + all_reduce", *side_by_side(lambda: op.apply(x), by_hand))

@@ -135,7 +135,7 @@ HOST = """
 ## Host time
 
 CPU microseconds of one call of a row op on one token, ours and the peer's in turns in one process, medians. Beside torch both call an
-all-reduce of one rank; beside vLLM both are a module on one rank, which communicates nothing.
+all-reduce of one rank; beside vLLM both are a module on one rank, which communicates nothing. The target is for vLLM where it is installed.
 """
 
 
@@ -158,11 +158,13 @@ def main() -> None:
         print(MARK)
         print("| peer | ours, us | peer, us | ratio | target |")
         print("|---|--:|--:|--:|---|")
-        for found in measure():
-            verdict = "met" if found.ratio <= 1.1 else "MISSED"
-            print(
-                f"| {found.peer} | {found.ours_us:.1f} | {found.peer_us:.1f} | {found.ratio:.2f} | <= 1.1 {verdict} |"
-            )
+        *others, judged = measure()
+        for found in others:
+            print(f"| {found.peer} | {found.ours_us:.1f} | {found.peer_us:.1f} | {found.ratio:.2f} | |")
+        verdict = "met" if judged.ratio <= 1.1 else "MISSED"
+        print(
+            f"| {judged.peer} | {judged.ours_us:.1f} | {judged.peer_us:.1f} | {judged.ratio:.2f} | <= 1.1 {verdict} |"
+        )
         return
     text = report(counted(), host_time())
     arguments.output.write_text(text, encoding="utf-8")

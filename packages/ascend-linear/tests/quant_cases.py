@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ascend_linear as al
 import torch
 from ascend_comm import GroupConfig, Topology
-from linear_cases import cut, data
+from linear_cases import cut, data, layout
 from spawned import with_groups
 from torch import Tensor
 from torch.nn.functional import linear
@@ -123,6 +123,21 @@ def all_ops(groups, rank: int, dtype: torch.dtype) -> None:
                 check(o_proj.apply(part, state), x, layer, static, state, tp)
 
 
+def over_data_parallel(groups, rank: int, dtype: torch.dtype) -> None:
+    """oproj-TP and mlp-TP: each rank has tokens of its own."""
+    layer, dp, mlp, off = Quantised.random(), groups["dp"], groups["mlp_tp"], al.StepState()
+    layer.bias = layer.bias.bfloat16().double()
+    env = al.LinearEnv(tp=groups["tp"], otp=groups["otp"], mlp_tp=mlp, dp_rank=dp.rank_in_group)
+    for tokens in TOKENS:
+        x = activations(tokens, dp.rank_in_group, dtype)
+        for static in (True, False):
+            check(prepared(al.OProjRowParallelOp(env), layer, static, dtype).apply(x), x, layer, static, off, env.tp)
+            up = prepared(al.MLPColumnParallelOp(env), layer, static, dtype, gather_output=True).apply(x)
+            check(up.chunk(mlp.world_size)[mlp.rank_in_group], x, layer, static, off, env.tp)
+            part = cut(mlp.all_gather(x, 0), 1, mlp)
+            check(prepared(al.MLPRowParallelOp(env), layer, static, dtype).apply(part), x, layer, static, off, env.tp)
+
+
 def bytes_on_the_wire(groups, rank: int) -> None:
     """FlashComm2's exchange has half the bytes with int8; what the fused kernel sends is counted like a collective."""
     from ascend_sim.counters import counting
@@ -191,3 +206,5 @@ def as_on_hardware(rank: int, world: int) -> None:
         with_groups(bytes_on_the_wire, config, rank)
     for config in layouts(world, layer_sharding=("o_proj",)):
         with_groups(streamed_int8, config, rank)
+    config = layout(world, world, otp=world, mlp_tp=world)
+    with_groups(lambda groups, rank: over_data_parallel(groups, rank, torch.bfloat16), config, rank)

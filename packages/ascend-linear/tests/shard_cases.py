@@ -3,7 +3,7 @@
 
 import ascend_linear as al
 import torch
-from ascend_comm import GroupConfig, Topology
+from ascend_comm import GroupConfig, Solo, Topology
 from linear_cases import cut, data, equal, equal_chunk
 from spawned import with_groups
 from torch.nn.functional import linear
@@ -41,6 +41,10 @@ def streams_any_window(groups, rank: int) -> None:
             for layer in layers:
                 shard.reach(layer)
                 equal(shard.wait(layer), truth[layer])
+                op = al.ShardedCPRowParallelOp(al.LinearEnv(tp=Solo()))
+                op.update_attrs(al.LinearParams(weight=kept[layer][1], streamed=kept[layer][0], return_bias=False))
+                x = data(3, layer, WIDTH, HEADS)[0]
+                equal(op.apply(x), linear(x, truth[layer]))
 
 
 def model_with_streamed_oproj(groups, rank: int) -> None:

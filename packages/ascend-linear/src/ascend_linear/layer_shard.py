@@ -186,11 +186,13 @@ class LayerShard:
         """The buffers, and an empty tensor in the place of each weight that another rank keeps."""
         if self.group.world_size == 1:
             return
-        self._windows = [torch.empty_like(self._weights[0]) for _ in range(self.prefetch_step + 1)]
+        like = self._weights[0]
+        shape, dtype, device = like.shape, like.dtype, like.device
         for layer, position in self._position.items():
             if not self.keeps(layer):
                 weight = self._weights[position]
                 weight.data = weight.data.new_empty(0)
+        self._windows = [torch.empty(shape, dtype=dtype, device=device) for _ in range(self.prefetch_step + 1)]
 
     def _broadcast(self, position: int) -> None:
         """Start a broadcast into the window that has waited longest: its layer has been computed by now."""

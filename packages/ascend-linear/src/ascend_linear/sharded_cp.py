@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Context parallelism of DeepSeek sparse attention: each rank attends to a part of the context with whole weights.
 
-The group is of size 1. Where layer sharding spreads the weights over ranks, the layer's `gemm` uses what was streamed.
+The group is of size 1. Where layer sharding spreads the weights over ranks, `LinearParams.streamed` brings them; the
+attention layer starts the broadcasts (`LayerShard.reach`).
 """
 
 from dataclasses import replace
