@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight processes on the simulated NPU that run every case of `moe_cases.py` once: python moe_world.py FOLDER [CASE ...].
+"""Eight processes on the simulated NPU that run cases of `moe_cases.py` once: python moe_world.py FOLDER SET [CASE ...].
 
 One process imports torch and torch_npu and forks: eight imports would take longer than all cases together. Each rank
 writes what came of each case as JSON. After a failure it ends, and the others with it, within the timeout.
@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class World:
         )
 
 
-def work(rank: int, folder: Path, wanted: list[str]) -> None:
+def work(rank: int, folder: Path, cases: dict[str, Callable[[World], None]]) -> None:
     """All cases on one rank."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -72,9 +73,7 @@ def work(rank: int, folder: Path, wanted: list[str]) -> None:
     dist.init_process_group("hccl", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=TIMEOUT)
     world = World(rank)
     outcome = {}
-    for name, case in moe_cases.CASES.items():
-        if wanted and name not in wanted:
-            continue
+    for name, case in cases.items():
         start = time.perf_counter()
         try:
             case(world)
@@ -89,10 +88,11 @@ def work(rank: int, folder: Path, wanted: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def main(folder: Path, wanted: list[str]) -> None:
+def main(folder: Path, chosen: str, wanted: list[str]) -> None:
     """Fork the ranks and wait; end all when one has failed or time is up."""
+    cases = {name: case for name, case in moe_cases.CASES[chosen].items() if not wanted or name in wanted}
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=work, args=(rank, folder, wanted)) for rank in range(WORLD)]
+    ranks = [context.Process(target=work, args=(rank, folder, cases)) for rank in range(WORLD)]
     for process in ranks:
         process.start()
     deadline = time.monotonic() + LIMIT
@@ -107,4 +107,4 @@ def main(folder: Path, wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -134,13 +134,12 @@ def unpermute(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Ten
     return result
 
 
-def grouped_matmul(rows: Tensor, weights: Tensor, counts: Tensor, bias: Tensor | None = None) -> Tensor:
+def grouped_matmul(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """Multiply the rows of slot l by `weights[l]`: rows `[A, n]`, weights `[L, n, m]`, counts int64 `[L]` -> `[A, m]`.
 
-    Rows behind `counts.sum()` of the result are not written. bias: `[L, m]`.
+    Rows behind `counts.sum()` of the result are not written.
     """
-    biases = None if bias is None else [bias]
-    return _grouped(rows, weights, counts, bias=biases)
+    return _grouped(rows, weights, counts)
 
 
 def grouped_matmul_int32(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
