@@ -14,7 +14,6 @@ from torch import Tensor
 __all__ = [
     "RoutedRows",
     "SentRows",
-    "by_slot",
     "clipped_swiglu",
     "dequant_swiglu_quant",
     "dynamic_quant",
@@ -62,25 +61,38 @@ class SentRows(NamedTuple):
     expand_scales: Tensor
 
 
-def init_routing(x: Tensor, ids: Tensor, *, num_slots: int, first: int, last: int, quantise: bool) -> RoutedRows:
+def init_routing(
+    x: Tensor,
+    ids: Tensor,
+    scales: Tensor | None = None,
+    *,
+    rows: int,
+    num_slots: int,
+    first: int,
+    last: int,
+    quantise: bool,
+) -> RoutedRows:
     """Copy each token once for each of its slots in first..last-1, sorted by slot.
 
     Args:
         x: `[T, H]`, T > 0.
         ids: int32 `[T, K]`, values in 0..num_slots-1.
+        scales: float32 `[T]` where x is int8, to be copied along.
+        rows: A, at most T * K and at least the copies that there are.
         num_slots: slots in all.
         first, last: the slots to copy for.
         quantise: turn the rows into int8, each with its own scale.
 
     Returns:
-        rows `[T * K, H]`, of which the first `counts.sum()` are written; index int32 `[T * K]`: the row of token t's
-        j-th expert at `t * K + j`, -1 where its slot is elsewhere; counts int64 `[last - first]`; scales float32
-        `[T * K]`, written where `quantise`.
+        rows `[A, H]`, of which the first `counts.sum()` are written; index int32 `[T * K]`: the row of token t's j-th
+        expert at `t * K + j`, -1 where its slot is elsewhere; counts int64 `[last - first]`; scales float32 `[A]`,
+        written where there are any.
     """
     found = _npu().npu_moe_init_routing_v2(
         x,
         ids,
-        active_num=ids.numel(),
+        scale=scales,
+        active_num=rows,
         expert_num=num_slots,
         expert_tokens_num_type=_COUNTS,
         expert_tokens_num_flag=True,
@@ -104,23 +116,6 @@ def permute(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_empty((0, x.shape[1])), ids.new_empty(0, dtype=torch.int32)
     rows, index = _npu().npu_moe_token_permute(tokens=x, indices=ids, num_out_tokens=ids.numel())
     return rows, index
-
-
-def by_slot(rows: Tensor, counts: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Reorder rows that came rank by rank, within each slot by slot, so that slots come first.
-
-    Args:
-        rows: `[A, H]`.
-        counts: int64 `[ranks, L]`, rows that each rank sent for each slot; A in all.
-        scales: float32 `[A]` or None.
-
-    Returns:
-        rows `[A, H]`; scales likewise; source int32 `[A]`: where each row was.
-    """
-    if not len(rows):
-        return rows, scales, torch.empty(0, dtype=torch.int32, device=rows.device)
-    moved, moved_scales, source, _ = _npu().npu_moe_re_routing(rows, counts, per_token_scales=scales)
-    return moved, None if scales is None else moved_scales, source
 
 
 def unpermute(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
