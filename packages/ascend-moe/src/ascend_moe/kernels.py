@@ -45,7 +45,7 @@ class RoutedRows(NamedTuple):
     """What `init_routing` returns."""
 
     rows: Tensor
-    index: Tensor
+    row_index: Tensor
     counts: Tensor
     scales: Tensor
 
@@ -84,8 +84,8 @@ def init_routing(
         quantise: turn the rows into int8, each with its own scale.
 
     Returns:
-        rows `[A, H]`, of which the first `counts.sum()` are written; index int32 `[T * K]`: the row of token t's j-th
-        expert at `t * K + j`, -1 where its slot is elsewhere; counts int64 `[last - first]`; scales float32 `[A]`,
+        rows `[A, H]`, of which the first `counts.sum()` are written; row_index int32 `[T * K]`: the row of token t's
+        j-th expert at `t * K + j`, -1 where its slot is elsewhere; counts int64 `[last - first]`; scales float32 `[A]`,
         written where there are any.
     """
     found = _npu().npu_moe_init_routing_v2(

@@ -144,7 +144,7 @@ class GatherSequence(Layout):
         """See `Layout`."""
         most = max(prepared.counts)
         if len(out) != most * len(prepared.counts):
-            out = torch.cat([_pad(part, most) for part in out.split(prepared.counts)])
+            out = torch.cat([_pad(part, most) for part in out.split_with_sizes(prepared.counts)])
         if len(out):
             out = self._ep.reduce_scatter(out, 0)
         out = out[: prepared.tokens]

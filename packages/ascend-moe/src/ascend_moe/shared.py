@@ -53,11 +53,11 @@ def start_beside(stream: torch.Stream | None, work: Callable[[Tensor], Tensor], 
     stream.wait_stream(current)
     with stream:
         result = work(x)
-    x.record_stream(stream)  # type: ignore[arg-type]  # torch's stubs know CUDA's stream alone
+    x.record_stream(stream)
 
     def wait() -> Tensor:
         current.wait_stream(stream)
-        result.record_stream(current)  # type: ignore[arg-type]
+        result.record_stream(current)
         return result
 
     return wait

@@ -83,7 +83,7 @@ class LocalSlots:
             rows=routed.rows,
             counts=routed.counts,
             scales=routed.scales if has_scales else None,
-            index=routed.index,
+            index=routed.row_index,
             weights=weights,
         )
 
