@@ -24,6 +24,7 @@ from ascend_moe import (
     Reduced,
     RoutingSpec,
     SharedExperts,
+    Soc,
     W8A8Experts,
     experts_forward,
     forward_selected,
@@ -112,13 +113,14 @@ class Rank:
         *,
         sequence: bool = False,
         where: Replicas = IN_ORDER,
+        soc: Soc = Soc.A3,
     ) -> None:
         size, dp, self.tp = layout
         self.world, self.method, self.sequence = world, method, sequence
         self.owners, self.owner = (size, world.rank) if sequence else (dp, world.rank // self.tp)
         self.where = where
         self.num_slots = len(self.where.slots)
-        self.env = world.env(*layout, self.num_slots, sequence_parallel=sequence)
+        self.env = world.env(*layout, self.num_slots, sequence_parallel=sequence, soc=soc)
         self.comm = make_comm(method, self.env)
         start = world.rank * self.env.slots_per_rank
         self.held = list(self.where.slots[start : start + self.env.slots_per_rank])
@@ -191,6 +193,13 @@ def equals_dense(world: Any, layout: tuple[int, int, int], method: CommMethod, s
                 error.add_note(f"{name}, {redundant} redundant slots, rank {world.rank}")
                 raise
         assert used == set(range(E + redundant)), f"slots without a token: {set(range(E + redundant)) - used}"
+
+
+def kernels_of_a2(world: Any, layout: tuple[int, int, int], method: CommMethod) -> None:
+    """A2's kernels of MC2 take other arguments."""
+    rank = Rank(world, layout, method, soc=Soc.A2)
+    for traffic in rank.traffics.values():
+        rank.check(rank.forward(traffic), traffic)
 
 
 def replica_by_rank(world: Any, layout: tuple[int, int, int], method: CommMethod) -> None:
@@ -393,6 +402,7 @@ def all_cases() -> dict[str, Callable[[Any], None]]:
         cases[f"by rank: {label(layout, method)}"] = on(layout, replica_by_rank, method=method)
     for layout, method in product(((2, 2, 1), (4, 2, 2), (8, 1, 8)), METHODS):
         cases[f"w8a8: {label(layout, method)}"] = on(layout, w8a8, method=method, dtype=torch.float32)
+    cases[f"A2: {label((4, 2, 2), MC2)}"] = on((4, 2, 2), kernels_of_a2, method=MC2)
     for method in METHODS:
         cases[f"waits: {label((4, 2, 2), method)}"] = on((4, 2, 2), host_waits_once_at_most, method=method)
     for layout in ((2, 1, 2), (4, 2, 2)):

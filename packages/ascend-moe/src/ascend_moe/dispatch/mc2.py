@@ -80,9 +80,7 @@ class Mc2Dispatcher(Dispatcher):
         if not isinstance(dispatched, _Sent):
             raise TypeError(f"dispatched is a {type(dispatched).__name__}, not from {type(self).__name__}.dispatch")
         sent = dispatched.kernel
-        options: dict[str, Any] = {}
-        if self._soc is Soc.A2:  # whose combine takes no mask, and the weights on their way back as well
+        options: dict[str, Any] = {"x_active_mask": dispatched.mask}
+        if self._soc is Soc.A2:  # where dispatch has sent the weights along
             options["expand_scales"] = sent.expand_scales
-        else:
-            options["x_active_mask"] = dispatched.mask
         return kernels.mc2_combine(rows, dispatched.ids, dispatched.weights, sent, self._group, **options)
