@@ -239,6 +239,21 @@ def padding_reaches_nobody(world: Any, layout: tuple[int, int, int], method: Com
     assert rank.total_load(output) == expected_load(ids, E)
 
 
+def nan_stays_with_its_token(world: Any, layout: tuple[int, int, int], method: CommMethod) -> None:
+    """One request gone wrong spoils no other one's tokens."""
+    rank = Rank(world, layout, method)
+    for bad in (0, 7, 16):
+        traffic = rank.traffics["even"]
+        x = hidden(traffic)
+        x[bad] = torch.nan
+        mine = [rank.put(rank.own(part, traffic.counts)) for part in (x, traffic.logits)]
+        output = experts_forward(*mine, spec=traffic.spec, experts=rank.experts, comm=rank.comm, tokens=traffic.counts)
+        result = reduced(output, rank.env.tp).cpu()
+        dense = rank.own(dense_moe(x, gates(traffic.logits, traffic.spec), W13, W2), traffic.counts)
+        assert torch.equal(result.isnan().any(dim=1), dense.isnan().any(dim=1)), f"token {bad}"
+        close(result.nan_to_num(), dense.nan_to_num())
+
+
 def selected_elsewhere(world: Any, layout: tuple[int, int, int], method: CommMethod, sequence: bool) -> None:
     """Weights and slots from another router, `forward_selected`, equal `experts_forward`, bit for bit."""
     rank = Rank(world, layout, method, sequence=sequence)
@@ -403,6 +418,8 @@ def all_cases() -> dict[str, Callable[[Any], None]]:
     for layout, method in product(((2, 2, 1), (4, 2, 2), (8, 1, 8)), METHODS):
         cases[f"w8a8: {label(layout, method)}"] = on(layout, w8a8, method=method, dtype=torch.float32)
     cases[f"A2: {label((4, 2, 2), MC2)}"] = on((4, 2, 2), kernels_of_a2, method=MC2)
+    for layout, method in product(((2, 2, 1), (4, 2, 2)), METHODS):
+        cases[f"NaN: {label(layout, method)}"] = on(layout, nan_stays_with_its_token, method=method)
     for method in METHODS:
         cases[f"waits: {label((4, 2, 2), method)}"] = on((4, 2, 2), host_waits_once_at_most, method=method)
     for layout in ((2, 1, 2), (4, 2, 2)):
