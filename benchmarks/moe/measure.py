@@ -78,7 +78,7 @@ class Rank:
         self.w2 = torch.randn(EXPERTS, INTERMEDIATE, HIDDEN, generator=generator) / INTERMEDIATE**0.5
         self._ep = {size: self._group(size) for size in (2, 4, 8)}
         self._mc2 = {size: self._group(size) for size in (2, 4, 8)}
-        dist.barrier()
+        dist.barrier(device_ids=[rank])
 
     def _group(self, size: int) -> CommGroup | None:
         made = dist.new_group(list(range(size)), timeout=TIMEOUT)
@@ -167,7 +167,7 @@ def serve(rank: int, store: str, jobs: list[Callable[[Rank], Any]], results: Any
     dist.init_process_group("hccl", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=TIMEOUT)
     here = Rank(rank)
     results.put((rank, [job(here) for job in jobs]))
-    dist.barrier()
+    dist.barrier(device_ids=[rank])
     dist.destroy_process_group()
     results.close()
     results.join_thread()

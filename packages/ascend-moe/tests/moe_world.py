@@ -44,7 +44,7 @@ class World:
                     self._groups[tuple(ranks)] = self._make(ranks)
             if size not in self._mc2:
                 self._mc2[size] = self._make(list(range(size)))
-        dist.barrier()  # a rank that ends early must not cut off others that still connect
+        dist.barrier(device_ids=[rank])  # a rank that ends early must not cut off others that still connect
 
     def _make(self, ranks: list[int]) -> CommGroup | None:
         if len(ranks) == 1:
@@ -86,7 +86,7 @@ def work(rank: int, folder: Path, cases: dict[str, Callable[[World], None]]) -> 
             os._exit(1)  # closes the connections that the others wait on
         if rank == 0:
             print(f"{time.perf_counter() - start:6.2f} s  {name}", flush=True)
-    dist.barrier()
+    dist.barrier(device_ids=[rank])
     dist.destroy_process_group()
 
 
