@@ -17,6 +17,7 @@ __all__ = [
     "clipped_swiglu",
     "dequant_swiglu_quant",
     "dynamic_quant",
+    "gating_top_k",
     "grouped_matmul",
     "grouped_matmul_dequantised",
     "grouped_matmul_int32",
@@ -39,6 +40,36 @@ def _npu() -> Any:
         raise RuntimeError(
             "mixture-of-experts kernels need torch_npu: pip install torch-npu==2.13.0 (without an NPU: ascend-sim)"
         ) from error
+
+
+def gating_top_k(
+    logits: Tensor,
+    bias: Tensor | None,
+    *,
+    top_k: int,
+    sigmoid: bool,
+    groups: int,
+    top_groups: int,
+    by_two_best: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Weights float32 `[T, K]` and ids int32 `[T, K]` of float32 logits `[T, E]`, T > 0, and bias `[E]`.
+
+    Softmax scores are left as they are, sigmoid scores are divided by their sum; then both are multiplied by `scale`.
+    """
+    weights, ids, _ = _npu().npu_moe_gating_top_k(
+        logits,
+        top_k,
+        bias=bias,
+        k_group=top_groups,
+        group_count=groups,
+        group_select_mode=1 if by_two_best else 0,
+        renorm=0,
+        norm_type=1 if sigmoid else 0,
+        routed_scaling_factor=scale,
+        eps=1e-20,
+    )
+    return weights, ids
 
 
 class RoutedRows(NamedTuple):
