@@ -3,10 +3,11 @@
 // Collectives on npu tensors, over Gloo. Every c10d operator gets one boxed kernel: it replaces npu tensors by aliases that keep the memory
 // alive (asynchronous work outlasts the call) and hands them to the CPU kernel of the same operator with the Gloo group behind "hccl".
 #include <torch/csrc/distributed/c10d/Backend.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 
 #include "alias.h"
+#include "comm.h"
 
 namespace ascend_sim {
 namespace {
@@ -22,15 +23,6 @@ std::mutex traffic_mutex;
 std::map<std::pair<std::string, std::string>, Traffic>& traffic() {
   static std::map<std::pair<std::string, std::string>, Traffic> all;
   return all;
-}
-
-// A group whose CPU backend is the Gloo group that stands behind the npu backend of `group`.
-c10::intrusive_ptr<Group> over_gloo(const c10::intrusive_ptr<Group>& group) {
-  auto gloo = group->getBackend(c10::DeviceType::PrivateUse1);
-  auto shadow = c10::make_intrusive<Group>(group->getRank(), group->getSize());
-  shadow->setBackend(c10::DeviceType::CPU, Group::BackendType::GLOO, gloo);
-  shadow->setGroupName(group->getGroupName());
-  return shadow;
 }
 
 IValue aliased(const IValue& value) {
@@ -124,13 +116,7 @@ void collective(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack
       (*stack)[base + i] = gloo;
     }
   TORCH_INTERNAL_ASSERT(group, "no process group in ", schema.name());
-  {
-    const std::string& described = group->getGroupDesc();
-    std::lock_guard<std::mutex> lock(traffic_mutex);
-    auto& entry = traffic()[{schema.name().substr(6), described.empty() || described == "undefined" ? group->getGroupName() : described}];
-    entry.calls += 1;
-    entry.bytes += wire_bytes(schema.name(), *stack, base, group->getRank(), group->getSize());
-  }
+  count_traffic(schema.name().substr(6), *group, wire_bytes(schema.name(), *stack, base, group->getRank(), group->getSize()));
   for (size_t i = 0; i < count; ++i) (*stack)[base + i] = aliased((*stack)[base + i]);
   if (takes_any_shape(schema.name()))
     for (size_t i = 0; i < 2; ++i) (*stack)[base + i] = flat((*stack)[base + i]);
@@ -164,6 +150,34 @@ void reset_counts() {
 }
 
 }  // namespace
+
+c10::intrusive_ptr<Group> group_named(const char* op, const std::string& comm_name) {
+  static const char* remedy = "take the name from group.get_hccl_comm_name(rank)";
+  // hccl.py: hccl_<name of the group>_<its ranks, joined by ->
+  const auto cut = comm_name.rfind('_');
+  TORCH_CHECK(comm_name.starts_with("hccl_") && cut > 5, op, ": no HCCL communicator is named '", comm_name, "'; ", remedy);
+  try {
+    return c10d::resolve_process_group(comm_name.substr(5, cut - 5));
+  } catch (const c10::Error&) {
+    TORCH_CHECK(false, op, ": no HCCL communicator of this process is named '", comm_name, "'; ", remedy);
+  }
+}
+
+c10::intrusive_ptr<Group> over_gloo(const c10::intrusive_ptr<Group>& group) {
+  auto gloo = group->getBackend(c10::DeviceType::PrivateUse1);
+  auto shadow = c10::make_intrusive<Group>(group->getRank(), group->getSize());
+  shadow->setBackend(c10::DeviceType::CPU, Group::BackendType::GLOO, gloo);
+  shadow->setGroupName(group->getGroupName());
+  return shadow;
+}
+
+void count_traffic(const std::string& op, const Group& group, int64_t bytes) {
+  const std::string& described = group.getGroupDesc();
+  std::lock_guard<std::mutex> lock(traffic_mutex);
+  auto& entry = traffic()[{op, described.empty() || described == "undefined" ? group.getGroupName() : described}];
+  entry.calls += 1;
+  entry.bytes += bytes;
+}
 
 void install_comm() {
   static torch::Library c10d(torch::Library::IMPL, "c10d", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
