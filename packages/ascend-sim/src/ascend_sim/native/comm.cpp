@@ -25,6 +25,39 @@ std::map<std::pair<std::string, std::string>, Traffic>& traffic() {
   return all;
 }
 
+}  // namespace
+
+void count_traffic(const std::string& name, const Group& group, int64_t bytes) {
+  const std::string& described = group.getGroupDesc();
+  std::lock_guard<std::mutex> lock(traffic_mutex);
+  auto& entry = traffic()[{name, described.empty() || described == "undefined" ? group.getGroupName() : described}];
+  entry.calls += 1;
+  entry.bytes += bytes;
+}
+
+c10::intrusive_ptr<Group> over_gloo(const c10::intrusive_ptr<Group>& group) {
+  auto gloo = group->getBackend(c10::DeviceType::PrivateUse1);
+  auto shadow = c10::make_intrusive<Group>(group->getRank(), group->getSize());
+  shadow->setBackend(c10::DeviceType::CPU, Group::BackendType::GLOO, gloo);
+  shadow->setGroupName(group->getGroupName());
+  return shadow;
+}
+
+c10::intrusive_ptr<Group> group_named(const char* op, c10::string_view comm_name) {
+  // SimulatedHCCL.get_hccl_comm_name (hccl.py): hccl_<name of the process group>_<ranks joined by ->
+  static const char* remedy = "take the name from get_hccl_comm_name(rank)";
+  const std::string name(comm_name);
+  const size_t end = name.rfind('_');
+  TORCH_CHECK(name.starts_with("hccl_") && end > 4, op, ": no HCCL communicator is named '", name, "' in this process; ", remedy);
+  try {
+    return c10d::resolve_process_group(name.substr(5, end - 5));
+  } catch (const c10::Error&) {
+    TORCH_CHECK(false, op, ": no HCCL communicator is named '", name, "' in this process; ", remedy);
+  }
+}
+
+namespace {
+
 IValue aliased(const IValue& value) {
   if (value.isTensor()) return owning_alias(value.toTensor());
   if (value.isTensorList()) {
@@ -150,34 +183,6 @@ void reset_counts() {
 }
 
 }  // namespace
-
-c10::intrusive_ptr<Group> group_named(const char* op, const std::string& comm_name) {
-  static const char* remedy = "take the name from group.get_hccl_comm_name(rank)";
-  // hccl.py: hccl_<name of the group>_<its ranks, joined by ->
-  const auto cut = comm_name.rfind('_');
-  TORCH_CHECK(comm_name.starts_with("hccl_") && cut > 5, op, ": no HCCL communicator is named '", comm_name, "'; ", remedy);
-  try {
-    return c10d::resolve_process_group(comm_name.substr(5, cut - 5));
-  } catch (const c10::Error&) {
-    TORCH_CHECK(false, op, ": no HCCL communicator of this process is named '", comm_name, "'; ", remedy);
-  }
-}
-
-c10::intrusive_ptr<Group> over_gloo(const c10::intrusive_ptr<Group>& group) {
-  auto gloo = group->getBackend(c10::DeviceType::PrivateUse1);
-  auto shadow = c10::make_intrusive<Group>(group->getRank(), group->getSize());
-  shadow->setBackend(c10::DeviceType::CPU, Group::BackendType::GLOO, gloo);
-  shadow->setGroupName(group->getGroupName());
-  return shadow;
-}
-
-void count_traffic(const std::string& op, const Group& group, int64_t bytes) {
-  const std::string& described = group.getGroupDesc();
-  std::lock_guard<std::mutex> lock(traffic_mutex);
-  auto& entry = traffic()[{op, described.empty() || described == "undefined" ? group.getGroupName() : described}];
-  entry.calls += 1;
-  entry.bytes += bytes;
-}
 
 void install_comm() {
   static torch::Library c10d(torch::Library::IMPL, "c10d", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);

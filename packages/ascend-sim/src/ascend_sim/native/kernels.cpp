@@ -21,6 +21,8 @@ void install_swiglu_quant(torch::Library& npu);
 void install_moe_dispatch(torch::Library& npu);
 void install_moe_combine(torch::Library& npu);
 void install_latent(torch::Library& npu);
+void install_quant(torch::Library& npu);
+void install_matmul_comm(torch::Library& npu);
 
 void install_kernels() {
   static torch::Library npu(torch::Library::IMPL, "npu", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
@@ -39,6 +41,8 @@ void install_kernels() {
   install_moe_dispatch(npu);
   install_moe_combine(npu);
   install_latent(npu);
+  install_quant(npu);
+  install_matmul_comm(npu);
 }
 
 }  // namespace ascend_sim

@@ -13,7 +13,7 @@ Layout layout_of(const char* op, c10::string_view group_ep, int64_t ep_world_siz
   TORCH_CHECK(tp_world_size == 0 || tp_world_size == 1, op, ": tp_world_size must be 0 or 1 (2 is not simulated), got ", tp_world_size);
   TORCH_CHECK(shared_expert_rank_num == 0, op, ": shared_expert_rank_num must be 0 (others are not simulated), got ", shared_expert_rank_num);
   TORCH_CHECK(expert_shard_type == 0, op, ": expert_shard_type must be 0, got ", expert_shard_type);
-  Layout l{op, group_named(op, std::string(group_ep)), {}, ep_world_size, ep_rank_id, moe_expert_num, 0};
+  Layout l{op, group_named(op, group_ep), {}, ep_world_size, ep_rank_id, moe_expert_num, 0};
   TORCH_CHECK(l.group->getSize() == l.world && l.group->getRank() == l.rank, op, ": ep_world_size and ep_rank_id must be those of group_ep, ",
               l.group->getSize(), " and ", l.group->getRank(), ", got ", l.world, " and ", l.rank);
   TORCH_CHECK(l.experts >= l.world && l.experts % l.world == 0, op, ": moe_expert_num must be a multiple of ep_world_size = ", l.world, ", got ",
