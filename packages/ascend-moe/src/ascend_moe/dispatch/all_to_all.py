@@ -50,7 +50,7 @@ class AllToAllDispatcher(Dispatcher):
         ranks, top_k = self._ep.world_size, ids.shape[1]
         owner_TK = without_padding(ids // self._slots_per_rank, mask, ranks)
         first_TK = _first_equal(owner_TK)
-        counted_TK = first_TK == torch.arange(top_k, device=ids.device)
+        counted_TK = (first_TK == torch.arange(top_k, device=ids.device)) & (owner_TK < ranks)
         target_TK = torch.where(counted_TK, owner_TK, ranks)
         sent, received, written = self._exchange_sizes(owner_TK, target_TK)
 
