@@ -101,8 +101,8 @@ class AllToAllDispatcher(Dispatcher):
     def _exchange_sizes(self, owner_TK: Tensor, target_TK: Tensor) -> tuple[list[int], list[int], int]:
         """Tokens to send to and receive from each rank, and the rows that these make for the slots here."""
         ranks = self._ep.world_size
-        tokens_R, pairs_R = (slot_load(ids, ranks + 1)[:ranks] for ids in (target_TK, owner_TK))
-        mine_R2 = torch.stack([tokens_R, pairs_R], dim=1)
+        both_TK = torch.cat([target_TK, owner_TK + (ranks + 1)], dim=1)  # counted at once
+        mine_R2 = slot_load(both_TK, 2 * (ranks + 1)).view(2, ranks + 1).t()[:ranks]
         theirs_R2 = self._ep.all_to_all(mine_R2)
         sizes = torch.cat([mine_R2, theirs_R2], dim=1).tolist()  # the only wait
         return [size[0] for size in sizes], [size[2] for size in sizes], sum(size[3] for size in sizes)
