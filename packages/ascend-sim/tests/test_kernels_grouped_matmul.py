@@ -146,7 +146,9 @@ def test_int8_with_scales(dtype, scale_dtype, by_token):
         options["per_token_scale"] = [token_scale]
     (out,) = run(grouped_matmul, [x], [weight], **options, **lists(counts)[0])
     torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    (out,) = run(grouped_matmul, [x], list(weight), **{**options, "scale": list(scale)}, **lists(counts)[1])
+    (out,) = run(
+        grouped_matmul, [x], list(weight), **{**options, "scale": list(scale)}, **lists(counts)[1]
+    )
     torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -242,10 +244,7 @@ REJECTIONS = {
     "group_type must be 0 or -1, got None": {"group_type": None},
     "split_item must be 2 or 3 with group_type 0, got 0": {"split_item": 0},
     r"group_list \(counts\) must name rising rows, at most 4, got 4 at \[1\]": {"group_list": torch.tensor([1, 4])},
-    r"group_list \(cumulative counts\) must name rising rows": {
-        "group_list": torch.tensor([3, 1]),
-        "group_list_type": 0,
-    },
+    r"group_list \(cumulative counts\) must name rising rows": {"group_list": torch.tensor([3, 1]), "group_list_type": 0},
     "a number for each of the 2 weights, got 3": {"group_list": torch.tensor([1, 3, 0])},
     "group_list must be int64": {"group_list": torch.tensor([1, 3], dtype=torch.int32)},
     "act_type is not simulated, got 5": {"act_type": 5},
