@@ -68,7 +68,7 @@ def test_cache_rejections():
     ):
         write(key, key, cache, cache, slots, cache_mode="Norm")
     assert not cache.any()
-    with pytest.raises(RuntimeError, match=r"cache_mode must be 'Norm' or 'PA_NZ', got 'ND'"):
+    with pytest.raises(RuntimeError, match="cache_mode must be 'Norm' or 'PA_NZ', got 'ND'"):
         write(key, key, cache, cache, slots, cache_mode="ND")
     with pytest.raises(RuntimeError, match=r"seq_lens .compressed cache. is not simulated"):
         write(key, key, cache, cache, slots, seq_lens=slots, cache_mode="Norm")
@@ -77,7 +77,7 @@ def test_cache_rejections():
 @strict_only
 def test_strict_scatter_wants_contiguous_rows():
     wide, cache = torch.ones(2, 6, 8).npu(), torch.zeros(4, 16, 3, 8).npu()
-    with pytest.raises(RuntimeError, match=r"strict mode: npu_scatter_pa_kv_cache: key must be contiguous"):
+    with pytest.raises(RuntimeError, match="strict mode: npu_scatter_pa_kv_cache: key must be contiguous"):
         torch_npu.npu_scatter_pa_kv_cache(
             wide[:, :3], wide[:, 3:], cache, cache, torch.zeros(2, dtype=torch.int32).npu(), cache_mode="Norm"
         )

@@ -69,7 +69,7 @@ def test_rms_norm_rejects_a_gamma_of_another_shape():
 
 @strict_only
 def test_strict_rejections():
-    with pytest.raises(RuntimeError, match=r"strict mode: npu_rms_norm: input must have 2 to 8 dimensions, got 1"):
+    with pytest.raises(RuntimeError, match="strict mode: npu_rms_norm: input must have 2 to 8 dimensions, got 1"):
         torch_npu.npu_rms_norm(torch.ones(8).npu(), torch.ones(8).npu())
     with pytest.raises(RuntimeError, match="gamma must have the data type of input, got Float and BFloat16"):
         torch_npu.npu_rms_norm(torch.ones(2, 8, dtype=torch.bfloat16).npu(), torch.ones(8).npu())
