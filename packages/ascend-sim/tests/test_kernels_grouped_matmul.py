@@ -146,9 +146,7 @@ def test_int8_with_scales(dtype, scale_dtype, by_token):
         options["per_token_scale"] = [token_scale]
     (out,) = run(grouped_matmul, [x], [weight], **options, **lists(counts)[0])
     torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    (out,) = run(
-        grouped_matmul, [x], list(weight), **{**options, "scale": list(scale)}, **lists(counts)[1]
-    )
+    (out,) = run(grouped_matmul, [x], list(weight), **{**options, "scale": list(scale)}, **lists(counts)[1])
     torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -244,7 +242,10 @@ REJECTIONS = {
     "group_type must be 0 or -1, got None": {"group_type": None},
     "split_item must be 2 or 3 with group_type 0, got 0": {"split_item": 0},
     r"group_list \(counts\) must name rising rows, at most 4, got 4 at \[1\]": {"group_list": torch.tensor([1, 4])},
-    r"group_list \(cumulative counts\) must name rising rows": {"group_list": torch.tensor([3, 1]), "group_list_type": 0},
+    r"group_list \(cumulative counts\) must name rising rows": {
+        "group_list": torch.tensor([3, 1]),
+        "group_list_type": 0,
+    },
     "a number for each of the 2 weights, got 3": {"group_list": torch.tensor([1, 3, 0])},
     "group_list must be int64": {"group_list": torch.tensor([1, 3], dtype=torch.int32)},
     "act_type is not simulated, got 5": {"act_type": 5},
@@ -268,11 +269,11 @@ def test_rejections(message, changes):
 
 @strict_only
 def test_strict_rejections():
-    with pytest.raises(RuntimeError, match="strict mode: .*bias must be Float with x of BFloat16, got BFloat16"):
+    with pytest.raises(RuntimeError, match=r"strict mode: .*bias must be Float with x of BFloat16, got BFloat16"):
         call(bias=[torch.zeros(2, 6, dtype=torch.bfloat16)])
-    with pytest.raises(RuntimeError, match="strict mode: .*scale and output_dtype must be bfloat16 and bfloat16 or"):
+    with pytest.raises(RuntimeError, match=r"strict mode: .*scale and output_dtype must be bfloat16 and bfloat16 or"):
         call(x=X8, scale=[torch.zeros(2, 6)], output_dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="strict mode: .*H must be a multiple of 64"):
+    with pytest.raises(RuntimeError, match=r"strict mode: .*H must be a multiple of 64"):
         torch_npu.npu_dequant_swiglu_quant(
             torch.zeros(4, 8).bfloat16().npu(), quant_mode=1, group_index=torch.tensor([4]).npu()
         )

@@ -59,9 +59,7 @@ def test_gating_top_k(dtype, sigmoid, biased, experts, k, groups, kept, sum_of_t
         "out_flag": True,
         "routed_scaling_factor": 2.5,
     }
-    results = torch_npu.npu_moe_gating_top_k(
-        logits.npu(), k, bias=None if bias is None else bias.npu(), **options
-    )
+    results = torch_npu.npu_moe_gating_top_k(logits.npu(), k, bias=None if bias is None else bias.npu(), **options)
     like_meta(results, torch_npu.npu_moe_gating_top_k, logits, k, bias=bias, **options)
     expected = [route(row, k, bias, groups, kept, sum_of_two, sigmoid, 2.5) for row in logits]
     weights, ids, scores = (torch.tensor(part) for part in zip(*expected, strict=True))
@@ -139,11 +137,16 @@ def gating(x=None, k=2, **options):
         ("norm_type must be 0 .* or 1 .*, got 2", lambda: gating(norm_type=2)),
         (r"bias must be \[experts = 8\], got \[7\]", lambda: gating(bias=torch.zeros(7).npu())),
         (r"k_group must lie in \[1, group_count = 2\], got 3", lambda: gating(group_count=2, k_group=3)),
-        (r"k must lie in \[1, 8\], got 9", lambda: torch_npu.npu_moe_gating_top_k_softmax(torch.zeros(2, 8).npu(), k=9)),
+        (
+            r"k must lie in \[1, 8\], got 9",
+            lambda: torch_npu.npu_moe_gating_top_k_softmax(torch.zeros(2, 8).npu(), k=9),
+        ),
         (
             r"expert_ids must lie in \[0, 1\], got 2",
             lambda: torch_npu.npu_moe_update_expert(
-                torch.full((1, 1), 2, dtype=torch.int32).npu(), torch.ones(2, 2, dtype=torch.int32).npu(), balance_mode=1
+                torch.full((1, 1), 2, dtype=torch.int32).npu(),
+                torch.ones(2, 2, dtype=torch.int32).npu(),
+                balance_mode=1,
             ),
         ),
     ],

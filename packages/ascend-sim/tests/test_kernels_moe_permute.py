@@ -26,7 +26,12 @@ def pairs(ids, first, last):
 
 
 def init_routing(x, ids, experts, **options):
-    options = {"active_num": -1, "expert_num": experts, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True} | options
+    options = {
+        "active_num": -1,
+        "expert_num": experts,
+        "expert_tokens_num_type": 1,
+        "expert_tokens_num_flag": True,
+    } | options
     npu = {name: value.npu() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     results = torch_npu.npu_moe_init_routing_v2(x.npu(), ids.npu(), **npu)
     like_meta(results, torch_npu.npu_moe_init_routing_v2, x, ids, **options)
@@ -146,7 +151,9 @@ def test_unpermute_of_a_range_of_experts():
     torch.testing.assert_close(back.cpu(), x * 3 * (probs * here).sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, pytest.param(torch.float32, marks=relaxed_only)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.int8, pytest.param(torch.float32, marks=relaxed_only)], ids=str
+)
 @pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=str)
 def test_re_routing(dtype, counts):
     numbers = torch.tensor([[2, 0, 3], [1, 4, 0]])

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Multi-head latent attention, beside the attention kernel itself: filling the latent cache, and merging partial attentions.
-#include "kernels.h"
+#include "moe.h"
 
 namespace ascend_sim {
 namespace {
@@ -102,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kv_rmsnorm_rope_cache
   const bool nz = cache_mode == "PA_NZ" || cache_mode == "PA_BLK_NZ";
   const int64_t batch = kv.size(0), sequence = kv.size(2), size = gamma.size(0), rope = kv.size(3) - size, limit = k_cache.numel() / rope;
   const at::Tensor x = floats(kv), g = floats(gamma), c = floats(cos), s = floats(sin);
-  at::Tensor k_out = at::zeros({batch, 1, sequence, rope}, kv.options()), y_out = at::zeros({batch, 1, sequence, size}, kv.options());
+  at::Tensor k_out = zeros({batch, 1, sequence, rope}, kv.options()), y_out = zeros({batch, 1, sequence, size}, kv.options());
   by_type(op, kv.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     std::vector<float> y(size), k(rope);
@@ -153,7 +153,7 @@ std::tuple<at::Tensor, at::Tensor> attention_update(at::TensorList lse, at::Tens
   }
   const int64_t count = lse[0].size(0), size = local_out[0].size(1);
   STRICT(size % 8 == 0 && size >= 8 && size <= 512, op, ": the head size must be a multiple of 8 in [8, 512], got ", size);
-  at::Tensor out = at::empty(local_out[0].sizes(), local_out[0].options()), merged = at::zeros({count}, lse[0].options());
+  at::Tensor out = at::empty(local_out[0].sizes(), local_out[0].options()), merged = zeros({count}, lse[0].options());
   by_type(op, out.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     parallel(count, 4 * static_cast<int64_t>(parts) * size, [&](int64_t begin, int64_t end) {

@@ -6,6 +6,13 @@
 
 namespace ascend_sim {
 
+// A new tensor of zeros, past the dispatcher: what a kernel does inside is not counted as operators of its own.
+inline at::Tensor zeros(at::IntArrayRef shape, const at::TensorOptions& options) {
+  at::Tensor out = at::empty(shape, options);
+  if (out.numel()) std::memset(out.data_ptr(), 0, out.nbytes());
+  return out;
+}
+
 inline at::Tensor longs(const at::Tensor& t) {
   at::AutoDispatchBelowADInplaceOrView below;
   return cpu_alias(t).to(at::kLong).contiguous();

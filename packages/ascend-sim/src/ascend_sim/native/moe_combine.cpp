@@ -86,11 +86,12 @@ at::Tensor combine(const at::Tensor& expand_x, const at::Tensor& expert_ids, con
   static Tally& mine = tally("npu::npu_moe_distribute_combine_v2");
   const char* op = "npu_moe_distribute_combine_v2";
   count_call(mine);
-  TORCH_CHECK(!elastic_info && !performance_info && !ori_x && !const_expert_alpha_1 && !const_expert_alpha_2 && !const_expert_v && !zero_expert_num &&
-                  !copy_expert_num && !const_expert_num,
+  TORCH_CHECK(!elastic_info && !performance_info && !ori_x && !const_expert_alpha_1 && !const_expert_alpha_2 && !const_expert_v &&
+                  !zero_expert_num && !copy_expert_num && !const_expert_num,
               op, ": elastic_info, performance_info and special experts are not simulated");
   TORCH_CHECK(comm_quant_mode == 0, op, ": comm_quant_mode must be 0 (2 is not simulated), got ", comm_quant_mode);
-  const Layout l = layout_of(op, group_ep, ep_world_size, ep_rank_id, moe_expert_num, group_tp, tp_world_size, shared_expert_rank_num, expert_shard_type);
+  const Layout l =
+      layout_of(op, group_ep, ep_world_size, ep_rank_id, moe_expert_num, group_tp, tp_world_size, shared_expert_rank_num, expert_shard_type);
   check_tokens(l, "expand_x", expand_x, expert_ids);
   const int64_t batch = expert_ids.size(0), k = expert_ids.size(1), size = expand_x.size(1);
   TORCH_CHECK(expert_scales.scalar_type() == at::kFloat && expert_scales.sizes() == expert_ids.sizes(), op,

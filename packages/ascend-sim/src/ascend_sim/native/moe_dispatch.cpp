@@ -28,8 +28,8 @@ Arrivals announce(const Layout& l, const std::vector<Choice>& choices, int64_t b
   }
   const auto [least, most] = std::minmax_element(a.batches.begin(), a.batches.end());
   STRICT(*least >= 1 && *most <= 512, l.op, ": BS must lie in [1, 512] on every rank, got ", a.batches);
-  TORCH_CHECK(*least == *most || global_bs > 0, l.op, ": global_bs must be max(BS) * ep_world_size where BS differs from rank to rank, got 0 with ",
-              a.batches);
+  TORCH_CHECK(*least == *most || global_bs > 0, l.op,
+              ": global_bs must be max(BS) * ep_world_size where BS differs from rank to rank, got 0 with ", a.batches);
   TORCH_CHECK(global_bs == 0 || global_bs == *most * l.world, l.op, ": global_bs must be 0 or max(BS) * ep_world_size = ", *most * l.world,
               ", got ", global_bs);
   STRICT(*least == *most || !masked, l.op, ": x_active_mask must be all true where BS differs from rank to rank, ", a.batches);
@@ -42,8 +42,10 @@ struct Note {  // goes with each token
 };
 
 // The rows to send: the token, quantised or not, and its note.
-at::Tensor packed(const at::Tensor& x, const std::vector<Choice>& choices, const at::Tensor& scales, const at::Tensor& expert_scales, bool quantised) {
-  const int64_t size = x.size(1), item = quantised ? 1 : x.element_size(), bytes = size * item + sizeof(Note), k = expert_scales.defined() ? expert_scales.size(1) : 0;
+at::Tensor packed(const at::Tensor& x, const std::vector<Choice>& choices, const at::Tensor& scales, const at::Tensor& expert_scales,
+                  bool quantised) {
+  const int64_t size = x.size(1), item = quantised ? 1 : x.element_size(), bytes = size * item + sizeof(Note);
+  const int64_t k = expert_scales.defined() ? expert_scales.size(1) : 0;
   at::Tensor rows = at::empty({static_cast<int64_t>(choices.size()), bytes}, at::kByte);
   char* out = static_cast<char*>(rows.data_ptr());
   by_type("npu_moe_distribute_dispatch_v2", x.scalar_type(), [&](auto tag) {
@@ -118,12 +120,14 @@ Dispatched dispatch(const at::Tensor& x, const at::Tensor& expert_ids, c10::stri
   static Tally& mine = tally("npu::npu_moe_distribute_dispatch_v2");
   const char* op = "npu_moe_distribute_dispatch_v2";
   count_call(mine);
-  TORCH_CHECK(!elastic_info && !performance_info && !y_dtype && !x_dtype && !scales_dtype && !zero_expert_num && !copy_expert_num && !const_expert_num,
+  TORCH_CHECK(!elastic_info && !performance_info && !y_dtype && !x_dtype && !scales_dtype && !zero_expert_num && !copy_expert_num &&
+                  !const_expert_num,
               op, ": elastic_info, performance_info, special experts and data types of their own are not simulated");
   TORCH_CHECK(quant_mode == 0 || quant_mode == 2, op, ": quant_mode must be 0 (none) or 2 (dynamic), got ", quant_mode);
   TORCH_CHECK(expert_token_nums_type == 0 || expert_token_nums_type == 1, op, ": expert_token_nums_type must be 0 (cumulative) or 1 (counts), got ",
               expert_token_nums_type);
-  const Layout l = layout_of(op, group_ep, ep_world_size, ep_rank_id, moe_expert_num, group_tp, tp_world_size, shared_expert_rank_num, expert_shard_type);
+  const Layout l =
+      layout_of(op, group_ep, ep_world_size, ep_rank_id, moe_expert_num, group_tp, tp_world_size, shared_expert_rank_num, expert_shard_type);
   check_tokens(l, "x", x, expert_ids);
   const int64_t batch = x.size(0), size = x.size(1), k = expert_ids.size(1);
   TORCH_CHECK(expert_ids.size(0) == batch, op, ": expert_ids must have a row for each of the ", batch, " tokens, got ", expert_ids.sizes());
@@ -136,20 +140,21 @@ Dispatched dispatch(const at::Tensor& x, const at::Tensor& expert_ids, c10::stri
   const std::vector<Choice> choices = choices_of(l, expert_ids, x_active_mask);
   const Arrivals arrivals = announce(l, choices, batch, batch * k, global_bs);
   const bool quantised = quant_mode == 2;
-  const at::Tensor rows = packed(dense(x), choices, scales ? floats(*scales) : at::Tensor(), expert_scales ? floats(*expert_scales) : at::Tensor(), quantised);
+  const at::Tensor smooth = scales ? floats(*scales) : at::Tensor(), weights = expert_scales ? floats(*expert_scales) : at::Tensor();
+  const at::Tensor rows = packed(dense(x), choices, smooth, weights, quantised);
   const std::vector<int64_t> sent = by_rank(l, choices);
   count_traffic(op, *l.group, others(l, sent) * (quantised ? size + 4 : size * x.element_size()));
   const at::Tensor received = all_to_all(l, rows, sent, sources(l, arrivals));
 
   const int64_t everyone = global_bs ? global_bs : batch * l.world, room = everyone * std::min(l.local, k);
-  auto zeros = [&](int64_t count, at::ScalarType type) { return at::zeros({count}, x.options().dtype(type)); };
-  const Dispatched out = {at::zeros({room, size}, x.options().dtype(quantised ? at::kChar : x.scalar_type())),
-                          zeros(room, at::kFloat),
-                          zeros(std::max(batch * k, room * 128), at::kInt),
-                          zeros(l.local, at::kLong),
-                          zeros(l.world * l.local + (expert_scales ? everyone * 2 * k * (l.world / 8) : 0), at::kInt),
-                          zeros(tp_world_size, at::kInt),
-                          zeros(expert_scales ? room : 0, at::kFloat)};
+  auto vector = [&](int64_t count, at::ScalarType type) { return zeros({count}, x.options().dtype(type)); };
+  const Dispatched out = {zeros({room, size}, x.options().dtype(quantised ? at::kChar : x.scalar_type())),
+                          vector(room, at::kFloat),
+                          vector(std::max(batch * k, room * 128), at::kInt),
+                          vector(l.local, at::kLong),
+                          vector(l.world * l.local + (expert_scales ? everyone * 2 * k * (l.world / 8) : 0), at::kInt),
+                          vector(tp_world_size, at::kInt),
+                          vector(expert_scales ? room : 0, at::kFloat)};
   return unpacked(l, arrivals, received, out, quantised, expert_token_nums_type == 0);
 }
 

@@ -9,9 +9,11 @@ namespace ascend_sim::exchange {
 
 Layout layout_of(const char* op, c10::string_view group_ep, int64_t ep_world_size, int64_t ep_rank_id, int64_t moe_expert_num,
                  c10::string_view group_tp, int64_t tp_world_size, int64_t shared_expert_rank_num, int64_t expert_shard_type) {
-  TORCH_CHECK(!group_ep.empty() && group_ep.size() < 128 && group_tp.size() < 128, op, ": group_ep must have 1 to 127 characters, group_tp at most 127");
+  TORCH_CHECK(!group_ep.empty() && group_ep.size() < 128 && group_tp.size() < 128, op,
+              ": group_ep must have 1 to 127 characters, group_tp at most 127");
   TORCH_CHECK(tp_world_size == 0 || tp_world_size == 1, op, ": tp_world_size must be 0 or 1 (2 is not simulated), got ", tp_world_size);
-  TORCH_CHECK(shared_expert_rank_num == 0, op, ": shared_expert_rank_num must be 0 (others are not simulated), got ", shared_expert_rank_num);
+  TORCH_CHECK(shared_expert_rank_num == 0, op, ": shared_expert_rank_num must be 0 (others are not simulated), got ",
+              shared_expert_rank_num);
   TORCH_CHECK(expert_shard_type == 0, op, ": expert_shard_type must be 0, got ", expert_shard_type);
   Layout l{op, group_named(op, group_ep), {}, ep_world_size, ep_rank_id, moe_expert_num, 0};
   TORCH_CHECK(l.group->getSize() == l.world && l.group->getRank() == l.rank, op, ": ep_world_size and ep_rank_id must be those of group_ep, ",
@@ -45,7 +47,7 @@ std::vector<Choice> choices_of(const Layout& l, const at::Tensor& expert_ids, co
   at::Tensor active;
   if (mask && mask->defined()) {
     on_device(l.op, "x_active_mask", *mask);
-    TORCH_CHECK(mask->scalar_type() == at::kBool && mask->size(0) == tokens && (mask->dim() == 1 || (mask->dim() == 2 && mask->size(1) == k)), l.op,
+    TORCH_CHECK(mask->scalar_type() == at::kBool && (mask->sizes() == at::IntArrayRef{tokens} || mask->sizes() == expert_ids.sizes()), l.op,
                 ": x_active_mask must be bool [BS = ", tokens, "] or [BS, K = ", k, "], got ", mask->scalar_type(), " ", mask->sizes());
     active = dense(*mask);
   }
@@ -59,7 +61,8 @@ std::vector<Choice> choices_of(const Layout& l, const at::Tensor& expert_ids, co
       if (on && !(by_token ? on[t] : on[t * k + j])) continue;
       const int32_t expert = id[t * k + j];
       TORCH_CHECK(expert >= 0 && expert < l.experts, l.op, ": expert_ids must lie in [0, moe_expert_num = ", l.experts, "), got ", expert);
-      for (int64_t i = 0; i < j; ++i) STRICT(id[t * k + i] != expert, l.op, ": a row of expert_ids must not name an expert twice, got ", expert);
+      for (int64_t i = 0; i < j; ++i)  // nor would the rows fit the result
+        TORCH_CHECK(id[t * k + i] != expert, l.op, ": a row of expert_ids must not name an expert twice, got ", expert);
       choices.push_back({static_cast<int32_t>(t), static_cast<int32_t>(j), expert});
     }
   }

@@ -100,7 +100,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gating_top_k(const at::Tensor& x,
                       static_cast<float>(eps)};
   const at::Tensor logits = floats(x);
   at::Tensor y = at::empty({tokens, k}, x.options()), ids = at::empty({tokens, k}, x.options().dtype(at::kInt));
-  at::Tensor norm = at::zeros({tokens, experts}, x.options().dtype(at::kFloat));
+  at::Tensor norm = zeros({tokens, experts}, x.options().dtype(at::kFloat));
   float* norms = static_cast<float*>(norm.data_ptr());
   by_type(op, x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

@@ -38,7 +38,7 @@ void quantise_rows(const Routing& r, const at::Tensor& x, const at::Tensor& scal
 at::Tensor token_numbers(const Routing& r, int64_t kind, int64_t experts, const at::TensorOptions& options) {
   std::vector<int64_t> counts(r.last - r.first);
   for (int32_t place : r.places) ++counts[r.ids[place] - r.first];
-  at::Tensor out = kind == 2 ? at::zeros({experts, 2}, options) : at::empty({r.last - r.first}, options);
+  at::Tensor out = kind == 2 ? zeros({experts, 2}, options) : at::empty({r.last - r.first}, options);
   int64_t* to = static_cast<int64_t*>(out.data_ptr());
   if (kind == 0) std::partial_sum(counts.begin(), counts.end(), to);
   if (kind == 1) std::copy(counts.begin(), counts.end(), to);
@@ -113,7 +113,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> init_routing(
 
   const auto options = x.options();
   at::Tensor out = at::empty({r.rows, x.size(1)}, options.dtype(quant_mode == 1 ? at::kChar : x.scalar_type()));
-  at::Tensor scales = at::zeros({r.rows}, options.dtype(at::kFloat));
+  at::Tensor scales = zeros({r.rows}, options.dtype(at::kFloat));
   float* s = static_cast<float*>(scales.data_ptr());
   if (quant_mode == -1) {
     gather_rows(tokens, out, r.valid, [&](int64_t i) { return r.places[i] / r.k; });
@@ -127,7 +127,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> init_routing(
     by_type(op, x.scalar_type(), [&](auto tag) { quantise_rows<decltype(tag)>(r, tokens, given, static_cast<int8_t*>(out.data_ptr()), s); });
   }
   at::Tensor numbers = expert_tokens_num_flag ? token_numbers(r, expert_tokens_num_type, expert_num, options.dtype(at::kLong))
-                                              : at::zeros({}, options.dtype(at::kLong));
+                                              : zeros({}, options.dtype(at::kLong));
   return {out, row_numbers(r, row_idx_type, options.dtype(at::kInt), ids.numel()), numbers, scales};
 }
 

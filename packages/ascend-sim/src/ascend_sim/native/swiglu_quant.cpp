@@ -112,7 +112,7 @@ std::tuple<at::Tensor, at::Tensor> dequant_swiglu_quant(
     added = dense(*bias);
   }
   const at::Tensor from = dense(x);
-  at::Tensor y = at::zeros({rows, half}, x.options().dtype(at::kChar)), scale = at::zeros({rows}, x.options().dtype(at::kFloat));
+  at::Tensor y = zeros({rows, half}, x.options().dtype(at::kChar)), scale = zeros({rows}, x.options().dtype(at::kFloat));
   Stage stage{width, {activate_left, swiglu_mode == 1, static_cast<float>(clamp_limit), static_cast<float>(glu_alpha), static_cast<float>(glu_bias)}};
   stage.bias = added.defined() ? static_cast<const int32_t*>(added.const_data_ptr()) : nullptr;
   auto run = [&](auto tag) {
@@ -153,7 +153,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_matmul_swiglu_quant(const
   at::AutoDispatchBelowADInplaceOrView below;
   const at::Tensor scales = by_group(op, "weight_scale", weight_scale, experts, columns), from = cpu_alias(x), with = cpu_alias(weight),
                    rows_scale = floats(x_scale);
-  at::Tensor y = at::zeros({rows, columns / 2}, x.options()), scale = at::zeros({rows}, x.options().dtype(at::kFloat));
+  at::Tensor y = zeros({rows, columns / 2}, x.options()), scale = zeros({rows}, x.options().dtype(at::kFloat));
   for (int64_t e = 0, begin = 0; e < experts; begin = ends[e++]) {
     if (ends[e] == begin) continue;
     Stage stage{columns, {}};
@@ -163,7 +163,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_matmul_swiglu_quant(const
              static_cast<int8_t*>(y.data_ptr()) + begin * columns / 2, static_cast<float*>(scale.data_ptr()) + begin);
   }
   count_call(mine, 2 * (ends.empty() ? 0 : ends.back()) * x.size(1) * columns);
-  return {y, scale, at::zeros({}, x.options().dtype(at::kFloat))};
+  return {y, scale, zeros({}, x.options().dtype(at::kFloat))};
 }
 
 }  // namespace
