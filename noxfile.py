@@ -106,7 +106,7 @@ def tests(session: nox.Session, package: str) -> None:
 # Packages of this workspace that a package needs, so that wheels are taken from here and never from an index.
 NEEDS = {
     "ascend-linear": ["ascend-comm", "ascend-sim"],
-    "ascend-moe": ["ascend-comm"],
+    "ascend-moe": ["ascend-comm", "ascend-sim"],
     "vllm-ascend": [name for name in PACKAGES if name != "vllm-ascend"],
 }
 

@@ -290,3 +290,41 @@ def test_a_group_rule_that_closes_nothing_is_not_applied():
     plain, plain_ids = select_experts(normal(6, 4), replace(spec, groups=1, top_groups=1), torch.zeros(4))
     assert torch.equal(weights, plain)
     assert torch.equal(ids, plain_ids)
+
+
+KERNEL_SPECS = [
+    RoutingSpec(top_k=2, scoring="softmax", renormalise=False),
+    RoutingSpec(top_k=3, scoring="softmax", renormalise=True, routed_scaling_factor=1.5),
+    RoutingSpec(top_k=3, scoring="softmax", renormalise=False, groups=4, top_groups=2, group_score="max"),
+    RoutingSpec(top_k=1, scoring="sigmoid", renormalise=True, bias=True),
+    replace(V3, routed_scaling_factor=2.5),
+    replace(V3, top_groups=4, routed_scaling_factor=2.5),
+]
+OPERATOR_SPECS = [
+    RoutingSpec(top_k=2, scoring="sqrtsoftplus", renormalise=True, bias=True),
+    RoutingSpec(top_k=2, scoring="sigmoid", renormalise=False),
+    replace(V3, groups=8, top_k=2),  # groups of 2
+]
+
+
+@pytest.mark.parametrize("spec", KERNEL_SPECS + OPERATOR_SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_an_npu_equals_the_cpu(spec, dtype):
+    counters = pytest.importorskip("ascend_sim.counters")
+    logits, bias = normal(40, 16, seed=8).to(dtype), normal(16, seed=9) if spec.bias else None
+    with counters.counting() as work:
+        weights, ids = select_experts(logits.to("npu"), spec, None if bias is None else bias.to("npu"))
+    used = "npu::npu_moe_gating_top_k" in work.delta.operators
+    assert used is (spec in KERNEL_SPECS)
+    want_weights, want_ids = select_experts(logits, spec, bias)
+    assert (weights.dtype, ids.dtype) == (torch.float32, torch.int32)
+    margins = [route(row, spec, None if bias is None else bias.tolist()).margin for row in logits.float().tolist()]
+    clear = torch.tensor(margins) > 1e-5
+    assert clear.sum() > 30
+    assert torch.equal(ids.cpu()[clear], want_ids[clear])
+    torch.testing.assert_close(weights.cpu()[clear], want_weights[clear], rtol=1e-5, atol=1e-7)
+
+
+def test_on_an_npu_no_token_is_nothing():
+    weights, ids = select_experts(torch.zeros(0, 16, device="npu"), KERNEL_SPECS[0])
+    assert weights.shape == ids.shape == (0, 2)

@@ -1,20 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixture-of-experts building blocks for Ascend NPUs: routing, choice of communication method, expert load counts."""
+"""Mixture-of-experts layers: routing, dispatch and combine over expert parallel ranks, grouped and shared experts."""
 
 from ascend_moe.choose import CommMethod, Deployment, Soc, choose_method
+from ascend_moe.dispatch import Dispatched, Dispatcher, make_dispatcher
+from ascend_moe.env import MoeEnv
+from ascend_moe.experts import Activation, Experts, FloatExperts, Gate
+from ascend_moe.layer import (
+    MoeComm,
+    MoeOutput,
+    Partial,
+    Reduced,
+    experts_forward,
+    forward_selected,
+    make_comm,
+    reduced,
+)
 from ascend_moe.load import counts_to_cumsum, cumsum_to_counts, slot_load
+from ascend_moe.prepare import Layout, Prepared, make_layout
+from ascend_moe.quant import W8A8Experts, quantise_weights
 from ascend_moe.routing import GroupScore, RoutingSpec, Scoring, select_experts
+from ascend_moe.shared import SharedExperts, SharedMode
 
 __all__ = [
+    "Activation",
     "CommMethod",
     "Deployment",
+    "Dispatched",
+    "Dispatcher",
+    "Experts",
+    "FloatExperts",
+    "Gate",
     "GroupScore",
+    "Layout",
+    "MoeComm",
+    "MoeEnv",
+    "MoeOutput",
+    "Partial",
+    "Prepared",
+    "Reduced",
     "RoutingSpec",
     "Scoring",
+    "SharedExperts",
+    "SharedMode",
     "Soc",
+    "W8A8Experts",
     "choose_method",
     "counts_to_cumsum",
     "cumsum_to_counts",
+    "experts_forward",
+    "forward_selected",
+    "make_comm",
+    "make_dispatcher",
+    "make_layout",
+    "quantise_weights",
+    "reduced",
     "select_experts",
     "slot_load",
 ]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which experts a token goes to, and with which weight: `RoutingSpec` and `select_experts`, in plain torch.
+"""Which experts a token goes to, and with which weight: `RoutingSpec` and `select_experts`.
+
+On an NPU one kernel does it where it can, elsewhere plain torch.
 
 Legend: T tokens, E logical experts, G groups of experts, K experts per token (top k), P rows of a routing table.
 """
@@ -11,6 +13,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ascend_moe import kernels
 
 __all__ = ["GroupScore", "RoutingSpec", "Scoring", "select_experts"]
 
@@ -130,17 +134,56 @@ def select_experts(
     _check_inputs(logits, spec, bias)
     _check_maps(log2phy, routing_table, logits)
 
-    scores_TE = _scores(logits.float(), spec.scoring)
-    choice_TE = scores_TE if bias is None else scores_TE + bias.float()
+    choose = _by_kernel if _kernel_routes(logits, spec) else _by_operators
+    weights_TK, ids_TK = choose(logits.float(), spec, None if bias is None else bias.float())
+    return weights_TK, _physical(ids_TK, log2phy, routing_table).to(torch.int32)
+
+
+def _kernel_routes(logits: Tensor, spec: RoutingSpec) -> bool:
+    """Whether there is one NPU kernel for all of it. Its limits are those of its documentation."""
+    tokens, num_experts = logits.shape
+    if logits.device.type != "npu" or not tokens or spec.scoring == "sqrtsoftplus":
+        return False
+    if spec.scoring == "sigmoid" and not spec.renormalise:  # the kernel always does, with sigmoid
+        return False
+    groups = spec.groups if spec.limits_groups else 1
+    per_group = num_experts // groups
+    return per_group > 2 and groups * 32 * -(-per_group // 32) <= 2048
+
+
+def _by_kernel(logits_TE: Tensor, spec: RoutingSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights and ids by the kernel; the renormalisation of softmax scores comes after it."""
+    softmax_sums = spec.scoring == "softmax" and spec.renormalise
+    weights_TK, ids_TK = kernels.gating_top_k(
+        logits_TE,
+        bias,
+        top_k=spec.top_k,
+        sigmoid=spec.scoring == "sigmoid",
+        groups=spec.groups if spec.limits_groups else 1,
+        top_groups=spec.top_groups if spec.limits_groups else 1,
+        by_two_best=spec.group_score == "top2_sum",
+        scale=1.0 if softmax_sums else spec.routed_scaling_factor,
+    )
+    return (_normalised(weights_TK, spec) if softmax_sums else weights_TK), ids_TK
+
+
+def _by_operators(logits_TE: Tensor, spec: RoutingSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights and ids in plain torch."""
+    scores_TE = _scores(logits_TE, spec.scoring)
+    choice_TE = scores_TE if bias is None else scores_TE + bias
     if spec.limits_groups:
         choice_TE = _close_groups(choice_TE, spec)
     ids_TK = choice_TE.topk(spec.top_k, dim=-1).indices
-    weights_TK = scores_TE.gather(1, ids_TK)
+    return _normalised(scores_TE.gather(1, ids_TK), spec), ids_TK
+
+
+def _normalised(weights_TK: Tensor, spec: RoutingSpec) -> Tensor:
+    """The weights of chosen experts, divided by their sum and scaled as the spec says."""
     if spec.renormalise:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + _EPSILON)
     if spec.routed_scaling_factor != 1.0:
         weights_TK = weights_TK * spec.routed_scaling_factor
-    return weights_TK, _physical(ids_TK, log2phy, routing_table).to(torch.int32)
+    return weights_TK
 
 
 def _scores(logits_TE: Tensor, scoring: Scoring) -> Tensor:

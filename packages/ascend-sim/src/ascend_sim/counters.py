@@ -39,7 +39,8 @@ class TrafficCount:
 
     The bytes are those of the collective's bandwidth-optimal algorithm, with n ranks and b the bytes of this rank's input: all-reduce
     2b(n-1)/n, all-gather b(n-1), reduce-scatter and all-to-all b(n-1)/n (all-to-all with splits: what goes to other ranks), broadcast and
-    send b at the source, reduce and gather b at all but the destination, scatter b(n-1)/n at the source.
+    send b at the source, reduce and gather b at all but the destination, scatter b(n-1)/n at the source. Kernels that dispatch tokens to experts
+    and combine what returns: the tokens, with their quantisation scales, that go to other ranks.
     """
 
     calls: int

@@ -3,10 +3,11 @@
 // Collectives on npu tensors, over Gloo. Every c10d operator gets one boxed kernel: it replaces npu tensors by aliases that keep the memory
 // alive (asynchronous work outlasts the call) and hands them to the CPU kernel of the same operator with the Gloo group behind "hccl".
 #include <torch/csrc/distributed/c10d/Backend.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 
 #include "alias.h"
+#include "comm.h"
 
 namespace ascend_sim {
 namespace {
@@ -26,7 +27,6 @@ std::map<std::pair<std::string, std::string>, Traffic>& traffic() {
 
 }  // namespace
 
-// One more call of a collective, or of a kernel that has one in it, on a group. Declared where it is used: matmul_comm.cpp.
 void count_traffic(const std::string& name, const Group& group, int64_t bytes) {
   const std::string& described = group.getGroupDesc();
   std::lock_guard<std::mutex> lock(traffic_mutex);
@@ -35,9 +35,6 @@ void count_traffic(const std::string& name, const Group& group, int64_t bytes) {
   entry.bytes += bytes;
 }
 
-namespace {
-
-// A group whose CPU backend is the Gloo group that stands behind the npu backend of `group`.
 c10::intrusive_ptr<Group> over_gloo(const c10::intrusive_ptr<Group>& group) {
   auto gloo = group->getBackend(c10::DeviceType::PrivateUse1);
   auto shadow = c10::make_intrusive<Group>(group->getRank(), group->getSize());
@@ -45,6 +42,21 @@ c10::intrusive_ptr<Group> over_gloo(const c10::intrusive_ptr<Group>& group) {
   shadow->setGroupName(group->getGroupName());
   return shadow;
 }
+
+c10::intrusive_ptr<Group> group_named(const char* op, c10::string_view comm_name) {
+  // SimulatedHCCL.get_hccl_comm_name (hccl.py): hccl_<name of the process group>_<ranks joined by ->
+  static const char* remedy = "take the name from get_hccl_comm_name(rank)";
+  const std::string name(comm_name);
+  const size_t end = name.rfind('_');
+  TORCH_CHECK(name.starts_with("hccl_") && end > 4, op, ": no HCCL communicator is named '", name, "' in this process; ", remedy);
+  try {
+    return c10d::resolve_process_group(name.substr(5, end - 5));
+  } catch (const c10::Error&) {
+    TORCH_CHECK(false, op, ": no HCCL communicator is named '", name, "' in this process; ", remedy);
+  }
+}
+
+namespace {
 
 IValue aliased(const IValue& value) {
   if (value.isTensor()) return owning_alias(value.toTensor());

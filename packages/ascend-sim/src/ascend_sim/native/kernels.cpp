@@ -13,6 +13,14 @@ void install_cache(torch::Library& npu);
 void install_attention(torch::Library& npu);
 void install_sampling(torch::Library& npu);
 void install_format(torch::Library& npu);
+void install_moe_gating(torch::Library& npu);
+void install_moe_routing(torch::Library& npu);
+void install_moe_permute(torch::Library& npu);
+void install_grouped_matmul(torch::Library& npu);
+void install_swiglu_quant(torch::Library& npu);
+void install_moe_dispatch(torch::Library& npu);
+void install_moe_combine(torch::Library& npu);
+void install_latent(torch::Library& npu);
 void install_quant(torch::Library& npu);
 void install_matmul_comm(torch::Library& npu);
 
@@ -25,6 +33,14 @@ void install_kernels() {
   install_attention(npu);
   install_sampling(npu);
   install_format(npu);
+  install_moe_gating(npu);
+  install_moe_routing(npu);
+  install_moe_permute(npu);
+  install_grouped_matmul(npu);
+  install_swiglu_quant(npu);
+  install_moe_dispatch(npu);
+  install_moe_combine(npu);
+  install_latent(npu);
   install_quant(npu);
   install_matmul_comm(npu);
 }

@@ -4,16 +4,14 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
-#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 
+#include "comm.h"
 #include "kernels.h"
 
 namespace ascend_sim {
 
-void count_traffic(const std::string& name, const c10d::ProcessGroup& group, int64_t bytes);  // comm.cpp
-at::Tensor int8_product(const at::Tensor& a, const at::Tensor& b);                            // quant.cpp
+at::Tensor int8_product(const at::Tensor& a, const at::Tensor& b);  // int8_product.cpp
 
 namespace {
 
@@ -21,18 +19,6 @@ using Optional = std::optional<at::Tensor>;
 using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
 
 bool given(const Optional& t) { return t && t->defined(); }
-
-// The group behind a name as SimulatedHCCL.get_hccl_comm_name makes it: hccl_<name of the process group>_<ranks joined by ->.
-Group group_named(const char* op, c10::string_view hcom) {
-  const std::string name(hcom);
-  const size_t end = name.rfind('_');
-  TORCH_CHECK(name.rfind("hccl_", 0) == 0 && end > 4, op, ": no HCCL communicator is named '", name, "' in this process");
-  try {
-    return c10d::resolve_process_group(name.substr(5, end - 5));
-  } catch (const c10::Error&) {
-    TORCH_CHECK(false, op, ": no HCCL communicator is named '", name, "' in this process; take the name from get_hccl_comm_name(rank)");
-  }
-}
 
 void check_operands(const char* op, const at::Tensor& x1, const at::Tensor& x2, const Optional& bias, c10::string_view reduce_op, int64_t turn) {
   on_device(op, "x1", x1);

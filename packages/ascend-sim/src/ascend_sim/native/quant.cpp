@@ -7,24 +7,7 @@
 
 namespace ascend_sim {
 
-// a [m, k] x b [k, n], both int8, exactly in int32. Not at::_int_mm, which is wrong for k = 1 and may saturate on older processors.
-at::Tensor int8_product(const at::Tensor& a, const at::Tensor& b) {
-  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
-  const at::Tensor rows = dense(a), columns = dense(b.t());
-  at::Tensor out = at::empty({m, n}, at::TensorOptions().dtype(at::kInt));
-  const int8_t *left = rows.const_data_ptr<int8_t>(), *right = columns.const_data_ptr<int8_t>();
-  int32_t* to = out.data_ptr<int32_t>();
-  parallel(m * n, k, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end; ++at) {
-      const int8_t *x = left + at / n * k, *y = right + at % n * k;
-      int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < k; ++i) sum += static_cast<int16_t>(x[i]) * static_cast<int16_t>(y[i]);
-      to[at] = sum;
-    }
-  });
-  return out;
-}
+at::Tensor int8_product(const at::Tensor& a, const at::Tensor& b);  // int8_product.cpp
 
 namespace {
 

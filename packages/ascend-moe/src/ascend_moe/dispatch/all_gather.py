@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All ranks have the same tokens; each computes its own slots' share. Nothing is sent here: see `prepare.py`."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ascend_moe.choose import CommMethod
+from ascend_moe.dispatch.base import Dispatched, Dispatcher, check_routed, without_padding
+from ascend_moe.dispatch.local import LocalRows, LocalSlots
+from ascend_moe.env import MoeEnv
+
+__all__ = ["AllGatherDispatcher"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gathered(Dispatched):
+    local: LocalRows
+
+
+class AllGatherDispatcher(Dispatcher):
+    """Every rank of the EP group calls with the same tokens, weights and ids, and gets the sum over its own slots.
+
+    So ids must not depend on the rank: a replica is chosen by token, or an expert is computed twice and another never.
+    """
+
+    method = CommMethod.ALL_GATHER
+
+    def __init__(self, env: MoeEnv) -> None:
+        """Note which slots are this rank's."""
+        self._num_slots = env.num_slots
+        self._slots = LocalSlots(env)
+
+    def dispatch(
+        self, x: Tensor, weights: Tensor, ids: Tensor, *, mask: Tensor | None = None, quantise: bool = False
+    ) -> Dispatched:
+        """See `Dispatcher`. A is T * K; how many of those rows are written, the host never learns."""
+        check_routed(x, weights, ids, mask)
+        local = self._slots.sort(x, weights, without_padding(ids, mask, self._num_slots), quantise=quantise)
+        return _Gathered(rows=local.rows, counts=local.counts, scales=local.scales, local=local)
+
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        """See `Dispatcher`. The result is this rank's share: the ranks' shares have to be summed."""
+        if not isinstance(dispatched, _Gathered):
+            raise TypeError(f"dispatched is a {type(dispatched).__name__}, not from {type(self).__name__}.dispatch")
+        return self._slots.sum(rows, dispatched.local)

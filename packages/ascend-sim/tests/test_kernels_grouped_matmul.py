@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped matrix products and what follows them in int8: against float64 mathematics group by group, and torch_npu's own meta functions."""
+
+import pytest
+import torch
+import torch_npu
+from ascend_sim import counters
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+strict_only = pytest.mark.skipif(not torch.ops.ascend_sim.strict(), reason="ASCEND_SIM_STRICT=0")
+relaxed_only = pytest.mark.skipif(torch.ops.ascend_sim.strict(), reason="float32 needs ASCEND_SIM_STRICT=0")
+grouped_matmul = torch_npu.npu_grouped_matmul
+COUNTS = {  # rows of each expert, rows behind the last
+    "even": ([2, 2, 2], 0),
+    "empty experts": ([0, 9, 0, 1, 0], 0),
+    "all to one": ([0, 0, 30], 0),
+    "padded": ([3, 0, 5], 4),
+    "no rows": ([0, 0], 0),
+    "only padding": ([0, 0], 3),
+}
+
+
+def on(device, value):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return [on(device, item) for item in value] if isinstance(value, list) else value
+
+
+def run(kernel, *args, **kwargs):
+    """The results on the CPU, once their shapes and types are those of the meta function."""
+    results, expected = (
+        kernel(*on(device, list(args)), **{name: on(device, value) for name, value in kwargs.items()})
+        for device in ("npu", "meta")
+    )
+    results, expected = (list(r) if isinstance(r, list | tuple) else [r] for r in (results, expected))
+    assert [(r.shape, r.dtype) for r in results] == [(e.shape, e.dtype) for e in expected]
+    return [r.cpu() for r in results]
+
+
+def groups(counts):
+    """The rows of each expert."""
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def lists(counts):
+    """The same groups as counts and as cumulative counts."""
+    return {"group_list": torch.tensor(counts), "group_list_type": 1}, {"group_list": torch.tensor(counts).cumsum(0)}
+
+
+def numbers(*shape, dtype):
+    return (torch.randn(shape) / shape[-2] ** 0.25 if len(shape) > 1 else torch.randn(shape)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", COUNTS)
+def test_floating(dtype, single, biased, name):
+    counts, behind = COUNTS[name]
+    k, n, experts = 37, 530, len(counts)
+    x, weight = numbers(sum(counts) + behind, k, dtype=dtype), numbers(experts, k, n, dtype=dtype)
+    bias = numbers(experts, n, dtype=torch.float16 if dtype == torch.float16 else torch.float32) if biased else None
+    expected = torch.zeros(len(x), n, dtype=torch.double)
+    for e, rows in enumerate(groups(counts)):
+        expected[rows] = x[rows].double() @ weight[e].double() + (0 if bias is None else bias[e].double())
+    options = {"split_item": 2, "group_type": 0}
+    if bias is not None:
+        options["bias"] = [bias] if single else list(bias)
+    for group_list in lists(counts):
+        (out,) = run(grouped_matmul, [x], [weight] if single else list(weight), **options, **group_list)
+        torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 70])
+def test_transposed_weights(dtype, rows):
+    """Weights as checkpoints have them, [experts, n, k], seen as [experts, k, n]."""
+    x, weight = numbers(2 * rows, 64, dtype=dtype), numbers(2, 48, 64, dtype=dtype)
+    (out,) = grouped_matmul(
+        [x.npu()], [weight.npu().transpose(1, 2)], split_item=3, group_type=0, group_list=torch.tensor([rows, 2 * rows]).npu()
+    )  # fmt: skip
+    expected = torch.einsum("erk,enk->ern", x.double().view(2, rows, 64), weight.double()).reshape(2 * rows, 48)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_several_x(dtype):
+    weight = [numbers(16, 24, dtype=dtype) for _ in range(3)]
+    x = [numbers(rows, 16, dtype=dtype) for rows in (4, 0, 1)]
+    expected = [a.double() @ b.double() for a, b in zip(x, weight, strict=True)]
+    (out,) = run(grouped_matmul, x, weight, split_item=2, group_type=0)
+    torch.testing.assert_close(out.double(), torch.cat(expected), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    x[0] = x[0].view(2, 2, 16)
+    outs = run(grouped_matmul, x, weight, split_item=0, group_type=-1)
+    for out, right in zip(outs, expected, strict=True):
+        torch.testing.assert_close(out.double(), right.view(out.shape), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def int8(*shape):
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_int8_to_int32_is_exact(name, biased):
+    counts, behind = COUNTS[name]
+    x, weight = int8(sum(counts) + behind, 2051), int8(len(counts), 2051, 19)  # sums beyond float32's integers
+    bias = torch.randint(-1000, 1000, (len(counts), 19), dtype=torch.int32) if biased else None
+    expected = torch.zeros(len(x), 19, dtype=torch.long)
+    for e, rows in enumerate(groups(counts)):
+        expected[rows] = x[rows].long() @ weight[e].long() + (0 if bias is None else bias[e].long())
+    for group_list in lists(counts):
+        options = {"split_item": 2, "group_type": 0, "output_dtype": torch.int32, **group_list}
+        (out,) = run(grouped_matmul, [x], [weight], bias=None if bias is None else [bias], **options)
+        assert torch.equal(out.long(), expected)
+    swapped = weight.transpose(1, 2).contiguous().npu().transpose(1, 2)
+    (out,) = grouped_matmul(on("npu", [x]), [swapped], **on_npu(options))
+    assert biased or torch.equal(out.cpu().long(), expected)
+
+
+def on_npu(options):
+    return {name: on("npu", value) for name, value in options.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        pytest.param(torch.float32, torch.float32, marks=relaxed_only),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("by_token", [True, False])
+def test_int8_with_scales(dtype, scale_dtype, by_token):
+    counts = [3, 0, 1, 12]
+    x, weight = int8(16, 40), int8(4, 40, 24)
+    scale, token_scale = (torch.rand(4, 24) * 1e-3).to(scale_dtype), torch.rand(16)
+    expected = torch.zeros(16, 24, dtype=torch.double)
+    for e, rows in enumerate(groups(counts)):
+        expected[rows] = x[rows].double() @ weight[e].double() * scale[e].double()
+    options = {"scale": [scale], "split_item": 2, "group_type": 0, "output_dtype": dtype}
+    if by_token:
+        expected *= token_scale.double()[:, None]
+        options["per_token_scale"] = [token_scale]
+    (out,) = run(grouped_matmul, [x], [weight], **options, **lists(counts)[0])
+    torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    (out,) = run(grouped_matmul, [x], list(weight), **{**options, "scale": list(scale)}, **lists(counts)[1])
+    torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def assert_quantised(quantised, scale, expected):
+    """int8 rows and their scales against what they stand for."""
+    torch.testing.assert_close(scale.double(), expected.abs().amax(1) / 127, rtol=1e-5, atol=1e-12)
+    assert ((quantised.double() * scale[:, None].double() - expected).abs() <= scale[:, None] * 0.51 + 1e-12).all()
+
+
+def swiglu(x, left=True):
+    gate, value = x.chunk(2, 1) if left else reversed(x.chunk(2, 1))
+    return torch.nn.functional.silu(gate) * value
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTS if name != "no rows"])
+def test_grouped_matmul_swiglu_quant(name):
+    counts, behind = COUNTS[name]
+    x, weight = int8(sum(counts) + behind, 64), int8(len(counts), 64, 32)
+    weight_scale, x_scale = torch.rand(len(counts), 32) * 1e-3, torch.rand(len(x)) * 0.1
+    y, scale, _ = run(
+        torch_npu.npu_grouped_matmul_swiglu_quant, x, weight, torch.tensor(counts).cumsum(0), weight_scale, x_scale
+    )
+    expected = torch.zeros(len(x), 16, dtype=torch.double)
+    for e, rows in enumerate(groups(counts)):
+        dense = x[rows].double() @ weight[e].double() * weight_scale[e].double() * x_scale[rows, None].double()
+        expected[rows] = swiglu(dense)
+    assert_quantised(y, scale, expected)
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("smooth", [True, False])
+def test_dequant_swiglu_quant(left, smooth):
+    counts, half = [4, 0, 3], 64
+    x = torch.randint(-9999, 9999, (9, 2 * half), dtype=torch.int32)
+    weight_scale, token_scale, quant_scale = torch.rand(3, 2 * half) * 1e-3, torch.rand(9), torch.rand(3, half) + 0.5
+    y, scale = run(
+        torch_npu.npu_dequant_swiglu_quant, x, weight_scale=weight_scale, activation_scale=token_scale, quant_mode=1,
+        quant_scale=quant_scale if smooth else None, group_index=torch.tensor(counts), activate_left=left,
+    )  # fmt: skip
+    expected = torch.zeros(9, half, dtype=torch.double)
+    for e, rows in enumerate(groups(counts)):
+        dense = x[rows].double() * weight_scale[e].double() * token_scale[rows, None].double()
+        expected[rows] = swiglu(dense, left) * (quant_scale[e].double() if smooth else 1)
+    assert_quantised(y, scale, expected)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, pytest.param(torch.float32, marks=relaxed_only)], ids=str
+)
+@pytest.mark.parametrize("variant", [False, True])
+def test_swiglu_quant_of_floats(dtype, variant):
+    x = (torch.randn(5, 20) * 6).to(dtype)
+    y, scale = run(torch_npu.npu_dequant_swiglu_quant, x, quant_mode=1, activate_left=True, swiglu_mode=int(variant))
+    expected = swiglu(x.double())
+    if variant:
+        gate, value = x.double()[:, ::2].clamp(max=7), x.double()[:, 1::2].clamp(-7, 7)
+        expected = gate * torch.sigmoid(1.702 * gate) * (value + 1)
+    assert_quantised(y, scale, expected)
+
+
+def test_dequant_with_a_bias():
+    x, bias = torch.randint(-99, 99, (3, 8), dtype=torch.int32), torch.randint(-99, 99, (8,), dtype=torch.int32)
+    weight_scale, token_scale = torch.rand(1, 8), torch.rand(3, 1)
+    y, scale = run(
+        torch_npu.npu_dequant_swiglu_quant, x, weight_scale=weight_scale, activation_scale=token_scale, bias=bias,
+        quant_mode=1, activate_left=True,
+    )  # fmt: skip
+    assert_quantised(y, scale, swiglu((x + bias).double() * weight_scale.double() * token_scale.double()))
+
+
+def test_only_rows_of_experts_are_counted():
+    x, weight, ends = torch.zeros(20, 8).npu(), torch.zeros(3, 8, 5).npu(), torch.tensor([2, 2, 9]).npu()
+    with counters.counting() as work:
+        grouped_matmul([x], [weight], split_item=2, group_type=0, group_list=ends)
+    assert work.delta.operators == {"npu::npu_grouped_matmul": counters.OperatorCount(1, 2 * 9 * 8 * 5)}
+    with counters.counting() as work:
+        torch_npu.npu_grouped_matmul_swiglu_quant(
+            x.to(torch.int8), torch.zeros(3, 8, 4, dtype=torch.int8).npu(), ends, torch.zeros(3, 4).npu(),
+            torch.zeros(20).npu(),
+        )  # fmt: skip
+    assert work.delta.operators["npu::npu_grouped_matmul_swiglu_quant"].flops == 2 * 9 * 8 * 4
+
+
+def call(x=None, weight=None, **changes):
+    x = torch.zeros(4, 8, dtype=torch.bfloat16) if x is None else x
+    weight = torch.zeros(2, 8, 6, dtype=x.dtype) if weight is None else weight
+    options = {"split_item": 2, "group_type": 0, "group_list_type": 1, "group_list": torch.tensor([1, 3])} | changes
+    return grouped_matmul([x.npu()], [weight.npu()], **on_npu(options))
+
+
+X8 = torch.zeros(4, 8, dtype=torch.int8)
+REJECTIONS = {
+    "group_type must be 0 or -1, got None": {"group_type": None},
+    "split_item must be 2 or 3 with group_type 0, got 0": {"split_item": 0},
+    r"group_list \(counts\) must name rising rows, at most 4, got 4 at \[1\]": {"group_list": torch.tensor([1, 4])},
+    r"group_list \(cumulative counts\) must name rising rows": {
+        "group_list": torch.tensor([3, 1]),
+        "group_list_type": 0,
+    },
+    "a number for each of the 2 weights, got 3": {"group_list": torch.tensor([1, 3, 0])},
+    "group_list must be int64": {"group_list": torch.tensor([1, 3], dtype=torch.int32)},
+    "act_type is not simulated, got 5": {"act_type": 5},
+    "must have one k": {"weight": torch.zeros(2, 9, 6, dtype=torch.bfloat16)},
+    "weight must have the data type of x": {"weight": torch.zeros(2, 8, 6)},
+    "output_dtype must be the data type of x": {"output_dtype": torch.float16},
+    "scale is needed for output_dtype BFloat16": {"x": X8, "output_dtype": torch.bfloat16},
+    "scale must be None for output_dtype int32": {"x": X8, "output_dtype": torch.int32, "scale": [torch.zeros(2, 6)]},
+    "output_dtype must be int32, float16 or bfloat16": {"x": X8},
+    "bias must be a list as long as weight, 1, got 2": {"bias": [torch.zeros(6)] * 2},
+    "bias must be one tensor .experts, n.": {"bias": [torch.zeros(6)]},
+}
+
+
+@pytest.mark.parametrize(("message", "changes"), REJECTIONS.items(), ids=REJECTIONS)
+def test_rejections(message, changes):
+    call()
+    with pytest.raises(RuntimeError, match=f"npu_grouped_matmul: .*{message}"):
+        call(**changes)
+
+
+@strict_only
+def test_strict_rejections():
+    with pytest.raises(RuntimeError, match=r"strict mode: .*bias must be Float with x of BFloat16, got BFloat16"):
+        call(bias=[torch.zeros(2, 6, dtype=torch.bfloat16)])
+    with pytest.raises(RuntimeError, match=r"strict mode: .*scale and output_dtype must be bfloat16 and bfloat16 or"):
+        call(x=X8, scale=[torch.zeros(2, 6)], output_dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"strict mode: .*H must be a multiple of 64"):
+        torch_npu.npu_dequant_swiglu_quant(
+            torch.zeros(4, 8).bfloat16().npu(), quant_mode=1, group_index=torch.tensor([4]).npu()
+        )
+    with pytest.raises(RuntimeError, match="activation_scale is required with x of int32"):
+        torch_npu.npu_dequant_swiglu_quant(
+            torch.zeros(4, 8, dtype=torch.int32).npu(), weight_scale=torch.zeros(8).npu(), quant_mode=1
+        )

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head latent attention: its cache, its prefill in chunks and their merge, against float64 mathematics."""
+
+import math
+
+import pytest
+import torch
+import torch_npu
+
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+strict_only = pytest.mark.skipif(not torch.ops.ascend_sim.strict(), reason="ASCEND_SIM_STRICT=0")
+relaxed_only = pytest.mark.skipif(torch.ops.ascend_sim.strict(), reason="float32 needs ASCEND_SIM_STRICT=0")
+DTYPES = [torch.bfloat16, torch.float16, pytest.param(torch.float32, marks=relaxed_only)]
+RMS, ROPE = 512, 64
+CAUSAL = torch.ones(2048, 2048, dtype=torch.int8).triu(1)
+
+
+def latent(kv, gamma, cos, sin):
+    """The normalised latent and the rotated key of each token, float64."""
+    x, rest = kv.double().split([RMS, ROPE], -1)
+    x = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gamma.double()
+    rest = torch.cat((rest[..., ::2], rest[..., 1::2]), -1)
+    turned = torch.cat((-rest[..., ROPE // 2 :], rest[..., : ROPE // 2]), -1)
+    return x, rest * cos.double() + turned * sin.double()
+
+
+def operands(batch, sequence, dtype):
+    kv = torch.randn(batch, 1, sequence, RMS + ROPE).to(dtype)
+    angle = torch.randn(batch, 1, sequence, ROPE // 2).repeat(1, 1, 1, 2)
+    return kv, torch.randn(RMS).to(dtype), angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["Norm", "PA", "PA_BNSD", "PA_NZ", "PA_BLK_BNSD", "PA_BLK_NZ"])
+def test_kv_rmsnorm_rope_cache(dtype, mode):
+    batch, sequence, blocks, block = 3, 20, 7, 16
+    kv, gamma, cos, sin = operands(batch, sequence, dtype)
+    shape = (batch, 1, 40) if mode == "Norm" else (blocks, block, 1)
+    caches = [torch.zeros(*shape, size, dtype=dtype) for size in (ROPE, RMS)]
+    if mode == "Norm":
+        index = torch.stack([torch.randperm(40)[:sequence] for _ in range(batch)])
+        slots = (index + torch.arange(batch)[:, None] * 40).flatten()
+    elif "BLK" in mode:
+        index = torch.randperm(blocks)[: batch * 2] * block
+        slots = torch.cat([first + torch.arange(n) for first, n in zip(index, [16, 4] * batch, strict=True)])
+    else:
+        index = slots = torch.randperm(blocks * block)[: batch * sequence]
+        index[5] = -1  # skipped
+    npu = [t.npu() for t in (kv, gamma, cos, sin, index, *caches)]
+    results = torch_npu.npu_kv_rmsnorm_rope_cache(*npu, cache_mode=mode, is_output_kv=True)
+    meta = torch_npu.npu_kv_rmsnorm_rope_cache(
+        *(t.to("meta") for t in (kv, gamma, cos, sin, index, *caches)), cache_mode=mode, is_output_kv=True
+    )
+    assert [(r.shape, r.dtype) for r in results] == [(m.shape, m.dtype) for m in meta]
+    x, key = latent(kv, gamma, cos, sin)
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(results[2].cpu().double(), key, **close)
+    torch.testing.assert_close(results[3].cpu().double(), x, **close)
+    for cache, returned, rows in ((npu[5], results[0], results[2]), (npu[6], results[1], results[3])):
+        assert returned.data_ptr() == cache.data_ptr()
+        plain, size = cache.cpu(), rows.size(-1)
+        if mode.endswith("NZ"):
+            plain = plain.view(blocks, size // 16, block, 16).transpose(1, 2)
+        expected = torch.zeros(plain.numel() // size, size, dtype=dtype)
+        expected[slots[slots >= 0]] = rows.cpu().reshape(-1, size)[slots >= 0]
+        assert torch.equal(plain.reshape(-1, size), expected)
+    quiet = torch_npu.npu_kv_rmsnorm_rope_cache(*npu, cache_mode=mode)
+    assert not quiet[2].any()
+
+
+def test_cache_rejections():
+    kv, gamma, cos, sin = operands(1, 4, torch.bfloat16)
+    caches = [torch.zeros(2, 16, 1, size).bfloat16().npu() for size in (ROPE, RMS)]
+
+    def run(index=None, mode="PA", x=kv, **options):
+        index = torch.arange(4) if index is None else index
+        return torch_npu.npu_kv_rmsnorm_rope_cache(
+            x.npu(), gamma.npu(), cos.npu(), sin.npu(), index.npu(), *caches, cache_mode=mode, **options
+        )
+
+    run()
+    with pytest.raises(RuntimeError, match=r"cache_mode must be 'Norm', .*got 'Paged'"):
+        run(mode="Paged")
+    with pytest.raises(RuntimeError, match="index must lie below 32, got 32"):
+        run(torch.arange(29, 33))
+    with pytest.raises(RuntimeError, match="index must hold 4 numbers with cache_mode PA, got 3"):
+        run(torch.arange(3))
+    with pytest.raises(RuntimeError, match="index must be int64, got Int"):
+        run(torch.arange(4, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="quantised caches and v are not simulated"):
+        run(c_kv_scale=torch.ones(RMS).npu())
+
+
+@strict_only
+def test_cache_strict_rejections():
+    with pytest.raises(RuntimeError, match=r"strict mode: .*rms_size must be 512 and rope_size 64, got 32 and 64"):
+        torch_npu.npu_kv_rmsnorm_rope_cache(
+            *(torch.zeros(s).bfloat16().npu() for s in ((1, 1, 1, 96), (32,), (1, 1, 1, 64), (1, 1, 1, 64))),
+            torch.zeros(1, dtype=torch.int64).npu(),
+            *(torch.zeros(1, 16, 1, size).bfloat16().npu() for size in (64, 32)),
+            cache_mode="PA",
+        )
+
+
+def partial(query, query_rope, keys, causal, scale):
+    """float64 attention of [T, N, D] over (key, key_rope, value): the result and its log-sum-exp."""
+    q, k = torch.cat((query, query_rope), -1).double(), torch.cat(keys[:2], -1).double()
+    scores = torch.einsum("qhd,khd->qhk", q, k) * scale
+    if causal:
+        hidden = torch.ones(scores.size(0), scores.size(2)).triu(1 + scores.size(2) - scores.size(0)).bool()
+        scores = scores.masked_fill(hidden[:, None], -math.inf)
+    return torch.einsum("qhk,khd->qhd", scores.softmax(-1), keys[2].double()), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunked_prefill_merges_to_the_whole(dtype):
+    """Keys of 128 + 64 columns, as many heads of keys as of queries; a context chunk and the causal new tokens, merged."""
+    tokens, context, heads, scale = [9, 1, 30], [17, 40, 3], 4, 0.1
+    sizes = (128, 64, 128)  # key, key_rope, value
+    query, query_rope = (torch.randn(sum(tokens), heads, size).to(dtype) for size in (128, 64))
+    chunks = [[torch.randn(sum(n), heads, size).to(dtype) for size in sizes] for n in (context, tokens)]
+    parts = []
+    for (key, key_rope, value), lengths, mode in zip(chunks, (context, tokens), (0, 3), strict=True):
+        parts.append(
+            torch_npu.npu_fused_infer_attention_score(
+                query.npu(), key.npu(), value.npu(), query_rope=query_rope.npu(), key_rope=key_rope.npu(),
+                input_layout="TND", num_heads=heads, num_key_value_heads=heads, scale=scale, sparse_mode=mode,
+                atten_mask=CAUSAL.npu() if mode else None, softmax_lse_flag=True,
+                actual_seq_lengths=torch.tensor(tokens).cumsum(0).tolist(),
+                actual_seq_lengths_kv=torch.tensor(lengths).cumsum(0).tolist(),
+            )
+        )  # fmt: skip
+    out, lse = torch_npu.npu_attention_update(
+        [lse.flatten() for _, lse in parts], [out.reshape(-1, 128) for out, _ in parts], 1
+    )
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    for b in range(len(tokens)):
+        mine = [t.split(tokens)[b] for t in (query, query_rope)]
+        keys = [[t.split(n)[b] for t in chunk] for chunk, n in zip(chunks, (context, tokens), strict=True)]
+        for (part, part_lse), pieces, causal in zip(parts, keys, (False, True), strict=True):
+            expected, expected_lse = partial(*mine, pieces, causal, scale)
+            torch.testing.assert_close(part.cpu().double().split(tokens)[b], expected, **close)
+            torch.testing.assert_close(
+                part_lse.cpu().double().split(tokens)[b][..., 0], expected_lse, rtol=1e-5, atol=1e-5
+            )
+        whole = [torch.cat(pair) for pair in zip(*keys, strict=True)]
+        expected, expected_lse = partial(*mine, whole, True, scale)
+        torch.testing.assert_close(out.cpu().double().view(-1, heads, 128).split(tokens)[b], expected, **close)
+        torch.testing.assert_close(
+            lse.cpu().double().view(-1, heads).split(tokens)[b], expected_lse, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", [0, 1])
+def test_attention_update(dtype, kind):
+    lse, rows = [torch.randn(11) * 20 for _ in range(3)], [torch.randn(11, 40).to(dtype) for _ in range(3)]
+    lse[1][4] = math.inf  # the part saw nothing
+    for part in lse:
+        part[7] = math.inf
+    results = torch_npu.npu_attention_update([t.npu() for t in lse], [t.npu() for t in rows], kind)
+    meta = torch_npu.npu_attention_update([t.to("meta") for t in lse], [t.to("meta") for t in rows], kind)
+    assert [(r.shape, r.dtype) for r in results] == [(m.shape, m.dtype) for m in meta]
+    exact = torch.stack(lse).double().masked_fill(torch.stack(lse).isinf(), -math.inf)
+    total = exact.logsumexp(0)
+    weights = (exact - total).exp().nan_to_num(0)
+    expected = (weights[..., None] * torch.stack(rows).double()).sum(0)
+    torch.testing.assert_close(results[0].cpu().double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    if kind:
+        torch.testing.assert_close(
+            results[1].cpu().double(), total.masked_fill(total.isinf(), math.inf), rtol=1e-6, atol=1e-6
+        )
+
+
+def test_attention_update_rejections():
+    lse, rows = torch.zeros(4).npu(), torch.zeros(4, 8).npu()
+    for message, arguments in {
+        "lists of one length, got 1 and 2": ([lse], [rows, rows], 0),
+        "update_type must be 0 or 1, got 2": ([lse], [rows], 2),
+        "lse must be float32 with 1 dimension": ([lse.half()], [rows], 0),
+        r"local_out must be \[4, size\]": ([lse], [rows[:3]], 0),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"npu_attention_update: .*{message}"):
+            torch_npu.npu_attention_update(*arguments)
