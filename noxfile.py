@@ -49,7 +49,7 @@ def install(session: nox.Session, *what: str) -> None:
     manifests = [
         path.read_bytes() for path in [*sorted(ROOT.glob("packages/*/pyproject.toml")), ROOT / "pyproject.toml"]
     ]
-    wheels = [Path(entry).read_bytes() for entry in what if entry.endswith(".whl")]
+    wheels = [Path(entry.rpartition("file://")[2]).read_bytes() for entry in what if entry.endswith(".whl")]
     stamp = hashlib.sha256(repr(what).encode() + b"".join(manifests + wheels)).hexdigest()
     marker = Path(session.virtualenv.location) / "installed.txt"
     if marker.exists() and marker.read_text() == stamp:

@@ -31,12 +31,18 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory):
+def models(tmp_path_factory):
+    """Where checkpoints are made, and kept if the variable says so."""
+    root = os.environ.get("ASCEND_TEST_MODELS")
+    return Path(root) if root else tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def smollm2(models):
     """Folder of the real SmolLM2-135M-Instruct checkpoint."""
     from ascend_sim.checkpoints import smollm2
 
-    root = os.environ.get("ASCEND_TEST_MODELS")
-    return smollm2((Path(root) if root else tmp_path_factory.mktemp("models")) / "smollm2")
+    return smollm2(models / "smollm2")
 
 
 @pytest.fixture(scope="session")

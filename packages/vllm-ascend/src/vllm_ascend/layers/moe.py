@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unquantised MoE layers in plain torch: the simplest correct path, one expert after the other. ascend-moe's kernels will take its place."""
+"""Unquantised MoE layers on ascend-moe's kernels. vLLM routes them and moves their tokens between ranks; this rank's experts are computed here."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
 import torch
+from ascend_comm import Solo
+from ascend_moe import (
+    Activation,
+    CommMethod,
+    Dispatcher,
+    FloatExperts,
+    MoeEnv,
+    RoutingSpec,
+    make_dispatcher,
+    select_experts,
+)
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -14,14 +25,45 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 __all__ = ["AscendUnquantizedFusedMoEMethod", "register"]
 
+_ACTIVATIONS = {
+    MoEActivation.SILU: Activation(),
+    MoEActivation.GELU: Activation(gate="gelu"),
+    MoEActivation.GELU_TANH: Activation(gate="gelu_tanh"),
+}
+
 
 class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
-    """Every local expert over its tokens; SwiGLU alone."""
+    """This rank's experts as two grouped products, over its share of the rows."""
+
+    experts: FloatExperts
+    dispatcher: Dispatcher
 
     @property
     def is_monolithic(self) -> bool:
         """Routing is vLLM's, apart from this method."""
         return False
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Lay the weights out as the grouped product reads them: `[L, 2I, H]` -> `[L, H, 2I]`, `[L, H, I]` -> `[L, I, H]`.
+
+        Raises:
+            ValueError: an activation that has no kernel, clamping, or biases.
+        """
+        super().process_weights_after_loading(layer)
+        activation = _ACTIVATIONS.get(layer.activation)
+        if activation is None or layer.swiglu_limit is not None or self.moe.has_bias:
+            raise ValueError(
+                f"MoE layer with activation {layer.activation.value!r}, swiglu_limit={layer.swiglu_limit}, bias={self.moe.has_bias}: "
+                f"vllm-ascend supports {', '.join(kind.value for kind in _ACTIVATIONS)}, without limit and bias"
+            )
+        w13, w2 = cast(Tensor, layer.w13_weight), cast(Tensor, layer.w2_weight)
+        for weight in (w13, w2):
+            weight.data = weight.data.transpose(1, 2).contiguous()
+        self.experts = FloatExperts(w13=w13.data, w2=w2.data, activation=activation)
+        # The ranks' part is vLLM's: for ascend-moe this rank is alone, with its own slots.
+        self.dispatcher = make_dispatcher(
+            CommMethod.ALL_GATHER, MoeEnv(ep=Solo(), num_slots=cast(int, layer.local_num_experts))
+        )
 
     def forward_oot(
         self,
@@ -35,7 +77,7 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         """The sum over the local experts, not yet over ranks.
 
         Args:
-            layer: `w13_weight` `[E, 2I, H]` and `w2_weight` `[E, H, I]` of the E local experts, and which experts they are.
+            layer: which experts are local.
             x: `[N, H]`.
             topk_weights: `[N, K]`.
             topk_ids: `[N, K]`, ids among all experts.
@@ -44,39 +86,15 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
 
         Returns:
             `[N, H]`.
-
-        Raises:
-            ValueError: an activation other than SwiGLU, clamping, or biases.
         """
-        if layer.activation != MoEActivation.SILU or layer.swiglu_limit is not None or self.moe.has_bias:
-            raise ValueError(
-                f"MoE layers with {layer.activation}, clamping or biases are not supported, only plain SwiGLU"
-            )
-        ids = topk_ids.long() if layer.expert_map is None else layer.expert_map[topk_ids.long()]  # -1: on another rank
-        output = torch.zeros_like(x)
-        w13, w2 = cast(Tensor, layer.w13_weight), cast(Tensor, layer.w2_weight)
-        for expert in range(layer.local_num_experts):
-            token, slot = (ids == expert).nonzero(as_tuple=True)
-            if token.numel() == 0:
-                continue
-            weight = topk_weights[token, slot, None].to(x.dtype)
-            own = x[token] * weight if layer.apply_router_weight_on_input else x[token]
-            gate, up = torch.nn.functional.linear(own, w13[expert]).chunk(2, dim=-1)
-            done = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, w2[expert])
-            output.index_add_(0, token, done if layer.apply_router_weight_on_input else done * weight)
-        return output
-
-
-def _choose(
-    scores: Tensor, weights: Tensor, ids: Tensor, renormalize: bool, bias: Tensor | None, scale: float = 1.0
-) -> None:
-    """Write the K largest of `scores` `[N, E]` (with `bias` `[E]` for the choice alone) to `weights` and `ids` `[N, K]`."""
-    chosen = (scores if bias is None else scores + bias).topk(ids.shape[-1], dim=-1).indices
-    picked = scores.gather(-1, chosen)
-    if renormalize:
-        picked = picked / picked.sum(-1, keepdim=True)
-    weights.copy_(picked * scale)
-    ids.copy_(chosen)
+        weights, ids = topk_weights.float(), topk_ids.to(torch.int32)
+        if layer.expert_map is not None:  # -1 on another rank; a slot that nobody has, for the dispatcher
+            local = layer.expert_map[topk_ids.long()].to(torch.int32)
+            ids = torch.where(local < 0, layer.local_num_experts, local)
+        if layer.apply_router_weight_on_input:  # vLLM has it for one expert a token alone
+            x, weights = (x * weights).to(x.dtype), torch.ones_like(weights)
+        dispatched = self.dispatcher.dispatch(x, weights, ids)
+        return self.dispatcher.combine(self.experts.forward(dispatched, x.dtype), dispatched)
 
 
 def topk_softmax(
@@ -89,7 +107,8 @@ def topk_softmax(
     is_padding: Tensor | None = None,
 ) -> None:
     """vLLM's operator of this name: softmax over experts, then the K best."""
-    _choose(gating_output.float().softmax(-1), topk_weights, topk_ids, renormalize, bias)
+    spec = RoutingSpec(top_k=topk_ids.shape[-1], scoring="softmax", renormalise=renormalize, bias=bias is not None)
+    _choose(topk_weights, topk_ids, gating_output, spec, bias)
 
 
 def topk_sigmoid(
@@ -103,7 +122,18 @@ def topk_sigmoid(
     is_padding: Tensor | None = None,
 ) -> None:
     """vLLM's operator of this name: sigmoid of each expert, then the K best."""
-    _choose(gating_output.float().sigmoid(), topk_weights, topk_ids, renormalize, bias, routed_scaling_factor)
+    spec = RoutingSpec(
+        top_k=topk_ids.shape[-1], scoring="sigmoid", renormalise=renormalize, bias=bias is not None,
+        routed_scaling_factor=routed_scaling_factor,
+    )  # fmt: skip
+    _choose(topk_weights, topk_ids, gating_output, spec, bias)
+
+
+def _choose(weights: Tensor, ids: Tensor, logits: Tensor, spec: RoutingSpec, bias: Tensor | None) -> None:
+    """Write what ascend-moe selects of `logits` `[N, E]` to `weights` and `ids` `[N, K]`."""
+    chosen_weights, chosen = select_experts(logits, spec, bias)
+    weights.copy_(chosen_weights)
+    ids.copy_(chosen)
 
 
 _ARGUMENTS = "Tensor(a!) topk_weights, Tensor(b!) topk_ids, Tensor token_expert_indices, Tensor gating_output, bool renormalize, Tensor? bias=None"
