@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ascend_eplb.metrics import FloatArray
+from ascend_eplb.metrics import FloatArray, sum_slots
 from ascend_eplb.placement import replica_counts
 from ascend_eplb.policies.packing import shares
 
@@ -69,7 +69,7 @@ def improve(load_BE: FloatArray, ids_BRK: Ids, rules: MoveRules) -> list[State]:
     ids_BRK = ids_BRK.copy()
     before_BRE = held_experts(ids_BRK, load_BE.shape[1])
     moved_B = np.zeros(len(load_BE), dtype=np.int64)
-    states = [State(moved_B.copy(), shares(load_BE, ids_BRK).sum(axis=2).max(axis=1), ids_BRK.astype(np.int32))]
+    states = [State(moved_B.copy(), sum_slots(shares(load_BE, ids_BRK)).max(axis=1), ids_BRK.astype(np.int32))]
     active = np.flatnonzero((states[0].peak_B > rules.goal_B) & (load_BE.sum(axis=1) > 0))
     rounds = 2 * rules.budget if ids_BRK.shape[1] > 1 else 0
     for _ in range(rounds):
@@ -83,7 +83,7 @@ def improve(load_BE: FloatArray, ids_BRK: Ids, rules: MoveRules) -> list[State]:
         stay = np.take_along_axis(before_BRE[active], ids_BRK[active], axis=2)
         moved_B[active] = (~stay).sum(axis=(1, 2))
         peak_B = states[-1].peak_B.copy()
-        peak_B[active] = shares(load_BE[active], ids_BRK[active]).sum(axis=2).max(axis=1)
+        peak_B[active] = sum_slots(shares(load_BE[active], ids_BRK[active])).max(axis=1)
         states.append(State(moved_B.copy(), peak_B, ids_BRK.astype(np.int32)))
         active = active[(peak_B[active] > rules.goal_B[active]) & (moved_B[active] < rules.budget)]
     return states
@@ -94,7 +94,7 @@ def _round(load_BE: FloatArray, ids_BRK: Ids, active: Ids, left_A: Ids, rules: M
     load_AE, ids_ARK = load_BE[active], ids_BRK[active]
     row_A = np.arange(len(active))
     share_ARK = shares(load_AE, ids_ARK)
-    total_AR = share_ARK.sum(axis=2)
+    total_AR = sum_slots(share_ARK)
     total_AR /= total_AR.mean(axis=1, keepdims=True)
     hot_A = total_AR.argmax(axis=1)
     cold_AC = np.argsort(total_AR, axis=1, kind="stable")[:, : min(_COLD, ids_ARK.shape[1] - 1)]
