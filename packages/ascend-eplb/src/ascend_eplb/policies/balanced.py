@@ -31,7 +31,7 @@ __all__ = ["balanced", "balanced_assignment"]
 
 Ids = NDArray[np.int64]
 _SLACK = 7e-4  # how close to the bound a layer counts as done
-_ROUNDS = 6  # swap rounds: what fits the time of a few milliseconds
+_ROUNDS = 10  # swap rounds: what fits the time of a few milliseconds
 _SMALL = 48  # slots of a problem small enough for annealing
 _PACKINGS = 10  # ways of giving groups to nodes that a small problem tries
 
@@ -107,13 +107,29 @@ def _searched(problem: Problem, order_LE: Ids, layers: Ids, goal_L: FloatArray) 
     nodes = problem.nodes if problem.hierarchical else 1
     ranks, cap = problem.ranks // nodes, problem.replica_cap
     count_BE = capped_counts(load_BE, problem.slots // nodes, cap)
-    if problem.slots == problem.num_experts:
-        return _to_global(problem, _pack(load_BE, count_BE, ranks), order_LE[layers])
-    if problem.slots_per_rank == 2:
+    if problem.slots_per_rank == 2 and problem.slots > problem.num_experts:
         count_BE = ladder_counts(load_BE, count_BE, ranks=ranks, cap=cap)
-    if problem.slots <= _SMALL:
-        count_BE = anneal_counts(load_BE, count_BE, np.repeat(goal_L[layers], nodes), ranks=ranks, cap=cap)
-    return _to_global(problem, _pack(load_BE, count_BE, ranks), order_LE[layers])
+    ids_BRK = _pack(load_BE, count_BE, ranks)
+    if problem.slots_per_rank * problem.ranks <= _SMALL and problem.slots > problem.num_experts:
+        peak_B = sum_slots(shares(load_BE, ids_BRK)).max(axis=1)
+        behind = np.flatnonzero(peak_B > np.repeat(goal_L[layers], nodes))
+        ids_BRK[behind] = _annealed(load_BE[behind], count_BE[behind], ids_BRK[behind], cap)
+    return _to_global(problem, ids_BRK, order_LE[layers])
+
+
+def _annealed(load_AE: FloatArray, count_AE: Ids, ids_ARK: Ids, cap: int) -> Ids:
+    """The best packing, with duplicates apart, that annealing the counts finds; `ids_ARK` where none is better."""
+    if not len(load_AE):
+        return ids_ARK
+    ranks = ids_ARK.shape[1]
+    count_ACE = anneal_counts(load_AE, count_AE, ranks=ranks, cap=cap)
+    chains = count_ACE.shape[1]
+    load_XE = np.repeat(load_AE, chains, axis=0)
+    packed_XRK = _pack(load_XE, count_ACE.reshape(len(load_XE), -1), ranks)
+    found_ACRK = np.concatenate([ids_ARK[:, None], packed_XRK.reshape(-1, chains, *ids_ARK.shape[1:])], axis=1)
+    load_XE = np.repeat(load_AE, chains + 1, axis=0)
+    peak_X = sum_slots(shares(load_XE, found_ACRK.reshape(len(load_XE), ranks, -1))).max(axis=1)
+    return np.asarray(found_ACRK[np.arange(len(load_AE)), peak_X.reshape(-1, chains + 1).argmin(axis=1)])
 
 
 def _pack(load_BE: FloatArray, count_BE: Ids, ranks: int) -> Ids:

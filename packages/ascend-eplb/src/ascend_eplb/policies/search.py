@@ -28,7 +28,7 @@ _STEPS = (
 )  # fmt: skip
 _DONE = 7e-4  # how close to the lower bound is close enough
 _HIGH = 1 if sys.byteorder == "little" else 0  # which half of a 64-bit key counts first
-_CHAINS, _ROUNDS, _HEAT = 16, 100, 0.15
+_CHAINS, _ROUNDS, _HEAT = 16, 100, 0.04
 
 
 def ladder_counts(load_BE: FloatArray, count_BE: Ids, *, ranks: int, cap: int) -> Ids:
@@ -113,38 +113,31 @@ def pair_peaks(load_BE: NDArray[np.floating], count_BE: Ids) -> NDArray[np.float
     return np.asarray((share_BS[:, :ranks] + share_BS[:, : ranks - 1 : -1]).max(axis=1))
 
 
-def anneal_counts(load_BE: FloatArray, count_BE: Ids, goal_B: FloatArray, *, ranks: int, cap: int) -> Ids:
-    """Counts `[B, E]` at least as good as `count_BE`, by simulated annealing of one replica's owner at a time.
+def anneal_counts(load_BE: FloatArray, count_BE: Ids, *, ranks: int, cap: int) -> Ids:
+    """Counts `[B, C, E]`, the best of each of C = 16 chains that start from `count_BE`, by simulated annealing of one
+    replica's owner at a time.
 
-    Some chains a problem, all stepped together, with a fixed seed: the same input gives the same counts. A problem is
-    valued by its peak after differencing (exact for two slots a rank), duplicates not looked at, and done at `goal_B`.
+    All chains of all problems are stepped together, with a fixed seed: the same input gives the same counts. A problem
+    is valued by its peak after differencing (exact for two slots a rank), duplicates not looked at; which chain is best
+    with duplicates apart is left to the caller.
 
     Complexity: 100 steps of O(X * S log S), X = 16 * B.
     """
     generator = np.random.default_rng(0)
     mean_B = load_BE.sum(axis=1) / ranks
-    mean_B = np.where(mean_B > 0, mean_B, 1.0)
-    part_BE, aim_B = (load_BE / mean_B[:, None]).astype(np.float32), goal_B / mean_B
-    best_BE, least_B = count_BE.copy(), _peaks(part_BE, count_BE, ranks)
-    open_A = np.flatnonzero(least_B > aim_B)
-    part_XE, now_XE = (np.repeat(array[open_A], _CHAINS, axis=0) for array in (part_BE, count_BE))
-    peak_X = np.repeat(least_B[open_A], _CHAINS)
+    part_BE = (load_BE / np.where(mean_B > 0, mean_B, 1.0)[:, None]).astype(np.float32)
+    part_XE, now_XE = (np.repeat(array, _CHAINS, axis=0) for array in (part_BE, count_BE))
+    peak_X = _peaks(part_XE, now_XE, ranks)
+    best_XE, least_X = now_XE.copy(), peak_X.copy()
     for step in range(_ROUNDS):
-        if not len(open_A):
-            break
         heat = _HEAT * (1 - step / _ROUNDS) ** 2 + 1e-4
         trial_XE, valid_X = _with_one_moved(now_XE, cap, generator)
         trial_X = _peaks(part_XE, trial_XE, ranks)
         taken = valid_X & (trial_X < peak_X + heat * generator.exponential(size=len(peak_X)))
         now_XE[taken], peak_X[taken] = trial_XE[taken], trial_X[taken]
-        chain_A = peak_X.reshape(-1, _CHAINS).argmin(axis=1) + np.arange(len(open_A)) * _CHAINS
-        better = peak_X[chain_A] < least_B[open_A]
-        best_BE[open_A[better]], least_B[open_A[better]] = now_XE[chain_A[better]], peak_X[chain_A[better]]
-        left_A = least_B[open_A] > aim_B[open_A]
-        if not left_A.all():
-            left_X = np.repeat(left_A, _CHAINS)
-            open_A, part_XE, now_XE, peak_X = open_A[left_A], part_XE[left_X], now_XE[left_X], peak_X[left_X]
-    return best_BE
+        better = peak_X < least_X
+        best_XE[better], least_X[better] = now_XE[better], peak_X[better]
+    return best_XE.reshape(len(load_BE), _CHAINS, -1)
 
 
 def _with_one_moved(now_XE: Ids, cap: int, generator: np.random.Generator) -> tuple[Ids, NDArray[np.bool_]]:
