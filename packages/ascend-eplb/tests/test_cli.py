@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 import json
+import os
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +58,9 @@ def test_layouts_and_json(capsys):
     assert found == {"file": "map.npz", **sizes}
     assert run_json(capsys, "check map.npz")["valid"] is True
     assert run_json(capsys, "show map.npz")["experts"] == [[0, 1, 2, 3, 4], [5, 6, 7, 0, 1]]
-    assert run_json(capsys, "show map.npz --rank 1")["experts"] == [5, 6, 7, 0, 1]
+    found = run_json(capsys, "show map.npz --rank 1")
+    assert found["experts"] == [5, 6, 7, 0, 1]
+    assert found["expert_map"] == [3, 4, -1, -1, -1, 0, 1, 2]
 
 
 def test_plan(capsys):
@@ -64,9 +70,12 @@ def test_plan(capsys):
     assert found["balancedness"] == pytest.approx(eplb.balancedness(placement, load).mean())
     assert found["balancedness"] > 0.99
     assert found["bound"] == 1.0
+    assert found["before"] == "spread"
+    default = eplb.spread(num_experts=256, ranks=32, redundant=32, layers=2)
+    assert found["balancedness_before"] == pytest.approx(eplb.balancedness(default, load).mean())
     assert found["moved"] is None
     np.save("drift.npy", load * np.random.default_rng(1).lognormal(0, 0.3, load.shape))
-    limited = "--window mean --from new.json --max-moves 40 -o b.json"
+    limited = "--weighting mean --from new.json --max-moves 40 -o b.json"
     again = run_json(capsys, f"plan --load drift.npy --ranks 32 --slots 288 {limited}")
     assert again["policy"] == "incremental"
     moved = eplb.moved_slots(placement, eplb.load_placement("b.json")).sum()
@@ -74,13 +83,91 @@ def test_plan(capsys):
     assert moved > 0
     assert moved <= 40
     assert again["bytes_moved"] == moved * 44_000_000
-    by_node = "--nodes 4 --groups 8 --window decayed --from new.json --plot p.png -o c.json"
+    by_node = "--nodes 4 --groups 8 --weighting decayed --from new.json --plot p.png -o c.json"
     status, out, _ = run(capsys, f"plan --load load.npy --ranks 32 --slots 288 {by_node}")
     assert status == 0
     assert "balancedness before" in out
     assert "GB at 44 MB an expert" in out
     with open("p.png", "rb") as file:
         assert file.read(4) == b"\x89PNG"
+
+
+def test_plan_without_a_placement_in_force_compares_with_the_default(capsys):
+    status, out, _ = run(capsys, "plan --load load.npy --ranks 32 --slots 288 -o new.json")
+    assert status == 0
+    assert re.search(r"balancedness before │ 0\.\d+  \(spread\)", out)
+    assert "moves" not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "load"),
+    [
+        ("", lambda history: history.mean(axis=0)),
+        ("--weighting decayed", lambda history: eplb.decayed_load(history, 1.0)),
+        ("--weighting decayed --half-life 3", lambda history: eplb.decayed_load(history, 3.0)),
+        ("--weighting peak", lambda history: history.mean(axis=0) + history.std(axis=0)),
+        ("--weighting peak --risk 2.5", lambda history: history.mean(axis=0) + 2.5 * history.std(axis=0)),
+    ],
+)
+def test_weightings(capsys, options, load):
+    run_json(capsys, f"plan --load load.npy --ranks 32 --slots 288 {options} -o new.json")
+    expected = eplb.rebalance(load(np.load("load.npy")), ranks=32, slots=288)
+    assert eplb.load_placement("new.json") == expected.placement
+    found = run_json(capsys, f"simulate --load load.npy --ranks 32 --slots 288 {options}")
+    assert len(found["windows"]) == 2
+
+
+def test_move_limits_of_each_layer_and_a_target(capsys):
+    run_json(capsys, "plan --load load.npy --ranks 32 --slots 288 -o old.json")
+    old = eplb.load_placement("old.json")
+    np.save("drift.npy", np.load("load.npy") * np.random.default_rng(1).lognormal(0, 0.3, (2, 256)))
+    line = "plan --load drift.npy --ranks 32 --slots 288 --from old.json"
+    found = run_json(capsys, f"{line} --max-moves-per-layer 7 -o new.json")
+    moved = eplb.moved_slots(old, eplb.load_placement("new.json"))
+    assert found["policy"] == "incremental"
+    assert 0 < moved.max() <= 7
+    easy, hard = (
+        run_json(capsys, f"{line} --policy incremental --target {target} -o x.json") for target in (0.9, 0.97)
+    )
+    assert 0.9 <= easy["balancedness"] < hard["balancedness"]
+    assert easy["moved"] < hard["moved"]
+    assert easy["bytes_moved"] == easy["moved"] * 44_000_000
+
+
+def test_failed_ranks(capsys):
+    np.save("few.npy", np.random.default_rng(0).lognormal(0, 1, (2, 16)))
+    run_json(capsys, "generate --experts 16 --ranks 8 --redundant 8 --layers 2 -o old.json")
+    line = "plan --load few.npy --ranks 8 --slots 24 --from old.json --failed 6,7 -o new.json"
+    found = run_json(capsys, line)
+    placement = eplb.load_placement("new.json")
+    assert (placement.ranks, placement.slots) == (found["ranks"], found["slots"]) == (6, 18)
+    old = eplb.load_placement("old.json")
+    kept = set(old.physical_to_logical[0, :6].ravel().tolist())
+    assert found["lost"] == 2 * (16 - len(kept)) == 6
+    status, out, _ = run(capsys, line)
+    assert status == 0
+    assert "6 experts whose replicas were all on failed ranks" in out
+
+
+def test_simulate_under_a_limit_is_incremental(capsys):
+    found = run_json(capsys, "simulate --load load.npy --ranks 32 --slots 288 --max-moves 9")
+    assert found["policy"] == "incremental"
+    assert max(window["moved"] for window in found["windows"]) <= 9
+    found = run_json(capsys, "simulate --load load.npy --ranks 32 --slots 288 --max-moves-per-layer 3")
+    assert max(window["moved"] for window in found["windows"]) <= 6
+
+
+def test_a_picture_that_cannot_be_is_found_out_before_the_work(capsys):
+    assert run(capsys, "plan --load load.npy --ranks 32 --slots 288 -o x.json --plot no/p.png")[0] == 1
+    assert not Path("x.json").exists()
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from ascend_eplb.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    line = "plan --load load.npy --ranks 32 --slots 288 -o x.json --plot p.png"
+    done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: pictures need matplotlib: pip install 'ascend-eplb[plot]'\n"
+    assert not Path("x.json").exists()
 
 
 def test_show_heat(capsys):
@@ -184,12 +271,19 @@ def write_bad_files():
         ("plan --load load.npy --ranks 32 --slots 288 -o x.json --plot no/p.png", "error: no/p.png: No such file"),
         ("show good.json --load load.npy", "load has 256 experts, the placement 8"),
         ("check map.txt", "a placement file ends in"),
+        ("plan --load load.npy --ranks 32 --slots 288 --failed a -o x.json", "--failed=a must be rank numbers"),
+        ("plan --load load.npy --ranks 32 --slots 288 --failed 32 -o x.json", "names rank 32, which is not in 0..31"),
+        ("plan --load load.npy --ranks 32 --slots 288 --half-life 0 -o x.json", "--half-life=0.0 must be positive"),
+        ("plan --load load.npy --ranks 32 --slots 288 --risk -1 --weighting peak -o x.json", "risk=-1.0 must not be"),
+        ("plan --load load.npy --ranks 32 --slots 288 --target 1.5 -o x.json", "target=1.5 must be in (0, 1]"),
+        ("plan --load load.npy --ranks 32 --slots 288 --max-moves 3 -o x.json", "needs the previous placement"),
+        ("plan --load load.npy --ranks 32 --slots 288 -o x.txt", "x.txt: a placement is written to .json"),
         ("show good.json --layer 7", "layer_id=7 is not in this placement"),
         ("show good.json --rank 7", "--rank=7 is not in 0..1"),
         ("plan --load load.npy --ranks 32 --slots 287 -o x.json", "slots=287 must be a multiple of ranks=32"),
         ("plan --load nan.npy --ranks 2 --slots 4 -o x.json", "step 0, layer 0, expert 1 is nan"),
         ("plan --load load.npy --ranks 32 --slots 288 --policy best -o x.json", "policy='best' is not one of"),
-        ("plan --load load.npy --ranks 32 --slots 288 --window odd -o x.json", "--window=odd"),
+        ("plan --load load.npy --ranks 32 --slots 288 --weighting odd -o x.json", "--weighting=odd"),
         ("simulate --load load.npy --ranks 32 --slots 288 --window 2", "at least 4 steps, not 3"),
         ("simulate --load load.npy --ranks 32 --slots 288 --window 0", "window=0"),
         ("nonsense", "No such command"),
@@ -228,6 +322,36 @@ def test_with_json_the_reason_is_json_too(capsys, line, reason):
     assert reason in err
 
 
+def run_apart(line, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "ascend_eplb", *line.split()],
+        capture_output=True, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_a_terminal_without_box_characters(capsys):
+    run(capsys, "generate --experts 8 --ranks 2 --redundant 2 -o map.json")
+    done = run_apart("show map.json --rank 1", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert done.stderr == b""
+    assert b"8 entries, 5 here, 3 are -1" in done.stdout
+
+
+def test_a_reader_that_stops_early_is_no_error(capsys):
+    run(capsys, "generate --experts 2048 --ranks 512 --redundant 1024 -o map.json")
+    with subprocess.Popen(
+        [sys.executable, "-m", "ascend_eplb", "show", "map.json", "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 1
+
+
+def test_version():
+    assert run_apart("--version").stdout.decode() == f"ascend-eplb {version('ascend-eplb')}\n"
+
+
 def test_module_and_help():
     done = subprocess.run([sys.executable, "-m", "ascend_eplb", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
@@ -258,5 +382,9 @@ def test_import_needs_numpy_alone():
 
 def test_public_names():
     for name in eplb.__all__:
-        assert getattr(eplb, name).__doc__ or name == "Policy"
+        text = getattr(eplb, name).__doc__
+        assert text or name == "Policy"
+        if inspect.isfunction(getattr(eplb, name)):
+            for said in (r"Raises:|[Ee]rrors", r"Complexity|complexity|O\(", r"Source:"):
+                assert re.search(said, text), f"the docstring of {name} lacks {said}"
     assert eplb.__all__ == sorted(eplb.__all__)

@@ -159,6 +159,11 @@ def test_errors():
         eplb.expert_map(GOLDEN, 2)
     with pytest.raises(ValueError, match=r"rank=-1 is not in 0\.\.1"):
         eplb.log2phy(GOLDEN, -1)
+    for wrong in (1.0, "1", True):
+        with pytest.raises(TypeError, match="rank must be an integer"):
+            eplb.expert_map(GOLDEN, wrong)
+    with pytest.raises(TypeError, match="nodes must be an integer"):
+        eplb.Topology(ranks=4, nodes=2.0)
     with pytest.raises(ValueError, match="tp_size=3 must divide the 2 ranks"):
         eplb.log2phy_all(GOLDEN, 3)
     with pytest.raises(ValueError, match="rows=0"):

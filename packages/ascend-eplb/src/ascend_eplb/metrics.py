@@ -75,6 +75,8 @@ def rank_loads(placement: Placement, load: ArrayLike) -> FloatArray:
     """float64 `[L, R]`: the load of each rank under `load` `[L, E]`, in the load's unit (tokens, as a rule).
 
     Errors as `as_load`. O(L * S).
+
+    Source: the definition; a router that spreads tokens evenly over replicas.
     """
     load_LE = as_load(load, num_experts=placement.num_experts, layers=placement.layers)
     share_LE: FloatArray = load_LE / placement.replicas
@@ -96,13 +98,21 @@ def sum_slots(value_BRK: FloatArray) -> FloatArray:
 
 
 def balancedness(placement: Placement, load: ArrayLike) -> FloatArray:
-    """float64 `[L]`: mean rank load / greatest rank load, 1.0 being perfect (also without any load). O(L * S)."""
+    """float64 `[L]`: mean rank load / greatest rank load, 1.0 being perfect (also without any load). O(L * S).
+
+    Errors: TypeError, ValueError as `rank_loads`.
+    Source: the balancedness that vLLM logs (mean / greatest).
+    """
     loads_LR = rank_loads(placement, load)
     return np.asarray(balance_of(loads_LR))
 
 
 def peak_to_mean(placement: Placement, load: ArrayLike) -> FloatArray:
-    """float64 `[L]`: greatest rank load / mean rank load, the factor by which the hottest rank is late. O(L * S)."""
+    """float64 `[L]`: greatest rank load / mean rank load, the factor by which the hottest rank is late. O(L * S).
+
+    Errors: TypeError, ValueError as `rank_loads`.
+    Source: 1 / `balancedness`.
+    """
     return np.asarray(1.0 / balancedness(placement, load))
 
 
@@ -132,5 +142,9 @@ def stays(old: Placement, new: Placement) -> NDArray[np.bool_]:
 
 
 def moved_slots(old: Placement, new: Placement) -> NDArray[np.int64]:
-    """int64 `[L]`: slots of `new` whose weights have to come from another rank of `old`. Errors as `stays`."""
+    """int64 `[L]`: slots of `new` whose weights have to come from another rank of `old`. Errors as `stays`.
+
+    O(L * R * E).
+    Source: the definition.
+    """
     return np.asarray((~stays(old, new)).sum(axis=(1, 2)), dtype=np.int64)

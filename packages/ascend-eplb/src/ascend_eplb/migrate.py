@@ -70,6 +70,8 @@ def align_slots(old: Placement, new: Placement) -> Placement:
         ValueError: the placements differ in layers, experts, ranks or slots.
 
     Complexity: O(L * R * E + L * S log K).
+
+    Source: what vLLM's `preserve_intragpu_slots` does, for all ranks at once.
     """
     _check_alike(old, new)
     slot_LRE = np.full((old.layers, old.ranks, old.num_experts), -1, dtype=np.int32)
@@ -93,6 +95,8 @@ def relabel_ranks(old: Placement, new: Placement, *, nodes: int = 1) -> Placemen
         ValueError: the placements differ in shape, or `nodes` does not divide the ranks.
 
     Complexity: O(L * R^2 * (E + R)).
+
+    Source: the assignment problem, by greedy choice and exchanges of two.
     """
     _check_alike(old, new)
     node_R = Topology(ranks=old.ranks, nodes=nodes).node_of()
@@ -121,6 +125,8 @@ def transfer_plan(old: Placement, new: Placement, *, nodes: int = 1) -> Transfer
         ValueError: the placements differ in shape, or `nodes` does not divide the ranks.
 
     Complexity: O(L * S log S), and one vector step for each transfer of a layer with a choice of senders.
+
+    Source: this project.
     """
     _check_alike(old, new)
     topology = Topology(ranks=old.ranks, nodes=nodes)

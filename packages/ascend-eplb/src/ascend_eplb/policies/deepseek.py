@@ -72,6 +72,8 @@ def deepseek_assignment(
         TypeError, ValueError: a load that is none, or sizes that do not divide.
 
     Complexity: O(L * S * R) in plain Python.
+
+    Source: github.com/deepseek-ai/EPLB, `rebalance_experts`.
     """
     pack = pack or pack_longest_first
     load_LE = as_load(load).astype(np.float32)
