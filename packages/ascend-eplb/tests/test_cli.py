@@ -278,6 +278,8 @@ def write_bad_files():
         ("plan --load load.npy --ranks 32 --slots 288 --target 1.5 -o x.json", "target=1.5 must be in (0, 1]"),
         ("plan --load load.npy --ranks 32 --slots 288 --max-moves 3 -o x.json", "needs the previous placement"),
         ("plan --load load.npy --ranks 32 --slots 288 -o x.txt", "x.txt: a placement is written to .json"),
+        ("check good.json --experts 9", "expert 8 of 0..8 is on no device"),
+        ("check good.json --experts 7", "expert 7 is not in 0..6"),
         ("show good.json --layer 7", "layer_id=7 is not in this placement"),
         ("show good.json --rank 7", "--rank=7 is not in 0..1"),
         ("plan --load load.npy --ranks 32 --slots 287 -o x.json", "slots=287 must be a multiple of ranks=32"),
@@ -335,6 +337,16 @@ def test_a_terminal_without_box_characters(capsys):
     assert done.returncode == 0
     assert done.stderr == b""
     assert b"8 entries, 5 here, 3 are -1" in done.stdout
+
+
+def test_a_terminal_sees_progress():
+    np.save("few.npy", np.random.default_rng(0).lognormal(0, 1, (30, 2, 16)))
+    done = run_apart("simulate --load few.npy --ranks 8 --slots 24 --json", FORCE_COLOR="1", TERM="xterm")
+    assert b"replaying" in done.stderr
+    assert len(json.loads(done.stdout)["windows"]) == 29
+    done = run_apart("plan --load few.npy --ranks 8 --slots 24 -o x.json --json", FORCE_COLOR="1", TERM="xterm")
+    assert b"placing experts" in done.stderr
+    assert json.loads(done.stdout)["file"] == "x.json"
 
 
 def test_a_reader_that_stops_early_is_no_error(capsys):

@@ -123,7 +123,7 @@ def logical_load(placement: Placement, physical: ArrayLike) -> FloatArray:
     return as_load(total.reshape(placement.layers, placement.num_experts))
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class LoadWindow:
     """The last `capacity` steps of logical loads, kept per phase.
 

@@ -103,7 +103,7 @@ def solve(problem: Problem, policy: str | Policy = "balanced") -> Plan:
     Raises:
         ValueError: an unknown policy, or a problem that the policy refuses.
 
-    Complexity: the policy's, and O(L * R^2 * (E + R)) for relabelling.
+    Complexity: the policy's, and O(L * R^2 * E) for relabelling.
 
     Source: the policy's; what follows it is `relabel_ranks` and `align_slots`.
     """

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ascend_eplb.cli.options import AsJson, File, RanksOfFile
+from ascend_eplb.cli.options import AsJson, Experts, File, RanksOfFile
 from ascend_eplb.cli.output import print_error, print_json, print_summary
 from ascend_eplb.cli.planning import plan, simulate
 from ascend_eplb.cli.render import placement_table, rank_table
@@ -91,9 +91,10 @@ def generate(
 
 
 @app.command()
-def check(file: File, ranks: RanksOfFile = None, as_json: AsJson = False) -> None:
+def check(file: File, ranks: RanksOfFile = None, experts: Experts = 0, as_json: AsJson = False) -> None:
     """Validate a placement; exit status 1 says what is wrong and where."""
-    print_summary(load_placement(file, ranks=ranks), f"{file} is valid", as_json, valid=True, file=str(file))
+    placement = load_placement(file, ranks=ranks, num_experts=experts)
+    print_summary(placement, f"{file} is valid", as_json, valid=True, file=str(file))
 
 
 @app.command()
@@ -103,10 +104,11 @@ def show(
     rank: Annotated[int | None, typer.Option(help="One rank in detail.")] = None,
     load: Annotated[Path | None, typer.Option(help="Load dump for heat bars.")] = None,
     ranks: RanksOfFile = None,
+    experts: Experts = 0,
     as_json: AsJson = False,
 ) -> None:
     """Show a layer of a placement, with heat bars where there is a load."""
-    placement = load_placement(file, ranks=ranks)
+    placement = load_placement(file, ranks=ranks, num_experts=experts)
     layer_id = placement.layer_ids[0] if layer is None else layer
     slots = placement.layer(layer_id)
     loads = None if load is None else mean_load(read_loads(load))
@@ -138,11 +140,12 @@ def convert(
     file: File,
     output: Annotated[Path, typer.Argument(help="File to write; its ending is the format.", show_default=False)],
     ranks: RanksOfFile = None,
+    experts: Experts = 0,
     layers: Annotated[int | None, typer.Option(help="Layers wanted; those the file lacks take the default.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rewrite a placement in another format."""
-    placement = load_placement(file, ranks=ranks, layers=layers)
+    placement = load_placement(file, ranks=ranks, num_experts=experts, layers=layers)
     save_placement(placement, output)
     print_summary(placement, f"wrote {output}", as_json, file=str(output))
 

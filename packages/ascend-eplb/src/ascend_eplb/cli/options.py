@@ -12,6 +12,7 @@ from ascend_eplb.policies.registry import policy_names
 
 __all__ = [
     "AsJson",
+    "Experts",
     "File",
     "From",
     "Groups",
@@ -33,6 +34,7 @@ __all__ = [
 _POLICIES = ", ".join(policy_names())
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Experts = Annotated[int, typer.Option("--experts", help="Logical experts; 0 takes the highest id + 1.")]
 File = Annotated[Path, typer.Argument(help="Placement: .json, .npz, .npy, .yaml.", show_default=False)]
 From = Annotated[Path | None, typer.Option("--from", help="Placement in force; spread by default.")]
 Groups = Annotated[int, typer.Option(help="Expert groups, bound to nodes where nodes > 1 divides them.")]
