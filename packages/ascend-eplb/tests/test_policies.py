@@ -257,6 +257,18 @@ def test_ladder_counts_gain_where_highest_averages_fall_short():
     assert pair_peaks(load, start).mean() > 1.04 * pair_peaks(load, found).mean()
 
 
+@pytest.mark.parametrize(("ranks", "experts"), [(27, 9), (28, 14), (29, 29), (4, 5)])
+def test_two_slots_a_rank_are_never_below_deepseek_where_pairs_need_repair(ranks, experts):
+    """With few experts, replicas of one meet in pairs, and taking them apart may cost more than the search gained."""
+    generator = np.random.default_rng(0)
+    load = generator.choice([1.0, 3.0], (60, experts)) / np.arange(1, experts + 1)
+    load[:30] = generator.lognormal(0, 1, (30, experts))
+    mine, theirs = (
+        eplb.rebalance(load, ranks=ranks, slots=2 * ranks, policy=name) for name in ("balanced", "deepseek")
+    )
+    assert (mine.layer_balancedness >= theirs.layer_balancedness * (1 - 1e-9)).all()
+
+
 def test_without_redundancy_the_bound_knows_the_company_of_the_heaviest():
     load = np.array([[9.0, 1, 2, 3, 4, 5]])
     problem = eplb.Problem(load=load, ranks=2, slots=6)
