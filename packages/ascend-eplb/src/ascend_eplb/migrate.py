@@ -211,7 +211,7 @@ def _match(overlap_LRQ: NDArray[np.float32], nodes: int) -> NDArray[np.int64]:
         left = (source[row_X] < 0) & ~taken[column_X]
         row_X, column_X = row_X[left], column_X[left]
     source[source < 0] = np.flatnonzero(~taken)  # no overlap left, so in order: a node has as many of both
-    source_LR = source.reshape(layers, ranks) % ranks
+    source_LR = np.asarray(source.reshape(layers, ranks) % ranks)
     _exchange(overlap_LRQ, source_LR, allowed_RQ)
     return source_LR
 

@@ -107,7 +107,7 @@ def descending_order(value_BX: NDArray[np.floating]) -> Ids:
     return key_BX.view(np.int64)
 
 
-def sorted_items(load_BE: FloatArray, count_BE: Ids) -> tuple[Ids, FloatArray]:
+def sorted_items(load_BE: NDArray[np.floating], count_BE: Ids) -> tuple[Ids, NDArray[np.floating]]:
     """All replicas, heaviest first, those of one expert side by side: expert and share of each, `[B, S]`."""
     batch, experts = load_BE.shape
     share_BE = load_BE / count_BE
@@ -117,7 +117,7 @@ def sorted_items(load_BE: FloatArray, count_BE: Ids) -> tuple[Ids, FloatArray]:
     return (flat_S % experts).reshape(batch, -1), share_BE.ravel()[flat_S].reshape(batch, -1)
 
 
-def difference(expert_BS: Ids, share_BS: FloatArray, ranks: int) -> Ids:
+def difference(expert_BS: Ids, share_BS: NDArray[np.floating], ranks: int) -> Ids:
     """Balanced largest-first differencing (Michiels et al., 2003): experts `[B, R, K]`, duplicates possible.
 
     The sorted items form K blocks of R, each a tuple of partial rank sums. The two tuples of widest spread are merged,
@@ -138,12 +138,14 @@ def difference(expert_BS: Ids, share_BS: FloatArray, ranks: int) -> Ids:
     return np.ascontiguousarray(ids_BKR.transpose(0, 2, 1))
 
 
-def difference_peaks(share_BS: FloatArray, ranks: int) -> FloatArray:
-    """float64 `[B]`: the greatest rank load that `difference` leaves, without the packing itself."""
+def difference_peaks(share_BS: NDArray[np.floating], ranks: int) -> NDArray[np.floating]:
+    """`[B]`: the greatest rank load that `difference` leaves, without the packing itself."""
     return _merge_blocks(share_BS, ranks)[2]
 
 
-def _merge_blocks(share_BS: FloatArray, ranks: int) -> tuple[list[tuple[Ids, Ids, Ids]], Ids, FloatArray]:
+def _merge_blocks(
+    share_BS: NDArray[np.floating], ranks: int
+) -> tuple[list[tuple[Ids, Ids, Ids]], Ids, NDArray[np.floating]]:
     """The merges of `difference`: the two tuples of each (numbers 0..B * K - 1) and the order of the sums; the number
     of the last tuple `[B]` and its greatest sum `[B]`."""
     batch, slots = share_BS.shape

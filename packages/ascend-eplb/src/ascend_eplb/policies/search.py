@@ -20,12 +20,14 @@ from ascend_eplb.policies.packing import difference_peaks, sorted_items
 __all__ = ["anneal_counts", "ladder_counts", "pair_peaks"]
 
 Ids = NDArray[np.int64]
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]
 # Aims (0 is the lower bound, 1 what highest averages reach) and weights to try first, then steps from the best so far.
-_TRIALS = ((0.0, 0.5), (0.15, 1.0), (0.45, 1.5), (0.5, 0.5), (0.6, 2.0))
-_STEPS = (
-    (0.08, 0.2), (-0.08, -0.2), (0.04, 0.0), (-0.04, 0.0), (0.0, 0.12), (0.0, -0.12), (0.02, 0.06), (-0.02, -0.06),
-)  # fmt: skip
+_TRIALS = np.array(((0.0, 0.5), (0.15, 1.0), (0.45, 1.5), (0.5, 0.5), (0.6, 2.0)), dtype=np.float32)
+_STEPS = np.array(
+    ((0.08, 0.2), (-0.08, -0.2), (0.04, 0.0), (-0.04, 0.0), (0.0, 0.12), (0.0, -0.12), (0.02, 0.06), (-0.02, -0.06)),
+    dtype=np.float32,
+)
+_LEAST = np.array((-0.02, 0.0), dtype=np.float32)
 _DONE = 7e-4  # how close to the lower bound is close enough
 _HIGH = 1 if sys.byteorder == "little" else 0  # which half of a 64-bit key counts first
 _CHAINS, _ROUNDS, _HEAT = 16, 100, 0.04
@@ -52,9 +54,9 @@ def ladder_counts(load_BE: FloatArray, count_BE: Ids, *, ranks: int, cap: int) -
     bound_B = np.maximum((part_BE / count_BE).max(axis=1), 1.0).astype(np.float32)
     room_B, found_B = least_B - bound_B, np.full(len(load_BE), np.inf, dtype=np.float32)
     place_B2 = np.zeros((len(load_BE), 2), dtype=np.float32)  # aim and weight of the best trial
-    for turn, move in enumerate(_TRIALS + _STEPS):
+    for turn, move_2 in enumerate((*_TRIALS, *_STEPS)):
         start_B2 = place_B2 if turn >= len(_TRIALS) else np.zeros_like(place_B2)
-        trial_B2 = np.maximum(start_B2 + np.float32(move), np.float32((-0.02, 0.0)))
+        trial_B2 = np.maximum(start_B2 + move_2, _LEAST)
         open_A = np.flatnonzero(least_B > bound_B * (1 + _DONE))
         if not len(open_A):
             break
@@ -90,7 +92,7 @@ def _counts_for(load_AE: Floats, half_A: Floats, weight_A: Floats, limits: tuple
         share_NE = np.where(count_AE[needy] < cap, load_AE[needy] / count_AE[needy], -1.0)
         fullest = share_NE.argmax(axis=1)
         count_AE[needy, fullest] += share_NE[np.arange(len(needy)), fullest] >= 0
-    return count_AE
+    return np.asarray(count_AE)
 
 
 def pair_peaks(load_BE: NDArray[np.floating], count_BE: Ids) -> NDArray[np.floating]:
