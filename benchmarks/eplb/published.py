@@ -7,7 +7,12 @@ Both are optional: torch and vLLM need not be installed.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
+from importlib import metadata
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import numpy as np
 from ascend_eplb import deepseek_assignment
@@ -56,18 +61,27 @@ def torch_scalars() -> Peer | None:
     return run
 
 
-def vllm_policy() -> tuple[str, Peer] | None:
-    """vLLM's default policy and its version, from the installed vLLM."""
+def vllm_policy() -> tuple[str, Callable[..., np.ndarray]] | None:
+    """vLLM's version and default policy, from the installed vLLM. Its two files are loaded as they are, without the rest
+    of vLLM, which would look for a device."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or importlib.util.find_spec("torch") is None:
+        return None
+    folder = Path(str(found.origin)).parent / "distributed" / "eplb" / "policy"
+    package = importlib.util.module_from_spec(ModuleSpec("vllm_eplb_policy", None, is_package=True))
+    package.__path__ = [str(folder)]
+    sys.modules["vllm_eplb_policy"] = package
     try:
-        version = importlib.import_module("vllm.version").__version__
-        policy = importlib.import_module("vllm.distributed.eplb.policy.default").DefaultEplbPolicy
-        torch = importlib.import_module("torch")
+        policy = importlib.import_module("vllm_eplb_policy.default").DefaultEplbPolicy
     except (ImportError, AttributeError):
         return None
+    torch = importlib.import_module("torch")
     torch.set_num_threads(1)
+    version = metadata.version(metadata.packages_distributions()["vllm"][0])
 
-    def run(load, slots, ranks, nodes, groups):
-        found = policy.rebalance_experts(torch.from_numpy(load), slots, groups, nodes, ranks)
-        return np.asarray(found[0] if isinstance(found, tuple) else found)
+    def run(load, slots, ranks, nodes, groups, old=None):
+        """Slots `[L, S]`; with the `old` ones, experts that stay on a rank keep their slot."""
+        before = () if old is None else (torch.from_numpy(old),)
+        return np.asarray(policy.rebalance_experts(torch.from_numpy(load), slots, groups, nodes, ranks, *before))
 
-    return version, run
+    return version.split("+")[0], run

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SEEDS = (0, 1, 2)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A load shape and what is asked of `balanced`: least balancedness (of the bound where `of_bound`) and time."""
+    """A load shape and what is asked of `balanced`: least balancedness (of the bound where `of_bound`), most
+    milliseconds, and how many times as fast as the published algorithm and as vLLM's policy."""
 
     layers: int
     experts: int
@@ -22,6 +25,8 @@ class Workload:
     least: float | None = None
     of_bound: bool = False
     milliseconds: float | None = None
+    times_published: float = 1.0
+    times_vllm: float = 2.0
 
     @property
     def name(self) -> str:
@@ -41,8 +46,12 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload(layers=58, experts=256, slots=288, ranks=32, load="zipf", least=0.999, milliseconds=20),
-    Workload(layers=58, experts=256, slots=288, ranks=32, load="lognormal", least=0.999, milliseconds=20),
+    Workload(
+        layers=58, experts=256, slots=288, ranks=32, load="zipf", least=0.999, milliseconds=20, times_published=50
+    ),
+    Workload(
+        layers=58, experts=256, slots=288, ranks=32, load="lognormal", least=0.999, milliseconds=20, times_published=50
+    ),
     Workload(layers=58, experts=256, slots=288, ranks=32, load="zipf", nodes=4, groups=8, least=0.95, of_bound=True),
     Workload(
         layers=58, experts=256, slots=288, ranks=32, load="lognormal", nodes=4, groups=8, least=0.999, of_bound=True

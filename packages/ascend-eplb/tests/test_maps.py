@@ -42,6 +42,17 @@ def test_rank_15_of_the_mission():
     assert linear.tolist() == [-1] * 240 + list(range(16))
 
 
+@pytest.mark.parametrize(("experts", "ranks"), [(1, 1), (8, 1), (8, 4), (256, 16), (60, 60), (384, 32)])
+@pytest.mark.parametrize("layout", [eplb.spread, eplb.checkpoint])
+def test_without_redundancy_the_map_is_vllms_linear_one(experts, ranks, layout):
+    placement, size = layout(num_experts=experts, ranks=ranks), experts // ranks
+    for rank in range(ranks):
+        linear = np.full(experts, -1)
+        linear[rank * size : (rank + 1) * size] = np.arange(size)
+        assert np.array_equal(eplb.expert_map(placement, rank)[0], linear)
+        assert np.array_equal(eplb.log2phy(placement, rank)[0], np.arange(experts))
+
+
 def random_placement(seed):
     generator = np.random.default_rng(seed)
     ranks = int(generator.integers(1, 9))
@@ -159,6 +170,11 @@ def test_errors():
         eplb.expert_map(GOLDEN, 2)
     with pytest.raises(ValueError, match=r"rank=-1 is not in 0\.\.1"):
         eplb.log2phy(GOLDEN, -1)
+    for wrong in (1.0, "1", True):
+        with pytest.raises(TypeError, match="rank must be an integer"):
+            eplb.expert_map(GOLDEN, wrong)
+    with pytest.raises(TypeError, match="nodes must be an integer"):
+        eplb.Topology(ranks=4, nodes=2.0)
     with pytest.raises(ValueError, match="tp_size=3 must divide the 2 ranks"):
         eplb.log2phy_all(GOLDEN, 3)
     with pytest.raises(ValueError, match="rows=0"):

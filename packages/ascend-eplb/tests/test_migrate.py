@@ -59,6 +59,20 @@ def test_relabelling_finds_a_mere_renaming():
     assert eplb.moved_slots(old, eplb.relabel_ranks(old, renamed)).sum() == 0
 
 
+def test_relabelling_leaves_alone_what_it_cannot_improve():
+    whole = eplb.spread(num_experts=6, ranks=6, redundant=30)  # every rank holds every expert
+    assert eplb.relabel_ranks(whole, whole) == whole
+    shuffled = eplb.Placement(whole.physical_to_logical[:, ::-1])
+    assert eplb.relabel_ranks(whole, shuffled) == shuffled
+
+
+def test_relabelling_without_anything_in_common():
+    old = eplb.Placement([[[0, 1], [0, 1], [2, 3], [2, 3]]])
+    new = eplb.Placement([[[2, 3], [2, 3], [0, 1], [0, 1]]])
+    assert eplb.moved_slots(old, eplb.relabel_ranks(old, new)).sum() == 0
+    assert eplb.relabel_ranks(old, new, nodes=2) == new
+
+
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("nodes", [1, 2, 4])
 def test_senders_are_near_and_balanced(seed, nodes):
@@ -152,6 +166,20 @@ def test_simulation_scores_on_the_next_window():
     assert scores[0].moved == first.moved
     with pytest.raises(ValueError, match="window=4 needs a history of at least 8 steps, not 7"):
         eplb.simulate(history, problem, window=4)
+
+
+def test_simulation_plans_on_the_weighted_window_and_scores_on_the_mean():
+    history = np.random.default_rng(1).lognormal(0, 1, (4, 2, 16))
+    problem = eplb.Problem(load=history[0], ranks=4, slots=20)
+
+    def last(steps):
+        return steps[-1]
+
+    (score,) = eplb.simulate(history, problem, window=2, weigh=last)
+    start = eplb.spread(num_experts=16, ranks=4, redundant=4, layers=2)
+    plan = eplb.rebalance(history[1], ranks=4, slots=20, previous=start)
+    assert score.planned == pytest.approx(plan.balancedness)
+    assert score.reached == pytest.approx(eplb.balancedness(plan.placement, history[2:].mean(0)).mean())
 
 
 def test_a_slot_is_not_overwritten_before_its_last_reader():

@@ -114,6 +114,29 @@ def test_refuses_other_arrays(ids, error):
         Placement(ids)
 
 
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([[[0, 1], [2]]], "layer 0, rank 1 has 1 slots, but layer 0, rank 0 has 2"),
+        ([[[0, 1], [2, 3]], [[0, 1], [2, 3, 1]]], "layer 1, rank 1 has 3 slots, but layer 0, rank 0 has 2"),
+        ([[[0, 1], [2, 3]], [[0, 1]]], "layer 1 has 1 ranks, but layer 0 has 2"),
+        ([[[0, 1], 2]], "physical_to_logical is no array"),
+    ],
+)
+def test_unequal_slots_are_named(ids, words):
+    with pytest.raises(ValueError, match=words):
+        Placement(ids)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"), [((4.0,), "num_experts must be an integer"), ((4, (0, 1.5)), "layer_ids must be an integer")]
+)
+def test_numbers_of_another_type_are_refused(more, words):
+    with pytest.raises(TypeError, match=words):
+        Placement(np.array(GOOD), *more)
+    assert Placement(np.array(GOOD), np.int64(4), (np.int32(2), np.int64(5))).layer_ids == (2, 5)
+
+
 def test_an_absurd_id_or_number_of_experts_is_refused_without_counting():
     for ids, experts in (([[[0, 2**31 - 2]]], 0), ([[[0, 1]]], 2**31 - 1)):
         with pytest.raises(ValueError, match=r"num_experts=2147483647 .* more than the 2 slots"):

@@ -99,6 +99,22 @@ def test_balanced_by_node_is_valid_and_never_below_deepseek(case):
 
 @FEW
 @given(
+    problems(hierarchical=True) | problems(), st.sampled_from(["balanced", "incremental", "swift"]), st.integers(0, 3)
+)
+def test_no_expert_gets_more_replicas_than_the_cap(case, policy, more):
+    problem, generator = case
+    cap = -(-problem.slots // problem.num_experts) + more
+    capped = replace(problem, max_replicas=cap)
+    old = eplb.solve(capped).placement
+    assert old.replicas.max() <= cap
+    check_groups(problem, old)
+    load = problem.load * generator.lognormal(0, 1, problem.load.shape)
+    found = eplb.solve(replace(capped, load=load, previous=old), policy).placement
+    assert found.replicas.max() <= cap
+
+
+@FEW
+@given(
     problems(hierarchical=True) | problems(),
     st.sampled_from(["incremental", "swift"]),
     st.integers(0, 12),

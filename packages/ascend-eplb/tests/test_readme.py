@@ -2,14 +2,20 @@
 import contextlib
 import io
 import re
+import shlex
+import subprocess
+import sys
 from importlib.metadata import metadata
 
 import pytest
 
+from ascend_eplb.cli import main
+
+README = metadata("ascend-eplb").get_payload() or metadata("ascend-eplb")["Description"]
+
 
 def test_the_python_example_prints_what_it_says():
-    readme = metadata("ascend-eplb").get_payload() or metadata("ascend-eplb")["Description"]
-    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     promised = re.findall(r"^# (.*)$", code, re.MULTILINE)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -22,3 +28,18 @@ def test_the_python_example_prints_what_it_says():
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=0.02, abs=1)
         assert mine[:2] == pytest.approx(theirs[:2], abs=0.003)
+
+
+def test_the_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands = re.search(r"```sh\n(python.*?)```", README, re.DOTALL).group(1).splitlines()
+    assert len(commands) == 10
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        if program == "python":
+            subprocess.run([sys.executable, *arguments], check=True)
+        else:
+            assert program == "ascend-eplb"
+            assert main(arguments) == 0, command
+    assert (tmp_path / "replay.png").read_bytes().startswith(b"\x89PNG")
+    assert "expert_map: 256 entries, 17 here, 239 are -1" in capsys.readouterr().out

@@ -36,6 +36,8 @@ def log2phy_balanced(placement: Placement, loads: ArrayLike, topology: Topology)
         TypeError, ValueError: loads that are no load of this placement, or another number of ranks.
 
     Complexity: O(L * S * R) and at most 4 * S rounds of O(L * S).
+
+    Source: this project; steepest descent on whole quotas, then an assignment by distance.
     """
     if topology.ranks != placement.ranks:
         raise ValueError(f"topology.ranks={topology.ranks}, but the placement has {placement.ranks}")
@@ -56,6 +58,9 @@ def received_loads(placement: Placement, maps: IntArray, loads: ArrayLike) -> Fl
     """float64 `[L, R]`: the load each rank receives when source ranks follow `maps` `[R, L, E]` of physical ids.
 
     Complexity: O(R * L * E).
+
+    Errors: TypeError, ValueError as `rank_loads`.
+    Source: the definition.
     """
     load_LE = as_load(loads, num_experts=placement.num_experts, layers=placement.layers)
     target_RLE = maps // placement.slots_per_rank + np.arange(placement.layers)[:, None] * placement.ranks

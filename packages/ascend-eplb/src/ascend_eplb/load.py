@@ -43,7 +43,10 @@ def as_history(history: ArrayLike) -> FloatArray:
 
 
 def mean_load(history: ArrayLike) -> FloatArray:
-    """float64 `[L, E]`: the mean over the steps of `[T, L, E]`. Errors as `as_history`. O(T * L * E)."""
+    """float64 `[L, E]`: the mean over the steps of `[T, L, E]`. Errors as `as_history`. O(T * L * E).
+
+    Source: the definition.
+    """
     return np.asarray(as_history(history).mean(axis=0))
 
 
@@ -54,6 +57,8 @@ def decayed_load(history: ArrayLike, half_life: float) -> FloatArray:
         ValueError: `half_life` is not positive, or as `as_history`.
 
     Complexity: O(T * L * E).
+
+    Source: exponential smoothing (Brown, 1959), weights adding up to 1.
     """
     if not half_life > 0:
         raise ValueError(f"half_life={half_life} must be positive")
@@ -70,6 +75,8 @@ def peak_load(history: ArrayLike, risk: float = 1.0) -> FloatArray:
         ValueError: `risk` is negative, or as `as_history`.
 
     Complexity: O(T * L * E).
+
+    Source: mean and deviation as a margin for peaks, as in stochastic bin packing.
     """
     if not risk >= 0:
         raise ValueError(f"risk={risk} must not be negative")
@@ -82,6 +89,9 @@ def merge_ranks(counts: Iterable[ArrayLike]) -> FloatArray:
 
     Raises:
         ValueError: no rank, or ranks that differ in shape.
+
+    Complexity: O(R * L * K).
+    Source: the definition.
     """
     parts = [np.asarray(part, dtype=np.float64) for part in counts]
     if not parts:
@@ -101,6 +111,8 @@ def logical_load(placement: Placement, physical: ArrayLike) -> FloatArray:
         ValueError: not a count for each slot of the placement, or as `as_load`.
 
     Complexity: O(L * S).
+
+    Source: the definition.
     """
     counts_LS = np.asarray(physical, dtype=np.float64)
     shape = placement.physical_to_logical.shape
@@ -111,7 +123,7 @@ def logical_load(placement: Placement, physical: ArrayLike) -> FloatArray:
     return as_load(total.reshape(placement.layers, placement.num_experts))
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class LoadWindow:
     """The last `capacity` steps of logical loads, kept per phase.
 
@@ -127,7 +139,8 @@ class LoadWindow:
     layers: int
     num_experts: int
     capacity: int
-    _steps: dict[str, deque[FloatArray]] = field(init=False, repr=False)
+    _steps: dict[str, deque[tuple[int, FloatArray]]] = field(init=False, repr=False)
+    _pushed: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         """Start empty."""
@@ -136,24 +149,33 @@ class LoadWindow:
         self._steps = {phase: deque(maxlen=self.capacity) for phase in PHASES}
 
     def push(self, load: ArrayLike, phase: str = "decode") -> None:
-        """Add one step's load `[L, E]` of the phase "prefill" or "decode"; the array is copied."""
-        self._phase(phase).append(as_load(load, num_experts=self.num_experts, layers=self.layers))
+        """Add one step's load `[L, E]` of the phase "prefill" or "decode"; the array is copied. O(L * E).
+
+        Raises:
+            TypeError, ValueError: another phase, or no load of this shape (see `as_load`).
+        """
+        steps = self._phase(phase)
+        steps.append((self._pushed, as_load(load, num_experts=self.num_experts, layers=self.layers)))
+        self._pushed += 1
 
     def history(self, phase: str = "all") -> FloatArray:
-        """float64 `[T, L, E]`: the steps kept of one phase, oldest first; of "all" those of both, prefill first.
+        """float64 `[T, L, E]`: the steps kept of one phase, or of "all", in the order in which they were pushed.
 
-        Use `mean_load`, `decayed_load` (of one phase) or `peak_load` on it. T is 0 where nothing was pushed.
+        Use `mean_load`, `decayed_load` or `peak_load` on it. T is 0 where nothing was pushed. O(T * L * E).
+
+        Raises:
+            ValueError: another phase.
         """
         phases = PHASES if phase == "all" else (phase,)
-        steps = [step for name in phases for step in self._phase(name)]
-        return np.array(steps).reshape(len(steps), self.layers, self.num_experts)
+        steps = sorted((step for name in phases for step in self._phase(name)), key=lambda step: step[0])
+        return np.array([load for _, load in steps]).reshape(len(steps), self.layers, self.num_experts)
 
     def clear(self) -> None:
-        """Forget all steps."""
+        """Forget all steps. O(1)."""
         for steps in self._steps.values():
             steps.clear()
 
-    def _phase(self, phase: str) -> deque[FloatArray]:
+    def _phase(self, phase: str) -> deque[tuple[int, FloatArray]]:
         if phase not in self._steps:
             raise ValueError(f"phase={phase!r} is not one of {', '.join(PHASES)}")
         return self._steps[phase]

@@ -24,6 +24,8 @@ def expert_map(placement: Placement, rank: int) -> IntArray:
         ValueError: `rank` is not one of the placement's.
 
     Complexity: O(L * E).
+
+    Source: vLLM's `determine_expert_map`, carried over to any placement.
     """
     _check_rank(placement, rank)
     slots_LE = np.full((placement.layers, placement.num_experts), -1, dtype=np.int32)
@@ -32,7 +34,11 @@ def expert_map(placement: Placement, rank: int) -> IntArray:
 
 
 def expert_map_all(placement: Placement) -> IntArray:
-    """int32 `[R, L, E]`: `expert_map` of every rank. O(R * L * E)."""
+    """int32 `[R, L, E]`: `expert_map` of every rank. O(R * L * E).
+
+    No errors.
+    Source: as `expert_map`.
+    """
     shape = (placement.ranks, placement.layers, placement.num_experts)
     slots_RLE = np.full(shape, -1, dtype=np.int32)
     ids_RLK = placement.physical_to_logical.transpose(1, 0, 2)
@@ -52,13 +58,19 @@ def log2phy(placement: Placement, rank: int, tp_size: int = 1) -> IntArray:
         ValueError: `rank` is not one of the placement's, or `tp_size` does not divide the number of ranks.
 
     Complexity: O(L * S log S).
+
+    Source: the rule of vLLM-Ascend's expert load balancer.
     """
     _check_rank(placement, rank)
     return np.asarray(_classic(placement, np.array([rank]), tp_size)[0])
 
 
 def log2phy_all(placement: Placement, tp_size: int = 1) -> IntArray:
-    """int32 `[R, L, E]`: `log2phy` of every rank. O(R * L * E + L * S log S)."""
+    """int32 `[R, L, E]`: `log2phy` of every rank. O(R * L * E + L * S log S).
+
+    Errors: ValueError as `log2phy`.
+    Source: as `log2phy`.
+    """
     return _classic(placement, np.arange(placement.ranks), tp_size)
 
 
@@ -72,6 +84,8 @@ def routing_table(placement: Placement, rows: int) -> IntArray:
         ValueError: `rows` < 1.
 
     Complexity: O(L * rows * E).
+
+    Source: round robin over the replicas, as tokens come.
     """
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1")
@@ -119,5 +133,7 @@ def _slot_numbers(placement: Placement) -> IntArray:
 
 
 def _check_rank(placement: Placement, rank: int) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
+        raise TypeError(f"rank must be an integer, not {rank!r}")
     if not 0 <= rank < placement.ranks:
         raise ValueError(f"rank={rank} is not in 0..{placement.ranks - 1}")

@@ -22,9 +22,11 @@ __all__ = [
     "peak_to_mean",
     "rank_loads",
     "stays",
+    "sum_slots",
 ]
 
 FloatArray = NDArray[np.float64]
+_WIDE = 48  # slots a rank from which numpy's sum is no slower
 MOST_LOAD = 1e30  # leaves room for sums in the float32 of the published algorithm
 
 
@@ -73,22 +75,44 @@ def rank_loads(placement: Placement, load: ArrayLike) -> FloatArray:
     """float64 `[L, R]`: the load of each rank under `load` `[L, E]`, in the load's unit (tokens, as a rule).
 
     Errors as `as_load`. O(L * S).
+
+    Source: the definition; a router that spreads tokens evenly over replicas.
     """
     load_LE = as_load(load, num_experts=placement.num_experts, layers=placement.layers)
     share_LE: FloatArray = load_LE / placement.replicas
-    ids_LS = placement.physical_to_logical.reshape(placement.layers, -1)
-    share_LRK = np.take_along_axis(share_LE, ids_LS, axis=1).reshape(placement.physical_to_logical.shape)
-    return np.asarray(share_LRK.sum(axis=2))
+    row_L11 = np.arange(placement.layers)[:, None, None]
+    return sum_slots(share_LE.ravel()[placement.physical_to_logical + row_L11 * placement.num_experts])
+
+
+def sum_slots(value_BRK: FloatArray) -> FloatArray:
+    """float64 `[B, R]`: the sum over the slots of each rank. O(L * S).
+
+    numpy's own sum is slow over a short last axis.
+    """
+    if value_BRK.shape[2] > _WIDE:
+        return np.asarray(value_BRK.sum(axis=2))
+    total_BR = value_BRK[:, :, 0].copy()
+    for slot in range(1, value_BRK.shape[2]):
+        total_BR += value_BRK[:, :, slot]
+    return total_BR
 
 
 def balancedness(placement: Placement, load: ArrayLike) -> FloatArray:
-    """float64 `[L]`: mean rank load / greatest rank load, 1.0 being perfect (also without any load). O(L * S)."""
+    """float64 `[L]`: mean rank load / greatest rank load, 1.0 being perfect (also without any load). O(L * S).
+
+    Errors: TypeError, ValueError as `rank_loads`.
+    Source: the balancedness that vLLM logs (mean / greatest).
+    """
     loads_LR = rank_loads(placement, load)
     return np.asarray(balance_of(loads_LR))
 
 
 def peak_to_mean(placement: Placement, load: ArrayLike) -> FloatArray:
-    """float64 `[L]`: greatest rank load / mean rank load, the factor by which the hottest rank is late. O(L * S)."""
+    """float64 `[L]`: greatest rank load / mean rank load, the factor by which the hottest rank is late. O(L * S).
+
+    Errors: TypeError, ValueError as `rank_loads`.
+    Source: 1 / `balancedness`.
+    """
     return np.asarray(1.0 / balancedness(placement, load))
 
 
@@ -118,5 +142,9 @@ def stays(old: Placement, new: Placement) -> NDArray[np.bool_]:
 
 
 def moved_slots(old: Placement, new: Placement) -> NDArray[np.int64]:
-    """int64 `[L]`: slots of `new` whose weights have to come from another rank of `old`. Errors as `stays`."""
+    """int64 `[L]`: slots of `new` whose weights have to come from another rank of `old`. Errors as `stays`.
+
+    O(L * R * E).
+    Source: the definition.
+    """
     return np.asarray((~stays(old, new)).sum(axis=(1, 2)), dtype=np.int64)

@@ -70,6 +70,8 @@ def align_slots(old: Placement, new: Placement) -> Placement:
         ValueError: the placements differ in layers, experts, ranks or slots.
 
     Complexity: O(L * R * E + L * S log K).
+
+    Source: what vLLM's `preserve_intragpu_slots` does, for all ranks at once.
     """
     _check_alike(old, new)
     slot_LRE = np.full((old.layers, old.ranks, old.num_experts), -1, dtype=np.int32)
@@ -86,19 +88,20 @@ def align_slots(old: Placement, new: Placement) -> Placement:
 def relabel_ranks(old: Placement, new: Placement, *, nodes: int = 1) -> Placement:
     """`new` with its ranks renumbered, layer by layer, so that more experts are where `old` has them already.
 
-    Ranks are exchanged within a node only. Greedy matching by overlap, then exchanges of two while that helps: never
-    fewer experts stay than without relabelling. Loads and balancedness do not change.
+    Ranks are exchanged within a node only. Pairs that share most are matched first, then pairs exchange what they take
+    while that helps: never fewer experts stay than without relabelling. Loads and balancedness do not change.
 
     Raises:
         ValueError: the placements differ in shape, or `nodes` does not divide the ranks.
 
-    Complexity: O(L * R^2 * (E + R)).
+    Complexity: O(L * R^2 * E), and O(L * R^2) for each of a few rounds of exchanges.
+
+    Source: the assignment problem, by greedy choice and exchanges of two.
     """
     _check_alike(old, new)
-    node_R = Topology(ranks=old.ranks, nodes=nodes).node_of()
+    Topology(ranks=old.ranks, nodes=nodes)  # which checks them
     overlap_LRQ = _overlap(old, new)
-    allowed_RQ = node_R[:, None] == node_R
-    source_LR = _match(np.where(allowed_RQ, overlap_LRQ, -1.0))
+    source_LR = _match(overlap_LRQ, nodes)
     kept_L = np.take_along_axis(overlap_LRQ, source_LR[:, :, None], axis=2).sum(axis=(1, 2))
     worse_L = kept_L < np.trace(overlap_LRQ, axis1=1, axis2=2)
     source_LR[worse_L] = np.arange(old.ranks)
@@ -121,6 +124,8 @@ def transfer_plan(old: Placement, new: Placement, *, nodes: int = 1) -> Transfer
         ValueError: the placements differ in shape, or `nodes` does not divide the ranks.
 
     Complexity: O(L * S log S), and one vector step for each transfer of a layer with a choice of senders.
+
+    Source: this project.
     """
     _check_alike(old, new)
     topology = Topology(ranks=old.ranks, nodes=nodes)
@@ -183,28 +188,51 @@ def _overlap(old: Placement, new: Placement) -> NDArray[np.float32]:
     return np.asarray(held[0] @ held[1].transpose(0, 2, 1))
 
 
-def _match(overlap_LRQ: NDArray[np.floating]) -> NDArray[np.int64]:
-    """`[L, R]`: the rank Q that each R takes; greedy by overlap, then the best exchange of two while there is one."""
+def _match(overlap_LRQ: NDArray[np.float32], nodes: int) -> NDArray[np.int64]:
+    """`[L, R]`: the rank Q that each R takes, of the same node; by greatest overlap, then exchanges while they help."""
     layers, ranks, _ = overlap_LRQ.shape
-    left = overlap_LRQ.copy()
-    source_LR = np.zeros((layers, ranks), dtype=np.int64)
-    row_L = np.arange(layers)
-    for _ in range(ranks):
-        rank_L, other_L = np.divmod(left.reshape(layers, -1).argmax(axis=1), ranks)
-        source_LR[row_L, rank_L] = other_L
-        left[row_L, rank_L], left[row_L, :, other_L] = -2.0, -2.0
-    for _ in range(4 * ranks):
-        taken_LRQ = np.take_along_axis(overlap_LRQ, source_LR[:, None, :].repeat(ranks, axis=1), axis=2)
-        own_LR = np.diagonal(taken_LRQ, axis1=1, axis2=2)
-        gain_LRQ = taken_LRQ + taken_LRQ.transpose(0, 2, 1) - own_LR[:, :, None] - own_LR[:, None, :]
-        best_L = gain_LRQ.reshape(layers, -1).argmax(axis=1)
-        better = np.flatnonzero(gain_LRQ.reshape(layers, -1)[row_L, best_L] > 0)
-        if not len(better):
-            break
-        first, second = np.divmod(best_L[better], ranks)
-        swapped = source_LR[better, second], source_LR[better, first]
-        source_LR[better, first], source_LR[better, second] = swapped
+    node_R = np.arange(ranks) // (ranks // nodes)
+    allowed_RQ = node_R[:, None] == node_R
+    row_X, other_X = np.divmod(np.flatnonzero((overlap_LRQ > 0) & allowed_RQ), ranks)  # row = layer * R + rank
+    column_X = row_X // ranks * ranks + other_X
+    after_X = (other_X - row_X) % ranks  # equal overlaps: the same rank first, then the next ones
+    shared_X = overlap_LRQ.reshape(-1, ranks)[row_X, other_X].astype(np.int64)
+    key_X = ((shared_X.max(initial=0) - shared_X) * ranks + after_X) << 32 | np.arange(len(row_X))
+    order_X = np.sort(key_X) & (2**32 - 1)
+    row_X, column_X = row_X[order_X], column_X[order_X]
+    source = np.full(layers * ranks, -1, dtype=np.int64)
+    first_of_row, first_of_column = source.copy(), source.copy()
+    taken = np.zeros(layers * ranks, dtype=bool)
+    while len(row_X):  # pairs that are the best of both their rank and the other one
+        number_X = np.arange(len(row_X))
+        first_of_row[row_X[::-1]], first_of_column[column_X[::-1]] = number_X[::-1], number_X[::-1]
+        best = (first_of_row[row_X] == number_X) & (first_of_column[column_X] == number_X)
+        source[row_X[best]], taken[column_X[best]] = column_X[best], True
+        left = (source[row_X] < 0) & ~taken[column_X]
+        row_X, column_X = row_X[left], column_X[left]
+    source[source < 0] = np.flatnonzero(~taken)  # no overlap left, so in order: a node has as many of both
+    source_LR = np.asarray(source.reshape(layers, ranks) % ranks)
+    _exchange(overlap_LRQ, source_LR, allowed_RQ)
     return source_LR
+
+
+def _exchange(overlap_LRQ: NDArray[np.float32], source_LR: NDArray[np.int64], allowed_RQ: NDArray[np.bool_]) -> None:
+    """Let pairs of ranks exchange what they take where they share more then; those that gain most, all at once."""
+    ranks = source_LR.shape[1]
+    number_R = np.arange(ranks)
+    open_A = np.arange(len(source_LR))
+    while len(open_A):
+        source_AR = source_LR[open_A]
+        given_ARQ = overlap_LRQ[open_A[:, None, None], number_R[:, None], source_AR[:, None, :]]
+        own_AR = given_ARQ[:, number_R, number_R]
+        gain_ARQ = given_ARQ + given_ARQ.transpose(0, 2, 1) - own_AR[:, :, None] - own_AR[:, None, :]
+        gain_ARQ[:, ~allowed_RQ] = -1.0
+        mate_AR = gain_ARQ.argmax(axis=2)
+        row_A1 = np.arange(len(open_A))[:, None]
+        mutual_AR = (mate_AR[row_A1, mate_AR] == number_R) & (gain_ARQ[row_A1, number_R, mate_AR] > 0)
+        row_X, rank_X = np.nonzero(mutual_AR)
+        source_LR[open_A[row_X], rank_X] = source_AR[row_X, mate_AR[row_X, rank_X]]
+        open_A = open_A[mutual_AR.any(axis=1)]
 
 
 def _check_alike(old: Placement, new: Placement) -> None:

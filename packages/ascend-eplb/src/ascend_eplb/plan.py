@@ -82,6 +82,8 @@ def rebalance(
         TypeError, ValueError: see `Problem` and the policies; the message names the argument.
 
     Complexity: the policy's.
+
+    Source: the policy's.
     """
     problem = Problem(
         load=as_load(load), ranks=ranks, slots=slots, nodes=nodes, groups=groups, previous=previous,
@@ -101,7 +103,9 @@ def solve(problem: Problem, policy: str | Policy = "balanced") -> Plan:
     Raises:
         ValueError: an unknown policy, or a problem that the policy refuses.
 
-    Complexity: the policy's, and O(L * R^2 * (E + R)) for relabelling.
+    Complexity: the policy's, and O(L * R^2 * E) for relabelling.
+
+    Source: the policy's; what follows it is `relabel_ranks` and `align_slots`.
     """
     placement = find_policy(policy)(problem)
     layer_moved = np.zeros(problem.layers, dtype=np.int64)
@@ -137,6 +141,8 @@ def reduce_to_survivors(problem: Problem, failed_ranks: tuple[int, ...]) -> Prob
         ValueError: no such rank, none left, or too few slots left for all experts.
 
     Complexity: O(L * S), and O(S) for each expert whose last replica is lost.
+
+    Source: this project.
     """
     failed = sorted(set(failed_ranks))
     outside = [rank for rank in failed if not 0 <= rank < problem.ranks]

@@ -37,6 +37,8 @@ def transfer_batches(plan: TransferPlan, *, send: int, receive: int) -> list[Tra
         ValueError: a buffer below 1.
 
     Complexity: O(M * B) for M transfers and B batches in the worst case, near O(M) as a rule.
+
+    Source: the parallel assignment problem of compilers, with limits on how much moves at once.
     """
     if send < 1 or receive < 1:
         raise ValueError(f"send={send} and receive={receive} must be at least 1")
@@ -58,6 +60,8 @@ def verify_transfers(old: Placement, new: Placement, batches: TransferPlan | lis
             `new`; names batch, layer, rank and slot.
 
     Complexity: O(M + L * S).
+
+    Source: execution.
     """
     state = old.physical_to_logical.copy()
     for number, batch in enumerate([batches] if isinstance(batches, TransferPlan) else batches):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ascend_eplb.load import as_history, mean_load
-from ascend_eplb.metrics import balancedness
+from ascend_eplb.metrics import FloatArray, balancedness
 from ascend_eplb.plan import default_placement, solve
 from ascend_eplb.policies.base import Policy, Problem
 
@@ -42,6 +42,7 @@ def simulate(
     policy: str | Policy = "balanced",
     *,
     window: int = 1,
+    weigh: Callable[[FloatArray], FloatArray] = mean_load,
     advance: Callable[[], object] | None = None,
 ) -> list[Score]:
     """Plan on each window of `window` steps and score on the next.
@@ -51,31 +52,35 @@ def simulate(
         problem: everything but the load, which each window replaces; its `previous` is the placement at the start
             (`spread` where there is none).
         policy: as for `rebalance`.
-        window: steps of a window, whose loads are averaged.
+        window: steps of a window.
+        weigh: makes one load `[L, E]` to plan on of a window's steps `[T, L, E]`: `mean_load`, or `decayed_load` or
+            `peak_load` with their second argument bound. Scores are always on the mean, which is what was routed.
         advance: called after every window, for progress bars.
 
     Raises:
         TypeError, ValueError: fewer than two windows, loads of another shape than the problem's, or as `Problem`.
 
     Complexity: the policy's, times T / window.
+
+    Source: walk-forward validation of forecasts.
     """
     history_TLE = as_history(history)
     if window < 1 or history_TLE.shape[0] < 2 * window:
         steps = 2 * max(window, 1)
         raise ValueError(f"window={window} needs a history of at least {steps} steps, not {len(history_TLE)}")
     windows = len(history_TLE) // window
-    loads = [mean_load(history_TLE[index * window : (index + 1) * window]) for index in range(windows)]
+    parts = [history_TLE[index * window : (index + 1) * window] for index in range(windows)]
     start = problem.previous or default_placement(problem)
     current, scores = start, []
     for index in range(1, windows):
-        plan = solve(replace(problem, load=loads[index - 1], previous=current), policy)
-        current = plan.placement
+        plan = solve(replace(problem, load=weigh(parts[index - 1]), previous=current), policy)
+        current, seen = plan.placement, mean_load(parts[index])
         scores.append(
             Score(
                 window=index,
-                kept=float(np.mean(balancedness(start, loads[index]))),
+                kept=float(np.mean(balancedness(start, seen))),
                 planned=plan.balancedness,
-                reached=float(np.mean(balancedness(current, loads[index]))),
+                reached=float(np.mean(balancedness(current, seen))),
                 moved=plan.moved,
             )
         )

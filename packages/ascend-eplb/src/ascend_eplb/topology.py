@@ -22,6 +22,7 @@ class Topology:
             `log2phy` rule knows it.
 
     Raises:
+        TypeError: not an integer.
         ValueError: a number below 1 or one that does not divide.
     """
 
@@ -31,6 +32,10 @@ class Topology:
 
     def __post_init__(self) -> None:
         """Check that everything divides."""
+        for name in ("ranks", "nodes", "tp_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise TypeError(f"{name} must be an integer, not {value!r}")
         if self.ranks < 1:
             raise ValueError(f"ranks={self.ranks} must be at least 1")
         for name in ("nodes", "tp_size"):

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,19 @@ from ascend_eplb.formats.atomic import write_atomically
 from ascend_eplb.metrics import FloatArray, balance_of
 from ascend_eplb.simulate import Score
 
-__all__ = ["plot_rank_loads", "plot_scores"]
+__all__ = ["check_plot", "plot_rank_loads", "plot_scores"]
+
+
+def check_plot(path: Path) -> None:
+    """Find out before the work, not after it, that a picture cannot be drawn or written.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+        OSError: the folder is missing.
+    """
+    _figure(1, 1)
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def plot_scores(scores: list[Score], path: Path) -> None:

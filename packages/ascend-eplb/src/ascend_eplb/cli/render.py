@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ascend_eplb.maps import expert_map
 from ascend_eplb.metrics import FloatArray, balance_of, rank_loads
+from ascend_eplb.migrate import TransferPlan
 from ascend_eplb.placement import Placement
 from ascend_eplb.plan import Plan
 from ascend_eplb.simulate import Score
@@ -90,29 +90,35 @@ def rank_table(placement: Placement, layer_id: int, rank: int) -> Table:
     return table
 
 
-def plan_table(plan: Plan, before: float | None, expert_bytes: int, sent: tuple[int, int]) -> Table:
-    """What a plan promises and costs; `sent` is experts between ranks and between nodes."""
+def plan_table(
+    plan: Plan, before: tuple[str, float], transfers: TransferPlan | None, expert_bytes: int, lost: int
+) -> Table:
+    """What a plan promises, and what it costs where `transfers` lead to it; `before` is a name and its balancedness."""
     table = Table(title="plan", title_justify="left", show_header=False, title_style="bold")
-    for label, value in (
-        ("balancedness before", "—" if before is None else f"{before:.4f}"),
-        ("balancedness after", f"{plan.balancedness:.4f}"),
-        ("worst layer", f"{plan.layer_balancedness.min():.4f}"),
-        ("bound", f"{plan.bound:.4f}"),
-        ("of the bound", f"{float((plan.layer_balancedness / plan.layer_bound).mean()):.2%}"),
-    ):
-        table.add_row(label, Text(value, style="bold green" if label.endswith("after") else "bold"))
-    if before is not None:
-        table.add_row("moves", Text(f"{plan.moved:,} of {plan.placement.layers * plan.placement.slots:,} slots "
-                                    f"({plan.moved_fraction:.1%})", style="bold"))  # fmt: skip
-        table.add_row("between nodes", Text(f"{sent[1]:,}", style="bold"))
-        table.add_row("bytes", Text(f"{sent[0] * expert_bytes / 1e9:,.1f} GB at {expert_bytes / 1e6:g} MB an expert",
-                                    style="bold"))  # fmt: skip
+
+    def row(label: str, value: str, style: str = "bold") -> None:
+        table.add_row(label, Text(value, style=style))
+
+    row("balancedness before", f"{before[1]:.4f}  ({before[0]})")
+    row("balancedness after", f"{plan.balancedness:.4f}", "bold green")
+    row("worst layer", f"{plan.layer_balancedness.min():.4f}")
+    row("bound", f"{plan.bound:.4f}")
+    row("of the bound", f"{float((plan.layer_balancedness / plan.layer_bound).mean()):.2%}")
+    if transfers is not None:
+        slots = plan.placement.layers * plan.placement.slots
+        row("moves", f"{plan.moved:,} of {slots:,} slots ({plan.moved_fraction:.1%})")
+        row("bytes", f"{transfers.bytes_moved(expert_bytes) / 1e9:,.1f} GB at {expert_bytes / 1e6:g} MB an expert")
+        between = transfers.bytes_between_nodes(1)
+        row("between nodes", f"{between:,} moves, {between * expert_bytes / 1e9:,.1f} GB")
+    if lost:
+        row("to be loaded", f"{lost:,} experts whose replicas were all on failed ranks", "bold red")
     return table
 
 
-def score_table(scores: list[Score], slots: int) -> Table:
+def score_table(scores: list[Score], slots: int, policy: str) -> Table:
     """The windows of a replay and their mean; a long replay is cut in the middle."""
-    table = Table(title="plan on one window, score on the next", title_justify="left", title_style="bold")
+    title = f"{policy}: plan on one window, score on the next"
+    table = Table(title=title, title_justify="left", title_style="bold")
     for heading in ("window", "kept", "promised", "reached", "moved"):
         table.add_column(heading, justify="right")
     table.add_column("reached", no_wrap=True)
@@ -132,11 +138,6 @@ def score_table(scores: list[Score], slots: int) -> Table:
         "mean", f"{mean[0]:.4f}", f"{mean[1]:.4f}", f"{mean[2]:.4f}", f"{mean[3] / slots:.1%}", "", style="bold"
     )
     return table
-
-
-def print_error(console: Console, message: str) -> None:
-    """One line with the reason, wrapped by the terminal only."""
-    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
 def _runs(

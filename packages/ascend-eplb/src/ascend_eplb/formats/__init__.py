@@ -38,6 +38,8 @@ def load_placement(
         ValueError: an unknown ending or a file that is no valid placement; the message says where in the file.
 
     Complexity: O(L * S log K).
+
+    Source: the formats' own: vLLM-Ascend's expert map, DeepSeek's EPLB, TensorRT-LLM's load balancer.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -69,6 +71,8 @@ def save_placement(placement: Placement, path: str | Path) -> None:
         ValueError: an unknown ending.
 
     Complexity: O(L * S), and O(L * E * most replicas) for the padded table in .npz.
+
+    Source: as `load_placement`.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -89,6 +93,8 @@ def select_layers(placement: Placement, layers: int | Sequence[int]) -> Placemen
         ValueError: `layers` is empty or not ascending.
 
     Complexity: O(L * S).
+
+    Source: this project; draft layers (MTP) come after the model's own.
     """
     wanted = tuple(range(layers)) if isinstance(layers, int) else tuple(layers)
     if not wanted:

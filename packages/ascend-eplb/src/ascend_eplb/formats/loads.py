@@ -32,6 +32,8 @@ def read_loads(path: str | Path) -> FloatArray:
         ValueError: an unknown ending, not such a file, or values that are no loads (NaN, negative).
 
     Complexity: O(T * L * E).
+
+    Source: load dumps of vLLM-Ascend (`load_history`) and plain arrays.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -51,6 +53,8 @@ def write_loads(history: ArrayLike, path: str | Path) -> None:
         TypeError, ValueError: an unknown ending, or what is no load.
 
     Complexity: O(T * L * E).
+
+    Source: as `read_loads`.
     """
     path = Path(path)
     history_TLE = as_history(history)

@@ -17,21 +17,21 @@ from math import comb, factorial
 import numpy as np
 from numpy.typing import NDArray
 
-from ascend_eplb.metrics import FloatArray
-from ascend_eplb.placement import Placement
+from ascend_eplb.metrics import FloatArray, sum_slots
+from ascend_eplb.placement import Placement, replica_counts
 from ascend_eplb.policies.base import Problem
 from ascend_eplb.policies.bound import peak_bound
 from ascend_eplb.policies.deepseek import repaired_assignment
 from ascend_eplb.policies.packing import capped_counts, difference, longest_first, shares, sorted_items
 from ascend_eplb.policies.refine import refine
 from ascend_eplb.policies.repair import repair_duplicates
-from ascend_eplb.policies.search import anneal_counts, ladder_counts
+from ascend_eplb.policies.search import anneal_counts, ladder_counts, pair_peaks
 
 __all__ = ["balanced", "balanced_assignment"]
 
 Ids = NDArray[np.int64]
 _SLACK = 7e-4  # how close to the bound a layer counts as done
-_ROUNDS = 6  # swap rounds: what fits the time of a few milliseconds
+_ROUNDS = 10  # swap rounds: what fits the time of a few milliseconds
 _SMALL = 48  # slots of a problem small enough for annealing
 _PACKINGS = 10  # ways of giving groups to nodes that a small problem tries
 
@@ -52,54 +52,94 @@ def balanced(problem: Problem) -> Placement:
 
 def balanced_assignment(problem: Problem) -> Ids:
     """int64 `[L, R, K]`: see `balanced`."""
-    floor_L = peak_bound(problem)
-    goal_L = floor_L * (1 + _SLACK)
-    best_LRK = repaired_assignment(problem, longest_first)
+    goal_L = peak_bound(problem) * (1 + _SLACK)
     orders = [_pack_groups(problem)]
-    if problem.slots_per_rank != 2:  # pairs are searched below, where they are packed the same way
-        best_LRK = _better(problem, _differenced(problem, orders[0]), best_LRK)
-        best_LRK = _refined(problem, best_LRK, goal_L)
+    everywhere = np.arange(problem.layers)
+    if problem.slots_per_rank == 2 and not problem.hierarchical:
+        return _not_below_published(problem, _searched(problem, orders[0], everywhere, goal_L))
+    best_LRK = _packed(problem, orders[0], everywhere)
+    best_LRK = _better(problem, best_LRK, repaired_assignment(problem, longest_first))
+    best_LRK = _refined(problem, best_LRK, goal_L)
     if problem.slots == problem.num_experts and not problem.hierarchical:
+        return best_LRK
+    if problem.slots > _SMALL and problem.slots_per_rank != 2:
         return best_LRK
     if problem.slots <= _SMALL and problem.hierarchical and _packings(problem.groups, problem.nodes) <= _PACKINGS:
         orders += _all_orders(problem)
     for order_LE in orders:
         behind = np.flatnonzero(_peaks(problem, best_LRK) > goal_L)
-        if len(behind) and (problem.slots_per_rank == 2 or problem.slots <= _SMALL):
+        if len(behind):
             found_LRK = best_LRK.copy()
-            found_LRK[behind] = _searched(problem, order_LE, behind)
-            if problem.slots_per_rank != 2:
-                found_LRK = _refined(problem, found_LRK, goal_L)
-            best_LRK = _better(problem, best_LRK, found_LRK)
+            found_LRK[behind] = _searched(problem, order_LE, behind, goal_L)
+            best_LRK = _better(problem, best_LRK, _refined(problem, found_LRK, goal_L))
     return best_LRK
 
 
-def _differenced(problem: Problem, order_LE: Ids) -> Ids:
-    """Highest-average counts, packed by differencing inside each node."""
-    load_BE = _by_node(problem, problem.load, order_LE)
+def _not_below_published(problem: Problem, ids_LRK: Ids) -> Ids:
+    """Two slots a rank: the published placement in layers where it is better.
+
+    It cannot be where its counts, paired in the best way, give no lower peak (as long as no expert has more replicas
+    than there are ranks, for then it is repaired with other counts); so it is worked out for the rest only.
+    """
+    if problem.max_replicas:
+        return ids_LRK
+    count_LE = capped_counts(problem.load.astype(np.float32), problem.slots, problem.slots)
+    least_L = pair_peaks(problem.load, count_LE)
+    open_A = np.flatnonzero((_peaks(problem, ids_LRK) > least_L) | (count_LE.max(axis=1) > problem.ranks))
+    if not len(open_A):
+        return ids_LRK
+    theirs_LRK = ids_LRK.copy()
+    theirs_LRK[open_A] = repaired_assignment(problem, longest_first, open_A)
+    return _better(problem, ids_LRK, theirs_LRK)
+
+
+def _packed(problem: Problem, order_LE: Ids, layers: Ids) -> Ids:
+    """Some layers with highest-average counts, packed by differencing inside each node."""
+    load_BE = _by_node(problem, problem.load[layers], order_LE[layers])
     nodes = problem.nodes if problem.hierarchical else 1
     count_BE = capped_counts(load_BE, problem.slots // nodes, problem.replica_cap)
-    ids_BRK = _pack(load_BE, count_BE, problem.ranks // nodes)
-    return _to_global(problem, ids_BRK, order_LE)
+    return _to_global(problem, _pack(load_BE, count_BE, problem.ranks // nodes), order_LE[layers])
 
 
-def _searched(problem: Problem, order_LE: Ids, layers: Ids) -> Ids:
-    """As `_differenced`, for some layers, with searched counts."""
+def _searched(problem: Problem, order_LE: Ids, layers: Ids, goal_L: FloatArray) -> Ids:
+    """As `_packed`, with searched counts."""
     load_BE = _by_node(problem, problem.load[layers], order_LE[layers])
     nodes = problem.nodes if problem.hierarchical else 1
     ranks, cap = problem.ranks // nodes, problem.replica_cap
     count_BE = capped_counts(load_BE, problem.slots // nodes, cap)
-    if problem.slots_per_rank == 2:
+    if problem.slots_per_rank == 2 and problem.slots > problem.num_experts:
         count_BE = ladder_counts(load_BE, count_BE, ranks=ranks, cap=cap)
-    if problem.slots <= _SMALL:
-        count_BE = anneal_counts(load_BE, count_BE, ranks=ranks, cap=cap)
-    return _to_global(problem, _pack(load_BE, count_BE, ranks), order_LE[layers])
+    ids_BRK = _pack(load_BE, count_BE, ranks)
+    if problem.slots_per_rank * problem.ranks <= _SMALL and problem.slots > problem.num_experts:
+        peak_B = sum_slots(shares(load_BE, ids_BRK)).max(axis=1)
+        behind = np.flatnonzero(peak_B > np.repeat(goal_L[layers], nodes))
+        ids_BRK[behind] = _annealed(load_BE[behind], count_BE[behind], ids_BRK[behind], cap)
+    return _to_global(problem, ids_BRK, order_LE[layers])
+
+
+def _annealed(load_AE: FloatArray, count_AE: Ids, ids_ARK: Ids, cap: int) -> Ids:
+    """The best packing, with duplicates apart, that annealing the counts finds; `ids_ARK` where none is better."""
+    if not len(load_AE):
+        return ids_ARK
+    ranks = ids_ARK.shape[1]
+    count_ACE = anneal_counts(load_AE, count_AE, ranks=ranks, cap=cap)
+    chains = count_ACE.shape[1]
+    load_XE = np.repeat(load_AE, chains, axis=0)
+    packed_XRK = _pack(load_XE, count_ACE.reshape(len(load_XE), -1), ranks)
+    found_ACRK = np.concatenate([ids_ARK[:, None], packed_XRK.reshape(-1, chains, *ids_ARK.shape[1:])], axis=1)
+    load_XE = np.repeat(load_AE, chains + 1, axis=0)
+    peak_X = sum_slots(shares(load_XE, found_ACRK.reshape(len(load_XE), ranks, -1))).max(axis=1)
+    return np.asarray(found_ACRK[np.arange(len(load_AE)), peak_X.reshape(-1, chains + 1).argmin(axis=1)])
 
 
 def _pack(load_BE: FloatArray, count_BE: Ids, ranks: int) -> Ids:
-    """Pack these replicas by differencing, without duplicates."""
+    """Pack these replicas by differencing, without duplicates and without changing their numbers."""
     expert_BS, share_BS = sorted_items(load_BE, count_BE)
-    return repair_duplicates(difference(expert_BS, share_BS, ranks), load_BE)
+    ids_BRK = repair_duplicates(difference(expert_BS, share_BS, ranks), load_BE)
+    other_B = (replica_counts(ids_BRK.reshape(len(ids_BRK), -1), load_BE.shape[1]) != count_BE).any(axis=1)
+    if other_B.any():  # dealt out in turn, replicas that lie side by side come to different ranks
+        ids_BRK[other_B] = expert_BS[other_B].reshape(-1, expert_BS.shape[1] // ranks, ranks).transpose(0, 2, 1)
+    return ids_BRK
 
 
 def _pack_groups(problem: Problem) -> Ids:
@@ -169,16 +209,15 @@ def _to_global(problem: Problem, ids_BRK: Ids, order_LE: Ids) -> Ids:
 
 
 def _peaks(problem: Problem, ids_LRK: Ids) -> FloatArray:
-    return np.asarray(shares(problem.load, ids_LRK).sum(axis=2).max(axis=1))
+    return np.asarray(sum_slots(shares(problem.load, ids_LRK)).max(axis=1))
 
 
 def _better(problem: Problem, ours_LRK: Ids, theirs_LRK: Ids) -> Ids:
     """Per layer the one with the lower peak, ours if equal; theirs only if it respects the replica cap."""
     lower_L = _peaks(problem, theirs_LRK) < _peaks(problem, ours_LRK)
     if problem.max_replicas and lower_L.any():
-        flat = theirs_LRK.reshape(problem.layers, -1) + np.arange(problem.layers)[:, None] * problem.num_experts
-        count = np.bincount(flat.ravel(), minlength=problem.layers * problem.num_experts)
-        lower_L &= count.reshape(problem.layers, -1).max(axis=1) <= problem.max_replicas
+        count_LE = replica_counts(theirs_LRK.reshape(problem.layers, -1), problem.num_experts)
+        lower_L &= count_LE.max(axis=1) <= problem.max_replicas
     return np.where(lower_L[:, None, None], theirs_LRK, ours_LRK)
 
 

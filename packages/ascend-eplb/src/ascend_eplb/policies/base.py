@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from ascend_eplb.metrics import FloatArray, as_load
 from ascend_eplb.placement import Placement
 
@@ -33,7 +35,8 @@ class Problem:
             can keep to it (`incremental`, `swift`).
         max_moves_per_layer: the same for each layer.
         max_replicas: the most replicas of one expert (there are never more than R). 0 means R.
-        target: balancedness at which `incremental` and `swift` stop moving.
+        target: part of the best possible balancedness (`best_balancedness`) at which `incremental` and `swift` stop
+            moving.
 
     Raises:
         TypeError, ValueError: anything outside of that; the message names the argument, its value and what is allowed.
@@ -55,15 +58,21 @@ class Problem:
         load_LE = as_load(self.load)
         load_LE.flags.writeable = False
         object.__setattr__(self, "load", load_LE)
-        for name in ("ranks", "slots", "nodes", "groups"):
+        for name in ("ranks", "slots", "nodes", "groups", "max_replicas", "max_moves", "max_moves_per_layer"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if value is None and name.startswith("max_moves"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
                 raise TypeError(f"{name} must be an integer, not {value!r}")
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            object.__setattr__(self, name, int(value))
+        for name in ("ranks", "slots", "nodes", "groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         self._check_sizes()
         self._check_limits()
         if self.previous is not None:
+            if not isinstance(self.previous, Placement):
+                raise TypeError(f"previous must be a Placement, not {type(self.previous).__name__}")
             self._check_previous(self.previous)
 
     def _check_sizes(self) -> None:

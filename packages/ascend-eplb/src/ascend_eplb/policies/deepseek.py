@@ -42,15 +42,17 @@ def deepseek(problem: Problem) -> Placement:
     return Placement(ids_LRK.astype(np.int32), problem.num_experts, problem.layer_ids)
 
 
-def repaired_assignment(problem: Problem, pack: Pack) -> Ids:
-    """The published result, duplicates taken apart within their node, int64 `[L, R, K]`; `pack` does the packing."""
+def repaired_assignment(problem: Problem, pack: Pack, layers: Ids | None = None) -> Ids:
+    """The published result, duplicates taken apart within their node, int64 `[L, R, K]`; `pack` does the packing.
+    `layers` are the rows wanted, all by default."""
     nodes = problem.nodes if problem.hierarchical else 1
+    load_LE = problem.load if layers is None else problem.load[layers]
     ids_LS = deepseek_assignment(
-        problem.load, slots=problem.slots, ranks=problem.ranks, nodes=nodes, groups=problem.groups, pack=pack
+        load_LE, slots=problem.slots, ranks=problem.ranks, nodes=nodes, groups=problem.groups, pack=pack
     )
-    ids_BRK = ids_LS.reshape(problem.layers * nodes, problem.ranks // nodes, -1)
-    fixed_BRK = repair_duplicates(ids_BRK, np.repeat(problem.load, nodes, axis=0))
-    return np.asarray(fixed_BRK.reshape(problem.layers, problem.ranks, -1))
+    ids_BRK = ids_LS.reshape(len(load_LE) * nodes, problem.ranks // nodes, -1)
+    fixed_BRK = repair_duplicates(ids_BRK, np.repeat(load_LE, nodes, axis=0))
+    return np.asarray(fixed_BRK.reshape(len(load_LE), problem.ranks, -1))
 
 
 def deepseek_assignment(
@@ -70,6 +72,8 @@ def deepseek_assignment(
         TypeError, ValueError: a load that is none, or sizes that do not divide.
 
     Complexity: O(L * S * R) in plain Python.
+
+    Source: github.com/deepseek-ai/EPLB, `rebalance_experts`.
     """
     pack = pack or pack_longest_first
     load_LE = as_load(load).astype(np.float32)

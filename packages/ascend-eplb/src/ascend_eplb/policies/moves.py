@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ascend_eplb.metrics import FloatArray
+from ascend_eplb.metrics import FloatArray, sum_slots
 from ascend_eplb.placement import replica_counts
 from ascend_eplb.policies.packing import shares
 
@@ -69,7 +69,7 @@ def improve(load_BE: FloatArray, ids_BRK: Ids, rules: MoveRules) -> list[State]:
     ids_BRK = ids_BRK.copy()
     before_BRE = held_experts(ids_BRK, load_BE.shape[1])
     moved_B = np.zeros(len(load_BE), dtype=np.int64)
-    states = [State(moved_B.copy(), shares(load_BE, ids_BRK).sum(axis=2).max(axis=1), ids_BRK.astype(np.int32))]
+    states = [State(moved_B.copy(), sum_slots(shares(load_BE, ids_BRK)).max(axis=1), ids_BRK.astype(np.int32))]
     active = np.flatnonzero((states[0].peak_B > rules.goal_B) & (load_BE.sum(axis=1) > 0))
     rounds = 2 * rules.budget if ids_BRK.shape[1] > 1 else 0
     for _ in range(rounds):
@@ -83,7 +83,7 @@ def improve(load_BE: FloatArray, ids_BRK: Ids, rules: MoveRules) -> list[State]:
         stay = np.take_along_axis(before_BRE[active], ids_BRK[active], axis=2)
         moved_B[active] = (~stay).sum(axis=(1, 2))
         peak_B = states[-1].peak_B.copy()
-        peak_B[active] = shares(load_BE[active], ids_BRK[active]).sum(axis=2).max(axis=1)
+        peak_B[active] = sum_slots(shares(load_BE[active], ids_BRK[active])).max(axis=1)
         states.append(State(moved_B.copy(), peak_B, ids_BRK.astype(np.int32)))
         active = active[(peak_B[active] > rules.goal_B[active]) & (moved_B[active] < rules.budget)]
     return states
@@ -94,7 +94,7 @@ def _round(load_BE: FloatArray, ids_BRK: Ids, active: Ids, left_A: Ids, rules: M
     load_AE, ids_ARK = load_BE[active], ids_BRK[active]
     row_A = np.arange(len(active))
     share_ARK = shares(load_AE, ids_ARK)
-    total_AR = share_ARK.sum(axis=2)
+    total_AR = sum_slots(share_ARK)
     total_AR /= total_AR.mean(axis=1, keepdims=True)
     hot_A = total_AR.argmax(axis=1)
     cold_AC = np.argsort(total_AR, axis=1, kind="stable")[:, : min(_COLD, ids_ARK.shape[1] - 1)]
@@ -126,8 +126,9 @@ def _round(load_BE: FloatArray, ids_BRK: Ids, active: Ids, left_A: Ids, rules: M
 
 def _sharp(value: FloatArray) -> FloatArray:
     """The 16th power."""
-    for _ in range(4):
-        value = value * value
+    value = value * value
+    for _ in range(3):
+        value *= value
     return value
 
 
@@ -137,28 +138,31 @@ def _replace_gains(
     """`[A, K, V]`: fall of the score when slot v gets one more replica of the hottest rank's k-th expert."""
     hot_A, victim_AV, pinned_ARK = where
     batch, ranks, slots = ids_ARK.shape
-    experts = load_AE.shape[1]
-    row_A1 = np.arange(batch)[:, None]
-    mean_A1 = shares(load_AE, ids_ARK).sum(axis=(1, 2))[:, None] / ranks
-    count_AE = replica_counts(ids_ARK.reshape(batch, -1), experts)
-    held_ARE = held_experts(ids_ARK, experts)
-    add_AK, drop_AV = ids_ARK[np.arange(batch), hot_A], ids_ARK.reshape(batch, -1)[row_A1, victim_AV]
-    add_load, add_count = load_AE[row_A1, add_AK] / mean_A1, count_AE[row_A1, add_AK]
-    drop_load, drop_count = load_AE[row_A1, drop_AV] / mean_A1, count_AE[row_A1, drop_AV]
-    new_share_AK = add_load / (add_count + 1)
-    less_AKR = np.where(held_ARE[row_A1, :, add_AK], (add_load / add_count - new_share_AK)[:, :, None], 0.0)
-    more_AV = drop_load / np.maximum(drop_count - 1, 1) - drop_load / drop_count
-    more_AVR = np.where(held_ARE[row_A1, :, drop_AV], more_AV[:, :, None], 0.0)
-    target_AV = victim_AV // slots
-    place_AVR = target_AV[:, :, None] == np.arange(ranks)
-    more_AVR = np.where(place_AVR, -(drop_load / drop_count)[:, :, None], more_AVR)
-    after_AKVR = (total_AR[:, None] + more_AVR)[:, None] - less_AKR[:, :, None]
-    after_AKVR += place_AVR[:, None] * new_share_AK[:, :, None, None]
-    gain_AKV = _sharp(total_AR).sum(axis=1)[:, None, None] - _sharp(after_AKVR).sum(axis=3)
-    free_AV = (drop_count > 1) & ~pinned_ARK.reshape(batch, -1)[row_A1, victim_AV]
-    lacks_AKV = ~held_ARE[row_A1[:, :, None], target_AV[:, None], add_AK[:, :, None]]
-    allowed = free_AV[:, None] & lacks_AKV & (add_count < cap)[:, :, None]
-    return np.where(allowed, gain_AKV, -np.inf)
+    row_A, row_A1 = np.arange(batch), np.arange(batch)[:, None]
+    part_AE = load_AE / (load_AE.sum(axis=1, keepdims=True) / ranks)
+    count_AE = replica_counts(ids_ARK.reshape(batch, -1), load_AE.shape[1])
+    held_ARE = held_experts(ids_ARK, load_AE.shape[1])
+    add_AK = ids_ARK[row_A, hot_A]
+    add_count_AK = count_AE[row_A1, add_AK]
+    new_share_AK = part_AE[row_A1, add_AK] / (add_count_AK + 1)
+    less_AK = part_AE[row_A1, add_AK] / add_count_AK - new_share_AK
+    less_AKR = np.where(held_ARE[row_A1, :, add_AK], less_AK[:, :, None], 0.0)
+    drop_AV = ids_ARK.reshape(batch, -1)[row_A1, victim_AV]
+    free_AV = (count_AE[row_A1, drop_AV] > 1) & ~pinned_ARK.reshape(batch, -1)[row_A1, victim_AV]
+    row_X, victim_X = np.nonzero(free_AV)  # few: most slots hold the only replica
+    drop_X, target_X = drop_AV[row_X, victim_X], victim_AV[row_X, victim_X] // slots
+    drop_load_X, drop_count_X = part_AE[row_X, drop_X], count_AE[row_X, drop_X]
+    more_X = drop_load_X / (drop_count_X - 1) - drop_load_X / drop_count_X
+    after_XR = total_AR[row_X] + np.where(held_ARE[row_X, :, drop_X], more_X[:, None], 0.0)
+    number_X = np.arange(len(row_X))
+    after_XR[number_X, target_X] = total_AR[row_X, target_X] - drop_load_X / drop_count_X
+    after_XKR = after_XR[:, None] - less_AKR[row_X]
+    after_XKR[number_X, :, target_X] += new_share_AK[row_X]
+    gain_XK = _sharp(total_AR).sum(axis=1)[row_X, None] - _sharp(after_XKR).sum(axis=2)
+    allowed_XK = ~held_ARE[row_X[:, None], target_X[:, None], add_AK[row_X]] & (add_count_AK < cap)[row_X]
+    gain_AKV = np.full((batch, slots, victim_AV.shape[1]), -np.inf)
+    gain_AKV[row_X, :, victim_X] = np.where(allowed_XK, gain_XK, -np.inf)
+    return gain_AKV
 
 
 def _swap_gains(load_AE: FloatArray, ids_ARK: Ids, total_AR: FloatArray, where: tuple[Ids, Ids, Mask]) -> FloatArray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ascend_eplb.metrics import FloatArray
+from ascend_eplb.metrics import FloatArray, sum_slots
 
 __all__ = ["refine"]
 
@@ -34,19 +34,20 @@ def refine(ids_BRK: NDArray[Any], share_BRK: FloatArray, goal_B: FloatArray, rou
     pairs = ranks // 2
     if not pairs:
         return
-    total_BR = share_BRK.sum(axis=2)
-    narrow_BRK = ids_BRK.astype(np.int32)
+    total_BR = sum_slots(share_BRK)
+    narrow_BRK, loads_BRK = ids_BRK.astype(np.int32), np.array(share_BRK, order="C")
     idle_B = np.zeros(len(ids_BRK), dtype=np.int64)
     for turn in range(rounds):
         active = np.flatnonzero((total_BR.max(axis=1) > goal_B) & (idle_B < min(pairs, 8)))
         if not len(active):
             break
-        order_AR = np.argsort(total_BR[active], axis=1)
+        order_AR = np.argsort(total_BR[active], axis=1, kind="stable")
         hot_AP = order_AR[:, : ranks - pairs - 1 : -1]
-        cold_AP = np.roll(order_AR[:, :pairs], turn % pairs if turn % 2 else 0, axis=1)
-        swapped_A = _trade(narrow_BRK, share_BRK, total_BR, (active, hot_AP, cold_AP))
+        shift = turn % pairs if turn % 2 else 0
+        cold_AP = order_AR[:, (np.arange(pairs) - shift) % pairs]
+        swapped_A = _trade(narrow_BRK, loads_BRK, total_BR, (active, hot_AP, cold_AP))
         idle_B[active] = np.where(swapped_A, 0, idle_B[active] + 1)
-    ids_BRK[...] = narrow_BRK
+    ids_BRK[...], share_BRK[...] = narrow_BRK, loads_BRK
 
 
 def _trade(
@@ -58,28 +59,30 @@ def _trade(
     """Make the best swap of each pair that gains by one; bool `[A]`: whether a problem's hottest pair changed at
     all."""
     active, hot_AP, cold_AP = pairing
-    slots = ids_BRK.shape[2]
-    row_A1 = active[:, None]
-    hot_ids, cold_ids = ids_BRK[row_A1, hot_AP], ids_BRK[row_A1, cold_AP]
-    half_AP = (total_BR[row_A1, hot_AP] - total_BR[row_A1, cold_AP]) / 2
-    scale_A11 = total_BR[row_A1, hot_AP[:, :1]][..., None]
-    hot_key = ((share_BRK[row_A1, hot_AP] - half_AP[..., None]) / scale_A11).astype(np.float32)
-    cold_key = (share_BRK[row_A1, cold_AP] / scale_A11).astype(np.float32)
-    both = np.nonzero(hot_ids[..., :, None] == cold_ids[..., None, :])
-    hot_key[both[0], both[1], both[2]], cold_key[both[0], both[1], both[3]] = np.inf, -np.inf
+    ranks, slots = ids_BRK.shape[1:]
+    first_A1 = active[:, None] * ranks
+    hot_AP, cold_AP = first_A1 + hot_AP, first_A1 + cold_AP  # rows of [B * R, K]
+    ids_XK, share_XK, total_X = ids_BRK.reshape(-1, slots), share_BRK.reshape(-1, slots), total_BR.reshape(-1)
+    half_AP = (total_X[hot_AP] - total_X[cold_AP]) / 2
+    scale_A1 = total_X[hot_AP[:, :1]]
+    hot_key = ((share_XK[hot_AP] - half_AP[..., None]) / scale_A1[..., None]).astype(np.float32)
+    cold_key = (share_XK[cold_AP] / scale_A1[..., None]).astype(np.float32)
+    both = np.flatnonzero(ids_XK[hot_AP][..., :, None] == ids_XK[cold_AP][..., None, :])
+    pair_X, place_X = np.divmod(both, slots * slots)
+    hot_key.reshape(-1, slots)[pair_X, place_X // slots] = np.inf
+    cold_key.reshape(-1, slots)[pair_X, place_X % slots] = -np.inf
     miss = hot_key[..., :, None] - cold_key[..., None, :]
-    best_AP = np.abs(miss, out=miss).reshape(*half_AP.shape, -1).argmin(axis=2)
-    give_AP, take_AP = np.divmod(best_AP, slots)
-    number_A1, pair_1P = np.arange(len(active))[:, None], np.arange(half_AP.shape[1])
-    least_AP = np.abs(hot_key[number_A1, pair_1P, give_AP] - cold_key[number_A1, pair_1P, take_AP])
-    row, pair = np.nonzero(half_AP / scale_A11[..., 0] - least_AP > 1e-6)
-    layer, hot, cold = active[row], hot_AP[row, pair], cold_AP[row, pair]
-    give, take = give_AP[row, pair], take_AP[row, pair]
-    delta = share_BRK[layer, hot, give] - share_BRK[layer, cold, take]
-    for array in (ids_BRK, share_BRK):
-        array[layer, hot, give], array[layer, cold, take] = array[layer, cold, take], array[layer, hot, give]
-    total_BR[layer, hot] -= delta
-    total_BR[layer, cold] += delta
+    miss_QW = np.abs(miss, out=miss).reshape(half_AP.size, -1)  # Q = A * P pairs
+    best_Q = miss_QW.argmin(axis=1)
+    least_Q = miss_QW[np.arange(len(best_Q)), best_Q]
+    pair_Y = np.flatnonzero((half_AP / scale_A1).ravel() - least_Q > 1e-6)
+    give_Y, take_Y = np.divmod(best_Q[pair_Y], slots)
+    hot_Y, cold_Y = hot_AP.ravel()[pair_Y], cold_AP.ravel()[pair_Y]
+    delta_Y = share_XK[hot_Y, give_Y] - share_XK[cold_Y, take_Y]
+    for array in (ids_XK, share_XK):
+        array[hot_Y, give_Y], array[cold_Y, take_Y] = array[cold_Y, take_Y], array[hot_Y, give_Y]
+    total_X[hot_Y] -= delta_Y
+    total_X[cold_Y] += delta_Y
     swapped_A = np.zeros(len(active), dtype=bool)
-    swapped_A[row] = True
+    swapped_A[pair_Y // half_AP.shape[1]] = True
     return swapped_A
