@@ -3,6 +3,7 @@
 // Mixture of experts: npu_grouped_matmul, a matrix product for each expert's rows. Experts without rows cost nothing.
 #include <ATen/ops/mm.h>
 
+#include "matmul.h"
 #include "moe.h"
 
 namespace ascend_sim {
@@ -17,8 +18,8 @@ struct Product {
   at::Tensor bias, scale, row_scale;  // [n], [n], [m]; undefined where there is none
 };
 
-// The matrix product of few rows reads the weight once, in stretches of columns whose results stay in the cache.
-void few_rows(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& out) {
+// Few rows by a weight whose rows lie one after the other: the weight is read once, in stretches of columns whose sums stay in the cache.
+void stream_weight(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& out) {
   const int64_t rows = x.size(0), depth = x.size(1), columns = weight.size(1), step = weight.stride(0), stretch = 256;
   const float *a = x.const_data_ptr<float>(), *b = weight.const_data_ptr<float>();
   float* c = out.mutable_data_ptr<float>();
@@ -48,7 +49,9 @@ void float_product(const at::Tensor& x, const at::Tensor& weight, at::Tensor out
   if (x.scalar_type() == at::kHalf) {  // the CPU has no fast product of halves
     out.copy_(at::mm(x.to(at::kFloat), weight.to(at::kFloat)));
   } else if (x.scalar_type() == at::kFloat && x.size(0) <= 8 && weight.stride(1) == 1 && x.is_contiguous() && out.is_contiguous()) {
-    few_rows(x, weight, out);
+    stream_weight(x, weight, out);
+  } else if (const auto product = few_rows(x, weight)) {
+    out.copy_(*product);
   } else {
     at::mm_out(out, x, weight);
   }

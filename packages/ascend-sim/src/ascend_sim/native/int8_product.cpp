@@ -51,7 +51,7 @@ at::Tensor int8_product(const at::Tensor& a, const at::Tensor& b) {
   const at::Tensor left = cpu_alias(a).contiguous(), given = cpu_alias(b);
   const int64_t m = left.size(0), k = left.size(1), n = given.size(1);
 #ifdef __AVX512VNNI__
-  if (m > 8 && k > 1) return at::_int_mm(left, given);  // without VNNI it may saturate; for k = 1 it is wrong, for few rows slow
+  if (m > 1 && k > 1) return at::_int_mm(left, given);  // without VNNI it may saturate; for k = 1 it is wrong, for one row slow
 #endif
   at::Tensor out = at::empty({m, n}, at::TensorOptions().dtype(at::kInt));
   const bool columns = given.stride(0) == 1 && given.stride(1) == k;

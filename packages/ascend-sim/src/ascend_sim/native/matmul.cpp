@@ -79,13 +79,13 @@ void multiply(const Product<T>& p) {
 }  // namespace
 
 std::optional<at::Tensor> few_rows(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
-  if (!on_npu(left) || !on_npu(right) || left.dim() != 2 || right.dim() != 2 || left.is_conj() || right.is_conj()) return std::nullopt;
+  if (left.dim() != 2 || right.dim() != 2 || left.is_conj() || right.is_conj()) return std::nullopt;
   const int64_t rows = left.size(0), depth = left.size(1), columns = right.size(1);
   const auto type = left.scalar_type();
   const bool fits = right.scalar_type() == type && right.size(0) == depth && left.device() == right.device() && rows > 0 &&
                     rows <= most_rows(type) && depth > 0 && depth % lanes == 0 && columns > 0 && left.stride(1) == 1 && right.stride(0) == 1;
   if (!fits) return std::nullopt;
-  if (bias.defined() && (!on_npu(bias) || bias.dim() != 1 || bias.size(0) != columns || bias.scalar_type() != type || !bias.is_contiguous()))
+  if (bias.defined() && (bias.device() != left.device() || bias.dim() != 1 || bias.size(0) != columns || bias.scalar_type() != type || !bias.is_contiguous()))
     return std::nullopt;
   at::Tensor out = at::empty({rows, columns}, left.options());
   by_type("matmul", type, [&](auto tag) {

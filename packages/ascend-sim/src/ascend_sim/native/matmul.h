@@ -8,7 +8,7 @@
 
 namespace ascend_sim {
 
-// left [M, K] @ right [K, N] (+ bias [N]) -> [M, N] on the npu, summed in float32 and rounded once; nullopt where the shapes, types or strides are
+// left [M, K] @ right [K, N] (+ bias [N]) -> [M, N] on their device, summed in float32 and rounded once; nullopt where the shapes, types or strides are
 // not those it is made for: up to 128 rows of float32 or 8 of bfloat16, and a `right` that is the transpose of rows of K contiguous elements.
 std::optional<at::Tensor> few_rows(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias = {});
 
