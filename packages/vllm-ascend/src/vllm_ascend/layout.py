@@ -77,20 +77,27 @@ class Model:
                     return value
             return default
 
+        def number(*names: str) -> int:
+            """0 where there is none, or one for each layer."""
+            value = get(*names, default=0)
+            return value if isinstance(value, int) else 0
+
         experts = get("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts", default=0)
-        frequency = get("moe_layer_freq", default=1)
-        heads = get("num_attention_heads", default=0)
-        head = get("v_head_dim", "head_dim") or (get("hidden_size", default=0) // heads if heads else 0)
+        experts = max(experts, default=0) if isinstance(experts, (list, tuple)) else experts
+        every, first = get("moe_layer_freq", default=1), get("first_k_dense_replace")
+        regular = isinstance(every, int) and every > 0 and isinstance(first, int)  # some list every layer instead
+        heads = number("num_attention_heads")
+        head = number("v_head_dim", "head_dim") or (number("hidden_size") // heads if heads else 0)
         read = {
             "moe": MoeLayers(
-                routed_experts=max(experts) if isinstance(experts, (list, tuple)) else experts,
-                first_k_dense_replace=get("first_k_dense_replace") if isinstance(frequency, int) else None,
-                moe_layer_freq=frequency if isinstance(frequency, int) else 1,
+                routed_experts=experts,
+                first_k_dense_replace=first if regular else None,
+                moe_layer_freq=every if regular else 1,
             ),
             "shared_experts": bool(get("n_shared_experts", "shared_expert_intermediate_size", default=0)),
             "tied_embeddings": bool(get("tie_word_embeddings", default=False)),
-            "vocabulary": get("vocab_size", default=0),
-            "dense_width": get("intermediate_size", default=0),
+            "vocabulary": number("vocab_size"),
+            "dense_width": number("intermediate_size"),
             "attention_width": heads * head,
         }
         return cls(**{**read, **known})
