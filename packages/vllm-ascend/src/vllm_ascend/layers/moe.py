@@ -43,7 +43,7 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         """Routing is vLLM's, apart from this method."""
         return False
 
-    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:  # type: ignore[override]  # as vLLM's own
         """Lay the weights out as the grouped product reads them: `[L, 2I, H]` -> `[L, H, 2I]`, `[L, H, I]` -> `[L, I, H]`.
 
         Raises:
@@ -61,9 +61,7 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
             weight.data = weight.data.transpose(1, 2).contiguous()
         self.experts = FloatExperts(w13=w13.data, w2=w2.data, activation=activation)
         # The ranks' part is vLLM's: for ascend-moe this rank is alone, with its own slots.
-        self.dispatcher = make_dispatcher(
-            CommMethod.ALL_GATHER, MoeEnv(ep=Solo(), num_slots=cast(int, layer.local_num_experts))
-        )
+        self.dispatcher = make_dispatcher(CommMethod.ALL_GATHER, MoeEnv(ep=Solo(), num_slots=layer.local_num_experts))
 
     def forward_oot(
         self,
