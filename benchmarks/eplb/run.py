@@ -25,7 +25,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # the peers' torch 
 
 import ascend_eplb as eplb  # noqa: E402
 import numpy as np  # noqa: E402
-from measures import Measure, measures  # noqa: E402
+from measures import LEAST, Measure, Migration, measures, migrations  # noqa: E402
 from published import Peer, plain_numpy, torch_scalars, vllm_policy  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
@@ -85,8 +85,8 @@ def verdicts(workload: Workload, record: dict) -> list[tuple[str, bool]]:
     if workload.milliseconds is not None:
         found.append((f"<= {workload.milliseconds:g} ms", ours["milliseconds"] <= workload.milliseconds))
     for peer, least, name in ((published, workload.times_published, "published"), (vllm, workload.times_vllm, "vLLM")):
-        if peer is not None:
-            found.append((f"{least:g}x {name}", peer[1] >= least * ours["milliseconds"]))
+        if peer is not None and least is not None:
+            found.append((f">= {least:g}x {name}", peer[1] >= least * ours["milliseconds"]))
     return found
 
 
@@ -122,6 +122,26 @@ def policies_table(console: Console) -> tuple[Table, list[dict]]:
     return table, records
 
 
+def migrations_table(rows: list[Migration]) -> Table:
+    """Ways to follow a drift, with what they move."""
+    table = Table(
+        title="load drifted by lognormal(0.3): following it from the best placement", title_justify="left",
+        caption=f"seeds {SEEDS}: the worst balancedness, the most moved, median CPU ms",
+    )  # fmt: skip
+    for heading in ("workload", "way", "balancedness", "moved", "ms", "target"):
+        table.add_column(heading, justify="left" if heading in ("workload", "way") else "right")
+    for index, row in enumerate(rows):
+        last = index + 1 == len(rows) or rows[index + 1].workload != row.workload
+        first = index == 0 or rows[index - 1].workload != row.workload
+        colour, word = ("green", "met") if row.met else ("red", "MISSED")
+        verdict = f"[{colour}]>= {LEAST} within {row.most_moved:.0%} {word}[/]" if row.most_moved else ""
+        table.add_row(
+            row.workload if first else "", row.way, f"{row.balancedness:.4f}", f"{row.moved:.1%}",
+            f"{row.milliseconds:.0f}", verdict, end_section=last,
+        )  # fmt: skip
+    return table
+
+
 def measures_table(rows: list[Measure]) -> Table:
     """The other figures with their targets."""
     table = Table(
@@ -145,7 +165,9 @@ def main() -> int:
     console = Console(record=True, width=190 if not sys.stdout.isatty() else None)
     policies, records = policies_table(Console(stderr=True))
     console.print(policies)
-    rows = measures(timed, vllm_policy())
+    moves = list(migrations(timed, vllm_policy()))
+    console.print(migrations_table(moves))
+    rows = measures(timed)
     console.print(measures_table(rows))
     machine = {
         "python": platform.python_version(),
@@ -156,8 +178,10 @@ def main() -> int:
     }
     console.print(" ".join(f"{key} {value}" for key, value in machine.items()), style="dim")
     if options.json:
-        others = [row.as_dict() for row in rows]
-        result = {"machine": machine, "seeds": SEEDS, "runs": RUNS, "policies": records, "others": others}
+        result = {
+            "machine": machine, "seeds": SEEDS, "runs": RUNS, "policies": records,
+            "migrations": [row.as_dict() for row in moves], "others": [row.as_dict() for row in rows],
+        }  # fmt: skip
         options.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
     if options.markdown:
         options.markdown.write_text(f"```\n{console.export_text()}```\n")

@@ -25,7 +25,7 @@ class Workload:
     least: float | None = None
     of_bound: bool = False
     milliseconds: float | None = None
-    times_published: float = 1.0
+    times_published: float | None = None
     times_vllm: float = 2.0
 
     @property

@@ -183,6 +183,19 @@ def test_convert(run, run_json):
     assert eplb.load_placement("d.npz") == eplb.spread(num_experts=8, ranks=2, redundant=2, layers=4)
 
 
+def test_names_that_look_like_markup_are_printed_as_they_are(run):
+    Path("a[").mkdir()
+    for line, said in (
+        ("generate --experts 8 --ranks 2 -o a[/b].json", "wrote a[/b].json"),
+        ("check a[/b].json", "a[/b].json is valid"),
+        ("plan --load load.npy --ranks 32 --slots 288 -o a[/red].json", "wrote a[/red].json"),
+        ("plan --load load.npy --ranks 32 --slots 288 --from a[/red].json -o [red]y.json", "(a[/red].json)"),
+    ):
+        status, out, err = run(line)
+        assert status == 0, err
+        assert said in out
+
+
 def run_apart(line, **environment):
     return subprocess.run(
         [sys.executable, "-m", "ascend_eplb", *line.split()],

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import ascend_eplb as eplb
 
-FEW = settings(max_examples=250, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-MANY = settings(FEW, max_examples=1500)
+FEW = settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+MANY = settings(FEW, max_examples=2500)
 LOADS = ("zero", "one hot", "equal", "integers", "lognormal", "huge skew", "some zero", "zipf")
 
 

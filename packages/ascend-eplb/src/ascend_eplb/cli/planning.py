@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ascend_eplb.cli import options as option
 from ascend_eplb.cli.output import errors, print_json
@@ -70,7 +71,7 @@ def plan(
     save_placement(result.placement, output)
     previous = problem.previous
     start = previous or default_placement(problem)
-    before = float(balancedness(start, load_LE).mean())
+    before = "spread" if old is None else str(old), float(balancedness(start, load_LE).mean())
     transfers = None if previous is None else transfer_plan(previous, result.placement, nodes=problem.nodes)
     if plot is not None:
         plot_rank_loads(rank_loads(start, load_LE), rank_loads(result.placement, load_LE), plot)
@@ -78,15 +79,14 @@ def plan(
     if as_json:
         print_json(
             file=str(output), policy=name, ranks=problem.ranks, slots=problem.slots,
-            before="spread" if old is None else str(old), balancedness_before=before,
+            before=before[0], balancedness_before=before[1],
             balancedness=result.balancedness, worst_layer=result.layer_balancedness.min(), bound=result.bound,
             **_costs(transfers, expert_bytes), lost=lost,
         )  # fmt: skip
         return
     console = Console()
-    before_name = "spread" if old is None else str(old)
-    console.print(plan_table(result, (before_name, before), transfers, expert_bytes, lost))
-    console.print(f"wrote [bold]{output}[/bold] (policy {name})")
+    console.print(plan_table(result, before, transfers, expert_bytes, lost))
+    console.print(Text.assemble("wrote ", (str(output), "bold"), f" (policy {name})"), soft_wrap=True)
 
 
 def simulate(

@@ -29,7 +29,7 @@ def heat_bar(value: float, most: float, mean: float) -> Text:
 
 def summary_table(placement: Placement, name: str) -> Table:
     """Sizes and replica counts of a placement."""
-    table = Table(title=name, title_justify="left", show_header=False, title_style="bold")
+    table = Table(title=Text(name), title_justify="left", show_header=False, title_style="bold")
     counts = placement.replicas
     layers = f"{placement.layers}  (numbers {placement.layer_ids[0]}..{placement.layer_ids[-1]})"
     for label, value in (
@@ -117,7 +117,7 @@ def plan_table(
 
 def score_table(scores: list[Score], slots: int, policy: str) -> Table:
     """The windows of a replay and their mean; a long replay is cut in the middle."""
-    title = f"{policy}: plan on one window, score on the next"
+    title = Text(f"{policy}: plan on one window, score on the next")
     table = Table(title=title, title_justify="left", title_style="bold")
     for heading in ("window", "kept", "promised", "reached", "moved"):
         table.add_column(heading, justify="right")
