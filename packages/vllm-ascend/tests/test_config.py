@@ -76,6 +76,7 @@ BROKEN_RULES = [
     ({"enable_flashcomm1": True}, over(tp=2, model=MOE), "of a MoE model needs enable_expert_parallel"),
     ({"enable_flashcomm1": True}, over(dp=2, tp=2, model=MOE, expert_parallel=True), "needs data_parallel_size 1, got 2"),
     ({"enable_flashcomm1": True}, over(tp=2, model=Model(latent_attention=True)), "cannot be used with multi-head latent attention"),
+    ({"enable_flashcomm1": True}, over(tp=2, model=Model(multimodal=True)), "cannot be used with a multimodal model"),
     ({"enable_flashcomm1": True}, over(tp=2, speculative=True), "cannot be used with speculative decoding"),
     ({"enable_flashcomm1": True}, over(tp=2, adapters=True), "LoRA cannot be used with this plugin's options"),
     ({"flashcomm2_parallel_size": 1}, over(tp=2, microbatches=True), "microbatches (enable_dbo) cannot be used"),
@@ -106,6 +107,7 @@ def test_a_broken_rule_is_named(given, deployment, message):
 
 GOOD = [
     ({}, over(dp=2, tp=3)),
+    ({"weight_prefetch_config": {"prefetch_ratio": {"mlp": {"down": 0.5}}}}, over(tp=2, adapters=True)),  # not enabled
     ({"enable_flashcomm1": True, "flashcomm2_parallel_size": 2, "layer_sharding": ["o_proj"]}, over(pp=2, tp=4)),
     ({"enable_flashcomm1": True}, over(tp=2, model=MOE, expert_parallel=True)),
     ({"enable_flashcomm1": True, **fine(mlp=1)}, over(dp=2, tp=2)),

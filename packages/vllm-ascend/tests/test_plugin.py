@@ -121,6 +121,26 @@ def test_v2_runner_is_refused(monkeypatch):
         AscendPlatform.check_and_update_config(SimpleNamespace(additional_config={}))
 
 
+def test_speculative_decoding_is_refused():
+    from types import SimpleNamespace
+
+    from vllm_ascend.platform import AscendPlatform
+
+    wanted = SimpleNamespace(additional_config={}, speculative_config=SimpleNamespace(method="ngram"))
+    with pytest.raises(ValueError, match=r"speculative decoding \(method 'ngram'\) is not supported"):
+        AscendPlatform.check_and_update_config(wanted)
+
+
+def test_an_error_without_words_is_a_reason_too(monkeypatch):
+    from vllm_ascend import doctor
+
+    def load(name):
+        raise ImportError
+
+    monkeypatch.setattr(doctor.importlib, "import_module", load)
+    assert "torch_npu does not load (ImportError())" in doctor.inactive_because()
+
+
 def test_prompt_logprobs_are_refused_where_the_lm_head_is_shared(monkeypatch):
     from vllm import PoolingParams, SamplingParams
     from vllm_ascend.platform import AscendPlatform

@@ -14,7 +14,9 @@ __all__ = ["Report", "examine", "inactive_because", "log_inactive"]
 
 # The triple that fits together; the version of this package follows vLLM's.
 REQUIRED = {"torch": "2.13.0", "torch-npu": "2.13.0", "vllm": "0.32.0"}
-NO_NPU = "install CANN on an Ascend host, or `pip install 'vllm-ascend[sim]'` for the simulated NPU"
+# The public index has another project of this name, and a vLLM for CUDA; a clone's settings build the right one.
+ALL_THREE = "in a clone of the repository, `uv pip install ./packages/vllm-ascend` brings what fits"
+NO_NPU = "install CANN on an Ascend host, or in a clone of the repository `uv pip install './packages/vllm-ascend[sim]'` for the simulated NPU"
 
 
 def installed(package: str) -> str | None:
@@ -30,14 +32,14 @@ def inactive_because() -> str | None:
     for package, wanted in REQUIRED.items():
         found = installed(package)
         if found is None:
-            return f"{package} is not installed; pip install {package}=={wanted}"
+            return f"{package} is not installed; {ALL_THREE}"
         if found.split("+")[0] != wanted:
-            return f"{package} {found} is installed, vllm-ascend {installed('vllm-ascend')} needs {wanted}; pip install {package}=={wanted}"
+            return f"{package} {found} is installed, vllm-ascend {installed('vllm-ascend')} needs {wanted}; {ALL_THREE}"
     try:
         torch = importlib.import_module("torch")
         importlib.import_module("torch_npu")
     except (ImportError, RuntimeError, OSError) as error:
-        return f"torch_npu does not load ({str(error).strip().splitlines()[-1]}); {NO_NPU}"
+        return f"torch_npu does not load ({(str(error).strip() or repr(error)).splitlines()[-1]}); {NO_NPU}"
     if not torch.npu.is_available():
         return f"torch_npu sees no NPU; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES, or {NO_NPU}"
     return None

@@ -90,7 +90,7 @@ def explain(
     here = stage_layers(config["num_hidden_layers"], stages, stage)
     body = [_explained(linear, env, costs) for linear in layers_of(config) if layer_index(linear.path) in here]
     groups = {name: group_of(found, rank) for name, found in group_config(options, deployment).families().items()}
-    ends = _Ends(config, env, groups, costs)
+    ends = _Ends(config, env, groups, costs, stages)
     return [*([ends.embedding()] if stage == 0 else []), *body, *([ends.lm_head()] if stage == stages - 1 else [])]
 
 
@@ -175,11 +175,13 @@ class _Costs:
 class _Ends:
     """The embedding and the LM head."""
 
-    def __init__(self, config: Config, env: LinearEnv, groups: dict[str, list[int]], costs: _Costs) -> None:
+    def __init__(
+        self, config: Config, env: LinearEnv, groups: dict[str, list[int]], costs: _Costs, stages: int
+    ) -> None:
         self.env, self.groups, self.costs = env, groups, costs
         self.hidden = config["hidden_size"] * costs.size
         self.vocabulary = -(-config["vocab_size"] // _VOCABULARY_PADDING) * _VOCABULARY_PADDING
-        self.tied = bool(config.get("tie_word_embeddings"))
+        self.tied = bool(config.get("tie_word_embeddings")) and stages == 1  # a last stage has a copy of its own
 
     def embedding(self) -> Explained:
         tp = self.env.tp.world_size

@@ -62,7 +62,7 @@ def rotary_mul(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
 
 
 def scatter_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    """Write key and value `[T, Nkv, D]` into the caches `[blocks, block_size, Nkv, D]` at slots `[T]` (int32, block * block_size + offset)."""
+    """Write key and value `[T, Nkv, D]` into the caches `[blocks, block_size, Nkv, D]` at slots `[T]` (integers, block * block_size + offset)."""
     _npu().npu_scatter_pa_kv_cache(
         key.contiguous(),
         value.contiguous(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, cast
 
 from ascend_comm import CommGroup, GroupConfig, Topology, group_of
@@ -265,7 +265,10 @@ def _broken_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]
         yield "option 'enable_shared_expert_dp' (True) needs a MoE model with shared experts"
     if names and not config.flashcomm2_parallel_size:
         yield f"option 'layer_sharding' ({names}) needs flashcomm2_parallel_size > 0, and must be ['o_proj'] then"
-    changes_layers = config != AscendConfig(flashcomm1_dense_threshold=config.flashcomm1_dense_threshold)
+    idle = AscendConfig(flashcomm1_dense_threshold=config.flashcomm1_dense_threshold)
+    if not config.weight_prefetch_config.enabled:  # its ratios ask for nothing then
+        idle = replace(idle, weight_prefetch_config=config.weight_prefetch_config)
+    changes_layers = config != idle
     for wanted, what in ((deployment.adapters, "LoRA"), (deployment.microbatches, "microbatches (enable_dbo)")):
         if wanted and changes_layers:
             yield f"{what} cannot be used with this plugin's options for linear layers; leave one of the two out"
@@ -281,6 +284,8 @@ def _broken_flashcomm_rules(config: AscendConfig, deployment: Deployment) -> Ite
         yield "option 'enable_flashcomm1' (True) of a MoE model needs enable_expert_parallel"
     if model.moe.routed_experts and top.data_parallel > 1:
         yield f"option 'enable_flashcomm1' (True) of a MoE model needs data_parallel_size 1, got {top.data_parallel}"
+    if model.multimodal:  # features that a model adds between its layers (deepstack) are of all tokens
+        yield "option 'enable_flashcomm1' (True) cannot be used with a multimodal model"
     if model.latent_attention:
         yield "option 'enable_flashcomm1' (True) cannot be used with multi-head latent attention"
     if deployment.speculative:

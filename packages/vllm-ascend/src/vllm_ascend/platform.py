@@ -89,6 +89,11 @@ class AscendPlatform(Platform):
             raise ValueError(
                 "VLLM_USE_V2_MODEL_RUNNER=1: vllm-ascend serves vLLM's V1 model runner only; unset it or set it to 0"
             )
+        if vllm_config.speculative_config is not None:
+            raise ValueError(
+                f"speculative decoding (method {vllm_config.speculative_config.method!r}) is not supported by vllm-ascend; "
+                "leave --speculative-config out"
+            )
         if vllm_config.model_config is not None:
             layout.check(config, layout.Deployment.of(vllm_config))
         cls.lmhead_is_shared = config.finegrained_tp_config.lmhead_tensor_parallel_size > 0

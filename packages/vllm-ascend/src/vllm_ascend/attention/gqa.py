@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -98,7 +99,6 @@ class AscendAttentionMetadata(AttentionMetadata):
         query_ends: cumulative query lengths, last one T.
         kv_lengths: keys of each request.
         block_table: int32 `[requests, blocks]`.
-        slots: int32 `[T]`, where this step's keys go.
         mask: the compressed causal mask.
         causal: whether a query sees later keys not at all.
     """
@@ -107,7 +107,6 @@ class AscendAttentionMetadata(AttentionMetadata):
     query_ends: list[int]
     kv_lengths: list[int]
     block_table: Tensor
-    slots: Tensor
     mask: Tensor
     causal: bool
 
@@ -137,7 +136,6 @@ class AscendAttentionMetadataBuilder(AttentionMetadataBuilder[AscendAttentionMet
             query_ends=step.query_start_loc_cpu[1 : step.num_reqs + 1].tolist(),
             kv_lengths=lengths[: step.num_reqs].tolist(),
             block_table=step.block_table_tensor[: step.num_reqs],
-            slots=step.slot_mapping[: step.num_actual_tokens].to(torch.int32),
             mask=self.mask,
             causal=step.causal,
         )
@@ -180,7 +178,9 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Write this step's key and value `[T, Nkv, D]`. Padding tokens have no slot and are cut off."""
+        """Write this step's key and value `[T, Nkv, D]`. Padding tokens have no slot and are cut off; a step without requests has none."""
+        if get_forward_context().attn_metadata is None:  # its slots are all -1, which the kernel does not take
+            return
         tokens = slot_mapping.shape[0]
         shape = (kv_cache.shape[0], kv_cache.shape[2], self.num_kv_heads, self.head_size)
         keys, values = self._caches(kv_cache)

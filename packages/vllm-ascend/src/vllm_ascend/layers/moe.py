@@ -35,8 +35,13 @@ _ACTIVATIONS = {
 class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
     """This rank's experts as two grouped products, over its share of the rows."""
 
-    experts: FloatExperts
+    activation: Activation
     dispatcher: Dispatcher
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's, but weights that were laid out before cannot be told from those that were not."""
+        super().__init__(*args, **kwargs)
+        self.supports_pre_processed_weights = False
 
     @property
     def is_monolithic(self) -> bool:
@@ -59,7 +64,7 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         w13, w2 = cast(Tensor, layer.w13_weight), cast(Tensor, layer.w2_weight)
         for weight in (w13, w2):
             weight.data = weight.data.transpose(1, 2).contiguous()
-        self.experts = FloatExperts(w13=w13.data, w2=w2.data, activation=activation)
+        self.activation = activation
         # The ranks' part is vLLM's: for ascend-moe this rank is alone, with its own slots.
         self.dispatcher = make_dispatcher(CommMethod.ALL_GATHER, MoeEnv(ep=Solo(), num_slots=layer.local_num_experts))
 
@@ -91,8 +96,11 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
             ids = torch.where(local < 0, layer.local_num_experts, local)
         if layer.apply_router_weight_on_input:  # vLLM has it for one expert a token alone
             x, weights = (x * weights).to(x.dtype), torch.ones_like(weights)
+        # The layer's own tensors, looked up at each call: vLLM replaces them when it loads weights anew.
+        w13, w2 = cast(Tensor, layer.w13_weight), cast(Tensor, layer.w2_weight)
+        experts = FloatExperts(w13=w13.data, w2=w2.data, activation=self.activation)
         dispatched = self.dispatcher.dispatch(x, weights, ids)
-        return self.dispatcher.combine(self.experts.forward(dispatched, x.dtype), dispatched)
+        return self.dispatcher.combine(experts.forward(dispatched, x.dtype), dispatched)
 
 
 def topk_softmax(

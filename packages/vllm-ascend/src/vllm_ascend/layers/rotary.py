@@ -38,8 +38,8 @@ class AscendRotaryEmbedding(RotaryEmbedding):
         kept = get_forward_context().additional_kwargs
         key = f"ascend_rotary {id(self)} {positions.data_ptr()} {positions.shape[0]} {dtype}"
         if key not in kept:
-            kept[key] = self._cos_sin(positions, dtype)
-        return kept[key]  # type: ignore[no-any-return]
+            kept[key] = positions, self._cos_sin(positions, dtype)  # positions too, lest another tensor get its address
+        return kept[key][1]  # type: ignore[no-any-return]
 
     def forward_oot(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Query `[T, N*D]` and key `[T, Nkv*D]` (or None), rotated at positions `[T]`."""
