@@ -104,14 +104,14 @@ def test_pipeline_stages_hold_their_layers():
     assert "lm_head" not in found[0]
     assert "lm_head" in found[1]
     assert {row.ranks for row in found[1].values()} == {(2, 3)}
+    assert all(any(f"layers.{n}." in path for path in found[n // 2]) for n in range(4))
+    assert [len(stage_layers(30, 4, stage)) for stage in range(4)] == [7, 8, 8, 7]
 
 
 def test_a_tied_lm_head_is_a_copy_on_a_stage_of_its_own():
     tied = DENSE | {"tie_word_embeddings": True}
     assert rows(tied)["lm_head"].weight_bytes == 0
     assert rows(tied, pp=2, rank=1)["lm_head"].weight_bytes == VOCABULARY * 64 * E
-    assert all(any(f"layers.{n}." in path for path in found[n // 2]) for n in range(4))
-    assert [len(stage_layers(30, 4, stage)) for stage in range(4)] == [7, 8, 8, 7]
 
 
 def test_a_dense_model_ignores_data_parallel():
