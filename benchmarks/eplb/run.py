@@ -144,9 +144,7 @@ def migrations_table(rows: list[Migration]) -> Table:
 
 def measures_table(rows: list[Measure]) -> Table:
     """The other figures with their targets."""
-    table = Table(
-        title="migration, maps, known optima", title_justify="left", caption=f"seeds {SEEDS}, the worst of them"
-    )
+    table = Table(title="maps, transfers, known optima", title_justify="left")
     for heading in ("what", "found", "target"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     for row in rows:
