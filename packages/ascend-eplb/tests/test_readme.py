@@ -5,13 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.metadata import metadata
+from pathlib import Path
 
 import pytest
 
 from ascend_eplb.cli import main
 
-README = metadata("ascend-eplb").get_payload() or metadata("ascend-eplb")["Description"]
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_example_prints_what_it_says():
