@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from ascend_moe import CommMethod, Deployment, Soc, choose_method
+from ascend_moe import CommMethod, Deployment, Soc, choose_method, mc2_buffer_bytes
 
 GATHER, ALL_TO_ALL, MC2 = CommMethod.ALL_GATHER, CommMethod.ALL_TO_ALL_V, CommMethod.MC2
 BASE = Deployment(
@@ -120,3 +120,25 @@ def test_a_deployment_says_what_is_wrong_with_it(change, message):
 def test_tokens_cannot_be_negative():
     with pytest.raises(ValueError, match="tokens=-1 must be at least 0"):
         choose_method(BASE, -1)
+
+
+@pytest.mark.parametrize(
+    ("name", "soc"),
+    [("Ascend910B3", Soc.A2), ("Ascend910B2C", Soc.A2), ("Ascend910_9391", Soc.A3), ("Ascend950PR_9589", Soc.A5), ("Ascend310P3", Soc.P310)],
+)  # fmt: skip
+def test_the_family_of_a_device(name, soc):
+    assert Soc.of(name) is soc
+
+
+def test_an_unknown_device_is_named():
+    with pytest.raises(ValueError, match="device_name='Ascend910A' must start with one of Ascend910B, Ascend910_93"):
+        Soc.of("Ascend910A")
+
+
+def test_mc2_buffer_of_deepseek_v3():
+    """Worked by hand: H 7168, 256 experts on 32 ranks, 128 tokens a rank: rows of 14848 bytes there, 14336 back, both twice."""
+    deployment = Deployment(
+        soc=Soc.A3, ep_size=32, tp_size=1, world_size=32, experts_per_rank=8, top_k=8, max_captured_tokens=128
+    )
+    assert mc2_buffer_bytes(deployment, 7168) == 2 * 128 * (8 * 32 * 14848 + 8 * 14336)
+    assert mc2_buffer_bytes(deployment, 7168, tokens=1) == 2 * (8 * 32 * 14848 + 8 * 14336)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ascend_moe import RoutingSpec, Scoring, select_experts
+from ascend_moe import RoutingSpec, Scoring, select_experts, to_physical
 
 PLAIN = RoutingSpec(top_k=2, scoring="softmax", renormalise=False)
 V3 = RoutingSpec(
@@ -217,6 +217,22 @@ def test_a_routing_table_names_slots_by_token_position(rows):
     assert physical.dtype == torch.int32
     assert physical.tolist() == [[(t % rows) * 4 + e for e in row] for t, row in enumerate(logical.tolist())]
     assert torch.equal(weights, same_weights)
+
+
+def test_ids_from_elsewhere_are_mapped_alike():
+    logits = torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
+    spec = RoutingSpec(top_k=3, scoring="softmax", renormalise=True)
+    log2phy, table = torch.randperm(8).int(), torch.randint(0, 12, (5, 8), dtype=torch.int32)
+    for maps in ({}, {"log2phy": log2phy}, {"routing_table": table}):
+        ids = select_experts(logits, spec)[1]
+        for chosen in (ids, ids.long()):
+            mapped = to_physical(chosen, **maps)
+            assert mapped.dtype == torch.int32
+            assert torch.equal(mapped, select_experts(logits, spec, **maps)[1])
+    with pytest.raises(ValueError, match=r"log2phy of torch.int32 .* must be None where routing_table is given"):
+        to_physical(ids, log2phy=log2phy, routing_table=table)
+    with pytest.raises(ValueError, match=r"log2phy of torch.int64 .* must be torch.int32 \[8\]"):
+        to_physical(ids, log2phy=log2phy.long())
 
 
 @pytest.mark.parametrize("scoring", get_args(Scoring))

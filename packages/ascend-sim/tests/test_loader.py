@@ -118,7 +118,7 @@ def test_torch_alone_works_with_the_simulator_off():
     assert done.stdout == "2.0 False False\n", done.stderr
 
 
-def test_torch_npu_may_come_first_and_devices_and_memory_follow_the_variables():
+def test_torch_npu_may_come_first_and_devices_memory_and_chip_follow_the_variables():
     code = (
         "import torch_npu, torch, importlib, torch_npu.npu.utils, torch_npu.distributed\n"
         "from ascend_sim import activate, loader\n"
@@ -126,10 +126,12 @@ def test_torch_npu_may_come_first_and_devices_and_memory_follow_the_variables():
         "assert type(torch_npu.__spec__.loader).__name__ == '_Watched' and torch_npu.__file__ == torch_npu.__spec__.origin\n"
         "assert importlib.util.find_spec('torch_npu.npu') is not None\n"
         "import inspect; assert 'torch' in inspect.getsource(torch_npu)\n"
-        "print((torch.ones(2, device='npu') + 1).tolist(), torch.npu.device_count(), torch.npu.mem_get_info()[1])"
+        "print((torch.ones(2, device='npu') + 1).tolist(), torch.npu.device_count(), torch.npu.mem_get_info()[1])\n"
+        "print(torch.npu.get_device_name(0))"
     )
-    done = python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0", ASCEND_SIM_DEVICES="3", ASCEND_SIM_MEMORY="512 MiB")
-    assert done.stdout == f"[2.0, 2.0] 3 {512 << 20}\n", done.stderr
+    changed = {"ASCEND_SIM_DEVICES": "3", "ASCEND_SIM_MEMORY": "512 MiB", "ASCEND_SIM_SOC": "Ascend910_9391"}
+    done = python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0", **changed)
+    assert done.stdout == f"[2.0, 2.0] 3 {512 << 20}\nAscend910_9391\n", done.stderr
 
 
 # Mistakes in variables
@@ -142,6 +144,7 @@ def test_torch_npu_may_come_first_and_devices_and_memory_follow_the_variables():
         ("ASCEND_SIM_DEVICES", "0", "ASCEND_SIM_DEVICES is '0'; allowed: 1 to 64"),
         ("ASCEND_SIM_DEVICES", "65", "allowed: 1 to 64"),
         ("ASCEND_SIM_DEVICES", "two", "allowed: 1 to 64"),
+        ("ASCEND_SIM_SOC", "Ascend1", "ASCEND_SIM_SOC is 'Ascend1'; allowed: Ascend910B3, Ascend910_9391"),
         ("ASCEND_SIM_MEMORY", "much", "ASCEND_SIM_MEMORY is 'much'; allowed: a number with one of KiB, MiB, GiB"),
         ("ASCEND_SIM_MEMORY", "1KiB", "allowed: at least 32MiB"),
         ("ASCEND_SIM_STRICT", "no", "ASCEND_SIM_STRICT is 'no'; allowed: 1 (as hardware), 0 (relaxed)"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-experts layers: routing, dispatch and combine over expert parallel ranks, grouped and shared experts."""
 
-from ascend_moe.choose import CommMethod, Deployment, Soc, choose_method
+from ascend_moe.choose import CommMethod, Deployment, Soc, choose_method, mc2_buffer_bytes
 from ascend_moe.dispatch import Dispatched, Dispatcher, make_dispatcher
 from ascend_moe.env import MoeEnv
 from ascend_moe.experts import Activation, Experts, FloatExperts, Gate
@@ -18,7 +18,7 @@ from ascend_moe.layer import (
 from ascend_moe.load import counts_to_cumsum, cumsum_to_counts, slot_load
 from ascend_moe.prepare import Layout, Prepared, make_layout
 from ascend_moe.quant import W8A8Experts, quantise_weights
-from ascend_moe.routing import GroupScore, RoutingSpec, Scoring, select_experts
+from ascend_moe.routing import GroupScore, RoutingSpec, Scoring, select_experts, to_physical
 from ascend_moe.shared import SharedExperts, SharedMode
 
 __all__ = [
@@ -52,8 +52,10 @@ __all__ = [
     "make_comm",
     "make_dispatcher",
     "make_layout",
+    "mc2_buffer_bytes",
     "quantise_weights",
     "reduced",
     "select_experts",
     "slot_load",
+    "to_physical",
 ]

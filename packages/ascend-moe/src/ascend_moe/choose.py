@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["CommMethod", "Deployment", "Soc", "choose_method"]
+__all__ = ["CommMethod", "Deployment", "Soc", "choose_method", "mc2_buffer_bytes"]
 
 # What MC2's kernels take, on every SoC and on A2 alone.
 _MC2_TOKENS_PER_RANK = 512
@@ -19,6 +19,21 @@ class Soc(Enum):
     A3 = "A3"
     A5 = "A5"
     P310 = "310P"
+
+    @classmethod
+    def of(cls, device_name: str) -> "Soc":
+        """The family of a device as torch_npu names it, such as Ascend910B3 (A2) or Ascend910_9391 (A3).
+
+        Raises:
+            ValueError: another name.
+        """
+        for prefix, soc in _DEVICE_NAMES.items():
+            if device_name.startswith(prefix):
+                return soc
+        raise ValueError(f"device_name={device_name!r} must start with one of {', '.join(_DEVICE_NAMES)}")
+
+
+_DEVICE_NAMES = {"Ascend910B": Soc.A2, "Ascend910_93": Soc.A3, "Ascend950": Soc.A5, "Ascend310P": Soc.P310}
 
 
 class CommMethod(Enum):
@@ -107,3 +122,24 @@ def choose_method(deployment: Deployment, tokens: int) -> CommMethod:
     if deployment.soc is Soc.A5 and deployment.world_size <= deployment.top_k:
         return CommMethod.ALL_GATHER
     return CommMethod.ALL_TO_ALL_V
+
+
+def mc2_buffer_bytes(deployment: Deployment, hidden: int, tokens: int | None = None) -> int:
+    """The bytes that an HCCL buffer must have for MC2's kernels: `HCCL_BUFFSIZE` is to be as many MB or more.
+
+    Args:
+        deployment: the sizes.
+        hidden: H.
+        tokens: the most tokens of a rank. None: those of `mc2_capacity`.
+
+    Source: CANN's documentation of `aclnnMoeDistributeDispatchV2`, on HCCL_BUFFSIZE.
+    """
+    if tokens is None:
+        tokens = deployment.mc2_capacity // deployment.tp_size
+    sent = deployment.experts_per_rank * deployment.ep_size * _aligned(_aligned(2 * hidden, 32) + 64, 512)
+    returned = deployment.top_k * _aligned(2 * hidden, 512)
+    return 2 * tokens * (sent + returned)
+
+
+def _aligned(size: int, to: int) -> int:
+    return -(-size // to) * to

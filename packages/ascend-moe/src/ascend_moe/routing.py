@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ascend_moe import kernels
 
-__all__ = ["GroupScore", "RoutingSpec", "Scoring", "select_experts"]
+__all__ = ["GroupScore", "RoutingSpec", "Scoring", "select_experts", "to_physical"]
 
 Scoring: TypeAlias = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 GroupScore: TypeAlias = Literal["top2_sum", "max"]
@@ -132,11 +132,37 @@ def select_experts(
     Source: the routers of Mixtral, Qwen3-MoE, DeepSeek-V2, -V3, -V4 and GLM4-MoE in Hugging Face transformers.
     """
     _check_inputs(logits, spec, bias)
-    _check_maps(log2phy, routing_table, logits)
+    _check_maps(log2phy, routing_table, logits.shape[1], logits.device)
 
     choose = _by_kernel if _kernel_routes(logits, spec) else _by_operators
     weights_TK, ids_TK = choose(logits.float(), spec, None if bias is None else bias.float())
-    return weights_TK, _physical(ids_TK, log2phy, routing_table).to(torch.int32)
+    return weights_TK, to_physical(ids_TK, log2phy=log2phy, routing_table=routing_table)
+
+
+def to_physical(ids: Tensor, *, log2phy: Tensor | None = None, routing_table: Tensor | None = None) -> Tensor:
+    """The slots of chosen experts, for a router that is elsewhere. `select_experts` does the same by itself.
+
+    Args:
+        ids: int32 or int64 `[T, K]`, logical experts in 0..E-1.
+        log2phy: as in `select_experts`.
+        routing_table: as in `select_experts`.
+
+    Returns:
+        int32 `[T, K]`; the ids themselves where there is no map.
+
+    Raises:
+        ValueError: two maps, or one of a wrong shape or dtype.
+    """
+    given = log2phy if log2phy is not None else routing_table
+    if given is not None:
+        _check_maps(log2phy, routing_table, given.shape[-1], ids.device)
+    chosen = ids.long()
+    if log2phy is not None:
+        return log2phy[chosen]
+    if routing_table is not None:
+        rows_T = torch.arange(ids.shape[0], device=ids.device) % routing_table.shape[0]
+        return routing_table[rows_T.unsqueeze(1), chosen]
+    return ids.to(torch.int32)
 
 
 def _kernel_routes(logits: Tensor, spec: RoutingSpec) -> bool:
@@ -211,16 +237,6 @@ def _close_groups(choice_TE: Tensor, spec: RoutingSpec) -> Tensor:
     return choice_TGe.masked_fill(closed_TG.unsqueeze(-1), -math.inf).reshape(tokens, num_experts)
 
 
-def _physical(ids_TK: Tensor, log2phy: Tensor | None, routing_table: Tensor | None) -> Tensor:
-    """`ids_TK` as physical slots where there is a map."""
-    if log2phy is not None:
-        return log2phy[ids_TK]
-    if routing_table is not None:
-        rows_T = torch.arange(ids_TK.shape[0], device=ids_TK.device) % routing_table.shape[0]
-        return routing_table[rows_T.unsqueeze(1), ids_TK]
-    return ids_TK
-
-
 def _check_inputs(logits: Tensor, spec: RoutingSpec, bias: Tensor | None) -> None:
     """Raise ValueError unless the logits are a float matrix that the spec fits, and the bias is there if it must be."""
     if logits.dim() != 2 or not logits.is_floating_point():
@@ -238,20 +254,19 @@ def _check_inputs(logits: Tensor, spec: RoutingSpec, bias: Tensor | None) -> Non
         raise ValueError(f"bias of {_describe(bias)} must be {wanted}")
 
 
-def _check_maps(log2phy: Tensor | None, routing_table: Tensor | None, logits: Tensor) -> None:
+def _check_maps(log2phy: Tensor | None, routing_table: Tensor | None, num_experts: int, device: torch.device) -> None:
     """Raise ValueError unless at most one map is given, and that one fits."""
     if log2phy is not None and routing_table is not None:
         raise ValueError(
             f"log2phy of {_describe(log2phy)} must be None where routing_table is given: ids are mapped once"
         )
-    num_experts = logits.shape[1]
     for name, given, axes in (("log2phy", log2phy, 1), ("routing_table", routing_table, 2)):
         if given is None:
             continue
         shape = f"[{num_experts}]" if axes == 1 else f"[1 row or more, {num_experts}]"
         fits = given.dim() == axes and given.shape[-1] == num_experts and given.shape[0] > 0
-        if not fits or given.dtype != torch.int32 or given.device != logits.device:
-            raise ValueError(f"{name} of {_describe(given)} must be torch.int32 {shape} on {logits.device}")
+        if not fits or given.dtype != torch.int32 or given.device != device:
+            raise ValueError(f"{name} of {_describe(given)} must be torch.int32 {shape} on {device}")
 
 
 def _describe(tensor: Tensor) -> str:

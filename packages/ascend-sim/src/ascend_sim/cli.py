@@ -57,6 +57,7 @@ def status(as_json: AsJson = False) -> None:
             "kernels", "compiled" if facts["compiled"] else "compiled when torch is first imported (a minute or two)"
         )
         if facts["active"]:
+            shown.add_row("chip", f"{facts['soc']} (ASCEND_SIM_SOC)")
             shown.add_row("devices", f"{facts['devices']} (ASCEND_SIM_DEVICES)")
             shown.add_row("memory", f"{facts['memory_bytes'] / 2**30:g} GiB each (ASCEND_SIM_MEMORY)")
             shown.add_row("mode", "strict: as hardware" if facts["strict"] else "relaxed (ASCEND_SIM_STRICT=0)")
@@ -81,6 +82,7 @@ def _facts() -> dict[str, Any]:
     facts["compiled"] = None not in facts["versions"].values() and build.compiled()
     if not decision.active:
         return facts
+    facts["soc"] = loader.soc_name()
     facts["devices"], facts["memory_bytes"] = loader.device_count(), loader.device_bytes()
     facts["strict"] = loader.strict()
     if facts["compiled"]:

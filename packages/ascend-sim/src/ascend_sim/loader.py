@@ -23,6 +23,7 @@ __all__ = [
     "device_bytes",
     "device_count",
     "memory_bytes",
+    "soc_name",
     "strict",
     "watched_spec",
 ]
@@ -31,6 +32,7 @@ __all__ = [
 SONAMES = ("libhccl", "libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel", "libopapi", "libruntime")
 CANN_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
 SMALLEST_MEMORY = 32 << 20
+SOC_NAMES = ("Ascend910B3", "Ascend910_9391")  # Atlas A2, Atlas A3
 NOT_SET = "Warning: ASCEND_HOME_PATH environment variable is not set.\n"  # torch_npu says this on standard output
 UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -100,6 +102,14 @@ def device_bytes() -> int:
     return memory_bytes(os.environ.get("ASCEND_SIM_MEMORY", "4GiB"))
 
 
+def soc_name() -> str:
+    """Name of the simulated chip: ASCEND_SIM_SOC, or Ascend910B3. It changes the name alone, which products choose by."""
+    name = os.environ.get("ASCEND_SIM_SOC", "Ascend910B3")
+    if name not in SOC_NAMES:
+        raise ValueError(f"ASCEND_SIM_SOC is {name!r}; allowed: {', '.join(SOC_NAMES)}")
+    return name
+
+
 def strict() -> bool:
     """Whether kernels reject what hardware rejects: ASCEND_SIM_STRICT, or yes."""
     text = os.environ.get("ASCEND_SIM_STRICT", "1")
@@ -113,6 +123,7 @@ def before_torch() -> None:
     if "torch" in sys.modules or not decide().active:
         return
     strict()  # the C++ side reads the variable, and takes all but 0 for strict
+    os.environ["ASCEND_SIM_SOC"] = soc_name()
     os.environ["ASCEND_SIM_DEVICES"] = str(device_count())
     os.environ["ASCEND_SIM_MEMORY_BYTES"] = str(device_bytes())
     os.environ["TASK_QUEUE_ENABLE"] = "0"  # torch_npu's launch thread would run beside the CPU kernels

@@ -13,14 +13,19 @@ from typing import Any, TypeVar
 
 from ascend_linear.state import FLASHCOMM1_DENSE_THRESHOLD
 
-__all__ = ["AscendConfig", "FinegrainedTP", "PrefetchRatio", "WeightPrefetch"]
+__all__ = ["LAYOUTS", "AscendConfig", "EplbConfig", "FinegrainedTP", "PrefetchRatio", "WeightPrefetch"]
 
-# Options of the public plugin that this version does not have: name -> the values that ask for nothing.
+LAYOUTS = ("spread", "checkpoint")
+# Options of the public plugin that this version does not have, by their path: the values that ask for nothing.
 KNOWN: Mapping[str, tuple[Any, ...]] = {
     "enable_dsa_cp": (False,),  # context parallelism of DeepSeek sparse attention, which has no attention backend here
     "multistream_overlap_shared_expert": (False,),
     "multistream_overlap_gate": (False,),
-    "eplb_config": (None, {}, {"dynamic_eplb": False}),
+    "eplb_config.dynamic_eplb": (False,),  # experts that move while the engine runs
+    "eplb_config.expert_map_record_path": (None,),
+    "eplb_config.algorithm_execution_interval": (30,),
+    "eplb_config.eplb_policy_type": (0, 1),
+    "eplb_config.eplb_heat_collection_stage": ("all",),
     "enable_fused_mc2": (0, False),
     "enable_prefill_mc2": (False,),
     "enable_mc2_hierarchy_comm": (False,),
@@ -109,6 +114,43 @@ class WeightPrefetch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EplbConfig:
+    """`eplb_config`: on which rank each expert lies. Nothing moves while the engine runs.
+
+    Args:
+        expert_map_path: a placement file in any format of ascend-eplb; "": `layout` says where experts lie.
+        num_redundant_experts: slots beyond one for each expert, in each layer; with a file, what the file has, or 0.
+        layout: "spread" or "checkpoint" (an option of this plugin alone); see ascend-eplb.
+        expert_load_record_path: where rank 0 writes how many tokens each expert got, .npz, .npy or .json; "": nowhere (of this plugin alone).
+        expert_heat_collection_interval: steps that one entry of that file sums up.
+    """
+
+    expert_map_path: str = ""
+    num_redundant_experts: int = 0
+    layout: str = "spread"
+    expert_load_record_path: str = ""
+    expert_heat_collection_interval: int = 400
+
+    def __post_init__(self) -> None:
+        """Check what needs neither the model nor the ranks."""
+        path = "option 'eplb_config."
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"{path}layout' ({self.layout!r}) must be one of {', '.join(LAYOUTS)}")
+        if self.expert_map_path and self.layout != LAYOUTS[0]:
+            raise ValueError(
+                f"{path}layout' ({self.layout!r}) cannot be used with expert_map_path: the file says where experts lie"
+            )
+        if self.expert_heat_collection_interval < 1:
+            raise ValueError(
+                f"{path}expert_heat_collection_interval' ({self.expert_heat_collection_interval}) must be 1 or more"
+            )
+        if self.expert_load_record_path and not self.expert_load_record_path.endswith((".npz", ".npy", ".json")):
+            raise ValueError(
+                f"{path}expert_load_record_path' ({self.expert_load_record_path!r}) must end in .npz, .npy or .json"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AscendConfig:
     """This plugin's options, each of the right type.
 
@@ -121,6 +163,7 @@ class AscendConfig:
         enable_shared_expert_dp: shared experts whole on every rank, which computes its share of the tokens.
         finegrained_tp_config: TP sizes per module.
         weight_prefetch_config: weight prefetch.
+        eplb_config: where experts lie.
     """
 
     enable_flashcomm1: bool = False
@@ -131,6 +174,7 @@ class AscendConfig:
     enable_shared_expert_dp: bool = False
     finegrained_tp_config: FinegrainedTP = field(default_factory=FinegrainedTP)
     weight_prefetch_config: WeightPrefetch = field(default_factory=WeightPrefetch)
+    eplb_config: EplbConfig = field(default_factory=EplbConfig)
 
     @classmethod
     def of(cls, additional_config: object, retired_variables: Mapping[str, str] | None = None) -> AscendConfig:
@@ -149,20 +193,7 @@ class AscendConfig:
             raise ValueError(f"environment variable {name} belongs to the public plugin and is not read here; {remedy}")
         if not isinstance(additional_config, Mapping):
             raise ValueError(f"additional_config must be a JSON object, got {type(additional_config).__name__}")
-        ours = {f.name for f in fields(cls)}
-        given: dict[str, Any] = {}
-        for key, value in additional_config.items():
-            if key in INERT or key in OF_VLLM:
-                continue
-            if key in ours:
-                given[key] = value
-            elif key not in KNOWN:
-                raise ValueError(f"additional_config has an {_unknown(key, value, [*ours, *KNOWN, *INERT])}")
-            elif value not in KNOWN[key]:
-                raise ValueError(
-                    f"option {key!r} ({value!r}) of the public plugin is not supported by this one; remove it, or set it to {KNOWN[key][0]!r}"
-                )
-        return _read(cls, given, "")
+        return _read(cls, {key: value for key, value in additional_config.items() if key not in (*INERT, *OF_VLLM)}, "")
 
 
 def _unknown(key: str, value: object, names: list[str]) -> str:
@@ -172,22 +203,34 @@ def _unknown(key: str, value: object, names: list[str]) -> str:
 
 
 def _read(cls: type[_Options], given: object, path: str) -> _Options:
-    """A config class from a JSON object whose keys are its fields. null leaves a field at its default.
+    """A config class from a JSON object whose keys are its fields, or known and asking for nothing. null leaves a field at its default.
 
     Raises:
-        ValueError: an unknown key, or a value of the wrong type, named by its path.
+        ValueError: an unknown key, a known one that asks for something, or a value of the wrong type, named by its path.
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"option {path.rstrip('.')!r} ({given!r}) must be an object with the keys {_names(cls)}")
     defaults = cls()
+    known = [name.removeprefix(path) for name in KNOWN if name.startswith(path) and "." not in name.removeprefix(path)]
+    names = [*_names(cls), *known, *(() if path else INERT)]
     read: dict[str, Any] = {}
     for key, value in given.items():
-        if key not in _names(cls):
-            raise ValueError(f"option {path.rstrip('.')!r} has an {_unknown(key, value, _names(cls))}")
-        default = getattr(defaults, key)
-        if value is not None:
-            read[key] = _read_value(default, value, f"{path}{key}")
+        if key not in names:
+            where = f"option {path.rstrip('.')!r}" if path else "additional_config"
+            raise ValueError(f"{where} has an {_unknown(key, value, names)}")
+        if key in known:
+            _ask_for_nothing(f"{path}{key}", value)
+        elif value is not None:
+            read[key] = _read_value(getattr(defaults, key), value, f"{path}{key}")
     return cls(**read)
+
+
+def _ask_for_nothing(path: str, value: object) -> None:
+    """ValueError if `value` of the known option at `path` asks for something."""
+    if value not in KNOWN[path]:
+        raise ValueError(
+            f"option {path!r} ({value!r}) of the public plugin is not supported by this one; remove it, or set it to {KNOWN[path][0]!r}"
+        )
 
 
 def _names(cls: type) -> list[str]:
@@ -203,6 +246,8 @@ def _read_value(default: Any, value: Any, path: str) -> Any:
         allowed, fits = "a whole number, 0 or more", is_number and isinstance(value, int) and value >= 0
     elif isinstance(default, float):
         allowed, fits = "a number from 0 to 1", is_number and 0 <= value <= 1
+    elif isinstance(default, str):
+        allowed, fits = "a text", isinstance(value, str)
     elif isinstance(default, tuple):
         fits = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
         allowed, value = "a list of names", tuple(value) if fits else value

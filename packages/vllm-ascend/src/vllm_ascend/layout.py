@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, cast
 
@@ -15,6 +15,7 @@ from ascend_comm import CommGroup, GroupConfig, Topology, group_of
 from ascend_linear import LayerShard, LinearEnv, MoeLayers
 
 from vllm_ascend.config import AscendConfig
+from vllm_ascend.eplb import placement
 
 __all__ = ["Deployment", "Model", "check", "group_config", "linear_env", "planned_env"]
 
@@ -42,16 +43,21 @@ class Model:
     Args:
         moe: which layers are MoE layers; `moe.routed_experts` is 0 for a dense model.
         latent_attention: whether attention runs as multi-head latent attention (MLA).
+        moe_layer_ids: the decoder layers that are MoE layers, ascending.
+        experts_per_token: routed experts that a token passes; 0 where unknown.
         shared_experts: whether its MoE layers have shared experts.
         multimodal: whether it embeds more than tokens.
         tied_embeddings: whether the LM head is the token embedding.
         vocabulary: tokens, without padding.
         dense_width: neurons of a dense MLP; 0 where unknown.
         attention_width: features that o_proj takes; 0 where unknown.
+        hidden: features of a token between layers; 0 where unknown.
         half_precision: whether it computes in float16 or bfloat16.
     """
 
     moe: MoeLayers = field(default_factory=MoeLayers)
+    moe_layer_ids: tuple[int, ...] = ()
+    experts_per_token: int = 0
     latent_attention: bool = False
     shared_experts: bool = False
     multimodal: bool = False
@@ -59,6 +65,7 @@ class Model:
     vocabulary: int = 0
     dense_width: int = 0
     attention_width: int = 0
+    hidden: int = 0
     half_precision: bool = True
 
     @classmethod
@@ -84,6 +91,7 @@ class Model:
 
         experts = get("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts", default=0)
         experts = max(experts, default=0) if isinstance(experts, (list, tuple)) else experts
+        layers = number("num_hidden_layers") if experts else 0
         every, first = get("moe_layer_freq", default=1), get("first_k_dense_replace")
         regular = isinstance(every, int) and every > 0 and isinstance(first, int)  # some list every layer instead
         heads = number("num_attention_heads")
@@ -94,6 +102,9 @@ class Model:
                 first_k_dense_replace=first if regular else None,
                 moe_layer_freq=every if regular else 1,
             ),
+            "moe_layer_ids": tuple(layer for layer in range(layers) if _has_experts(layer, get)),
+            "experts_per_token": number("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"),
+            "hidden": number("hidden_size"),
             "shared_experts": bool(get("n_shared_experts", "shared_expert_intermediate_size", default=0)),
             "tied_embeddings": bool(get("tie_word_embeddings", default=False)),
             "vocabulary": number("vocab_size"),
@@ -101,6 +112,16 @@ class Model:
             "attention_width": heads * head,
         }
         return cls(**{**read, **known})
+
+
+def _has_experts(layer: int, get: Callable[..., Any]) -> bool:
+    """Whether a decoder layer of a MoE model is one with experts; `get` reads its config. DeepSeek's and GLM's words, then Qwen's."""
+    every = get("moe_layer_freq", default=1)
+    if isinstance(every, (list, tuple)):
+        return layer < len(every) and bool(every[layer])
+    if layer in get("mlp_only_layers", default=()) or (layer + 1) % get("decoder_sparse_step", default=1):
+        return False
+    return bool(layer >= get("first_k_dense_replace", default=0) and layer % every == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +138,7 @@ class Deployment:
         adapters: whether LoRA is on.
         microbatches: whether steps are cut into overlapping microbatches (DBO).
         prompt_embeddings: whether requests may carry embeddings instead of tokens.
+        round_robin_experts: whether vLLM's `expert_placement_strategy` is "round_robin".
     """
 
     topology: Topology
@@ -128,6 +150,13 @@ class Deployment:
     adapters: bool = False
     microbatches: bool = False
     prompt_embeddings: bool = False
+    round_robin_experts: bool = False
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that share the experts of a layer: 1 without expert parallelism, where each has a shard of every expert."""
+        top = self.topology
+        return top.data_parallel * top.prefill_context_parallel * top.tensor_parallel if self.expert_parallel else 1
 
     @classmethod
     def of(cls, vllm_config: Any) -> Deployment:
@@ -155,6 +184,7 @@ class Deployment:
             adapters=vllm_config.lora_config is not None,
             microbatches=parallel.use_ubatching,
             prompt_embeddings=model.enable_prompt_embeds,
+            round_robin_experts=parallel.expert_placement_strategy == "round_robin",
         )
 
 
@@ -181,15 +211,18 @@ def check(config: AscendConfig, deployment: Deployment) -> None:
     for broken in _broken_rules(config, deployment):
         raise ValueError(broken)
     planned_env(config, deployment)
+    placement.check(config.eplb_config, deployment)
 
 
-def group_config(config: AscendConfig, deployment: Deployment, hccl_buffsize_mb: int = 200) -> GroupConfig:
+def group_config(
+    config: AscendConfig, deployment: Deployment, hccl_buffsize_mb: int = 200, *, mc2: bool = False
+) -> GroupConfig:
     """The groups to build beside vLLM's own. ValueError, in the user's words, for sizes that do not fit."""
     fine = config.finegrained_tp_config
     with _UsersWords():
         return GroupConfig(
             topology=deployment.topology,
-            mc2=False,
+            mc2=mc2,
             otp=fine.oproj_tensor_parallel_size,
             lmhead_tp=fine.lmhead_tensor_parallel_size,
             embed_tp=fine.embedding_tensor_parallel_size,
@@ -268,7 +301,7 @@ def _broken_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]
     idle = AscendConfig(flashcomm1_dense_threshold=config.flashcomm1_dense_threshold)
     if not config.weight_prefetch_config.enabled:  # its ratios ask for nothing then
         idle = replace(idle, weight_prefetch_config=config.weight_prefetch_config)
-    changes_layers = config != idle
+    changes_layers = replace(config, eplb_config=idle.eplb_config) != idle
     for wanted, what in ((deployment.adapters, "LoRA"), (deployment.microbatches, "microbatches (enable_dbo)")):
         if wanted and changes_layers:
             yield f"{what} cannot be used with this plugin's options for linear layers; leave one of the two out"

@@ -8,14 +8,16 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from ascend_comm import CommGroup, GroupSet, Topology, wrap
+from ascend_comm import CommGroup, GroupSet, Solo, Topology, wrap
 from ascend_linear import LinearEnv, PrefetchConfig, StepState, WeightPrefetcher, plan_step
+from ascend_moe import Soc
 from torch import Tensor
-from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_tp_group
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
-from vllm_ascend import envs, layout
+from vllm_ascend import envs, experts, layout
 from vllm_ascend.config import AscendConfig
+from vllm_ascend.experts import Experts
 
 __all__ = ["Parallel", "close", "current", "forward_context", "start", "step"]
 
@@ -32,14 +34,18 @@ class Parallel:
         env: what linear ops are told.
         groups: the groups beside vLLM's own.
         max_num_seqs: requests of a step at most.
+        experts: what MoE layers share; None for a dense model.
     """
 
-    def __init__(self, config: AscendConfig, env: LinearEnv, groups: GroupSet, max_num_seqs: int) -> None:
+    def __init__(
+        self, config: AscendConfig, env: LinearEnv, groups: GroupSet, max_num_seqs: int, experts: Experts | None = None
+    ) -> None:
         """Note them."""
         self.config = config
         self.env = env
         self.groups = groups
         self.max_num_seqs = max_num_seqs
+        self.experts = experts
         self.last_step = _UNSPLIT
         ratios = config.weight_prefetch_config
         self.prefetcher = (
@@ -88,7 +94,15 @@ def start(vllm_config: Any) -> Parallel:
     config = AscendConfig.of(vllm_config.additional_config)
     parallel = vllm_config.parallel_config
     deployment = _in_actual_world(layout.Deployment.of(vllm_config))
-    wanted = layout.group_config(config, deployment, envs.hccl_buffsize_mb())
+    max_num_seqs, is_moe = vllm_config.scheduler_config.max_num_seqs, deployment.model.moe.routed_experts > 0
+    chosen_by, mc2 = None, False
+    if is_moe:
+        soc = Soc.of(torch.npu.get_device_name())
+        chosen_by = experts.sizes(config.eplb_config, deployment, soc, max_num_seqs)
+        mc2 = experts.uses_mc2(chosen_by)
+        if mc2:
+            experts.check_mc2_buffer(chosen_by, deployment.model.hidden, envs.hccl_buffsize_mb())
+    wanted = layout.group_config(config, deployment, envs.hccl_buffsize_mb(), mc2=mc2)
     seconds = parallel.distributed_timeout_seconds
     groups = GroupSet(
         wanted,
@@ -99,7 +113,16 @@ def start(vllm_config: Any) -> Parallel:
     env = layout.linear_env(
         config, deployment, tp=wrap(get_tp_group()), groups=groups, dp_rank=parallel.data_parallel_rank
     )
-    _current = Parallel(config, env, groups, vllm_config.scheduler_config.max_num_seqs)
+    shared = None
+    if chosen_by is not None:
+        over = experts.ExpertGroups(
+            ep=wrap(get_ep_group()) if deployment.expert_parallel else Solo(),
+            tp=wrap(get_tp_group()),
+            dp=wrap(get_dp_group()),
+            mc2=groups["mc2"] if mc2 else None,
+        )
+        shared = experts.Experts(config.eplb_config, deployment, over, chosen_by)
+    _current = Parallel(config, env, groups, max_num_seqs, shared)
     return _current
 
 

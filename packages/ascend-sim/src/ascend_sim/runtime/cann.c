@@ -5,6 +5,7 @@
 // It is compiled against the CANN headers that the torch_npu wheel carries, so the compiler checks every signature.
 //
 //   ASCEND_SIM_DEVICES   number of devices (default 8)
+//   ASCEND_SIM_SOC       name of the chip (default Ascend910B3)
 //   ASCEND_SIM_MEMORY    bytes of memory of each device (set by the loader, which understands "4GiB")
 //
 // What is absent on purpose: an operator that has no kernel in ascend_sim must fail. aclopCompileAndExecute therefore returns an error (a 0
@@ -60,7 +61,10 @@ static aclError fail(aclError code, const char *reason) {
 aclError aclInit(const char *path) { (void)path; return ACL_SUCCESS; }
 aclError aclFinalize(void) { return ACL_SUCCESS; }
 const char *aclGetRecentErrMsg(void) { return last_error; }
-const char *aclrtGetSocName(void) { return "Ascend910B3"; }
+const char *aclrtGetSocName(void) {
+  const char *name = getenv("ASCEND_SIM_SOC");
+  return name && *name ? name : "Ascend910B3";
+}
 void aclAppLog(aclLogLevel level, const char *func, const char *file, uint32_t line, const char *format, ...) {
   (void)level; (void)func; (void)file; (void)line; (void)format;
 }

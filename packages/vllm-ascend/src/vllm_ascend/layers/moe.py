@@ -1,29 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unquantised MoE layers on ascend-moe's kernels. vLLM routes them and moves their tokens between ranks; this rank's experts are computed here."""
+"""MoE layers on ascend-moe: vLLM's runner and router around this plugin's experts, their slots and their communication."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from ascend_comm import Solo
 from ascend_moe import (
     Activation,
-    CommMethod,
-    Dispatcher,
+    Experts,
     FloatExperts,
-    MoeEnv,
+    MoeComm,
+    Reduced,
     RoutingSpec,
-    make_dispatcher,
+    forward_selected,
     select_experts,
+    to_physical,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.models.utils import extract_layer_index
 
-__all__ = ["AscendUnquantizedFusedMoEMethod", "register"]
+from vllm_ascend import parallel
+
+__all__ = [
+    "AscendMoERunner",
+    "AscendRoutedExperts",
+    "AscendUnquantizedFusedMoEMethod",
+    "HasExperts",
+    "placed_layers",
+    "register",
+]
 
 _ACTIVATIONS = {
     MoEActivation.SILU: Activation(),
@@ -32,11 +44,155 @@ _ACTIVATIONS = {
 }
 
 
+@runtime_checkable
+class HasExperts(Protocol):
+    """What a quantisation method of routed experts must be able to do here."""
+
+    def experts(self, layer: RoutedExperts) -> Experts:
+        """The layer's experts, from the tensors that it has now."""
+
+
+class AscendRoutedExperts(RoutedExperts):
+    """The experts of this rank, in the slots that the placement gives it, and the way of tokens to them and back.
+
+    Attributes:
+        slots: where the layer's experts lie.
+        load: int64 `[K]`: tokens that each slot of this rank has got so far; None: nobody wants to know.
+        output_is_reduced: whether what `forward_modular` returned last is complete, and not a partial sum over TP.
+    """
+
+    def __init__(self, layer_name: str, params_dtype: torch.dtype, moe_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Make room for this rank's slots, in the place of an equal share of the experts.
+
+        Raises:
+            ValueError: experts that do not divide over the ranks, or a quantisation that this plugin does not have.
+        """
+        shared = parallel.current()
+        if shared is None or shared.experts is None:
+            raise RuntimeError(f"{layer_name}: a MoE layer needs a worker of a MoE model")
+        self.slots = shared.experts.slots(extract_layer_index(layer_name), moe_config.num_logical_experts)
+        moe_config.num_local_experts = self.slots.placed.slots_per_rank
+        super().__init__(layer_name, params_dtype, moe_config, *args, **kwargs)
+        if not isinstance(self.quant_method, HasExperts):
+            raise ValueError(
+                f"{layer_name}: experts quantised as {type(self.quant_method).__name__} are not supported by vllm-ascend"
+            )
+        self._over = shared.experts.groups
+        self._comm = shared.experts.comm(
+            self.slots.num_slots,
+            sequence_parallel=moe_config.is_sequence_parallel,
+            sums_later=moe_config.skip_final_all_reduce,
+        )
+        self.output_is_reduced = False
+        device = torch.get_default_device()
+        maps = {"log2phy": self.slots.log2phy, "routing_table": self.slots.routing_table}
+        for name, given in maps.items():
+            self.register_buffer(name, None if given is None else torch.tensor(given, device=device), persistent=False)
+        records = bool(shared.experts.config.expert_load_record_path)
+        load = torch.zeros(self.local_num_experts, dtype=torch.int64, device=device) if records else None
+        self.register_buffer("load", load, persistent=False)
+
+    def update_expert_map_info(self) -> None:
+        """This rank's slots, as vLLM would note its equal share."""
+        super().update_expert_map_info()
+        self.local_num_experts = self.slots.placed.slots_per_rank
+        if self._expert_map is not None:
+            self._expert_map = torch.tensor(self.slots.expert_map, device=self._expert_map.device)
+
+    def _map_global_expert_id_to_local_expert_id(self, expert_id: int) -> int:
+        """By this, vLLM's weight loader puts an expert into each of its slots: a rank has one of them at most."""
+        return int(self.slots.expert_map[expert_id])
+
+    def forward_modular(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """The routed experts' output for this rank's tokens; `output_is_reduced` then says whether it is to be summed over TP.
+
+        Args:
+            x: `[N, H]`.
+            topk_weights: `[N, K]`.
+            topk_ids: `[N, K]`, logical experts.
+            shared_experts: not used, the runner computes them.
+            shared_experts_input: not used.
+
+        Returns:
+            `[N, H]`.
+        """
+        weights = topk_weights.float()
+        if self.apply_router_weight_on_input:  # vLLM has it for one expert a token alone
+            x, weights = (x * weights).to(x.dtype), torch.ones_like(weights)
+        dp_tokens = parallel.step().dp_tokens
+        comm = self._comm.of_step(max(dp_tokens or (len(x),)))
+        output = forward_selected(
+            x,
+            weights,
+            self._physical(topk_ids, comm),
+            experts=cast(HasExperts, self.quant_method).experts(self),
+            comm=comm,
+            tokens=self._tokens(dp_tokens, comm),
+            mask=None if self.load is None else self._real(x, dp_tokens),
+        )
+        if self.load is not None:
+            self.load += output.load
+        self.output_is_reduced = isinstance(output, Reduced)
+        return output.hidden
+
+    def _physical(self, ids: Tensor, comm: MoeComm) -> Tensor:
+        """The slots of experts. Where partial sums are due, several ranks have a token and must mean the same slot."""
+        if self.routing_table is not None and not comm.output_is_reduced:
+            return to_physical(ids, routing_table=self.routing_table)
+        return to_physical(ids, log2phy=self.log2phy)
+
+    def _tokens(self, dp_tokens: tuple[int, ...] | None, comm: MoeComm) -> tuple[int, ...] | None:
+        """Tokens of each data parallel rank, or under sequence parallelism of each rank."""
+        if dp_tokens is None or not comm.env.sequence_parallel:
+            return dp_tokens
+        ranks = self._over.tp.world_size
+        return tuple(-(-tokens // ranks) for tokens in dp_tokens for _ in range(ranks))
+
+    def _real(self, x: Tensor, dp_tokens: tuple[int, ...] | None) -> Tensor:
+        """bool `[N]`: tokens of requests; not those of a step without any, nor the padding of sequence parallelism."""
+        if get_forward_context().attn_metadata is None:
+            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        real = len(x)
+        if dp_tokens is not None and self.moe_config.is_sequence_parallel:
+            real = dp_tokens[self._over.dp.rank_in_group] - self._over.tp.rank_in_group * len(x)
+        return torch.arange(len(x), device=x.device) < real
+
+
+class AscendMoERunner(MoERunner):
+    """vLLM's runner, without communication of its own before and after the experts."""
+
+    routed_experts: AscendRoutedExperts
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """ValueError for a model that brings its own class of routed experts."""
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.routed_experts, AscendRoutedExperts):
+            raise ValueError(
+                f"{self.layer_name}: the model has routed experts of its own, {type(self.routed_experts).__name__}, "
+                "which vllm-ascend does not support"
+            )
+
+    @property
+    def do_naive_dispatch_combine(self) -> bool:
+        """No: the experts move tokens themselves."""
+        return False
+
+    @property
+    def _fused_output_is_reduced(self) -> bool:
+        return self.routed_experts.output_is_reduced
+
+
 class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
-    """This rank's experts as two grouped products, over its share of the rows."""
+    """Experts in the model's own dtype, as two grouped products."""
 
     activation: Activation
-    dispatcher: Dispatcher
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, but weights that were laid out before cannot be told from those that were not."""
@@ -55,52 +211,35 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
             ValueError: an activation that has no kernel, clamping, or biases.
         """
         super().process_weights_after_loading(layer)
-        activation = _ACTIVATIONS.get(layer.activation)
-        if activation is None or layer.swiglu_limit is not None or self.moe.has_bias:
-            raise ValueError(
-                f"MoE layer with activation {layer.activation.value!r}, swiglu_limit={layer.swiglu_limit}, bias={self.moe.has_bias}: "
-                f"vllm-ascend supports {', '.join(kind.value for kind in _ACTIVATIONS)}, without limit and bias"
-            )
+        self.activation = activation_of(layer, has_bias=self.moe.has_bias)
         w13, w2 = cast(Tensor, layer.w13_weight), cast(Tensor, layer.w2_weight)
         for weight in (w13, w2):
             weight.data = weight.data.transpose(1, 2).contiguous()
-        self.activation = activation
-        # The ranks' part is vLLM's: for ascend-moe this rank is alone, with its own slots.
-        self.dispatcher = make_dispatcher(CommMethod.ALL_GATHER, MoeEnv(ep=Solo(), num_slots=layer.local_num_experts))
 
-    def forward_oot(
-        self,
-        layer: RoutedExperts,
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        shared_experts: SharedExperts | None,
-        shared_experts_input: Tensor | None,
-    ) -> Tensor:
-        """The sum over the local experts, not yet over ranks.
-
-        Args:
-            layer: which experts are local.
-            x: `[N, H]`.
-            topk_weights: `[N, K]`.
-            topk_ids: `[N, K]`, ids among all experts.
-            shared_experts: not used, the runner computes them.
-            shared_experts_input: not used.
-
-        Returns:
-            `[N, H]`.
-        """
-        weights, ids = topk_weights.float(), topk_ids.to(torch.int32)
-        if layer.expert_map is not None:  # -1 on another rank; a slot that nobody has, for the dispatcher
-            local = layer.expert_map[topk_ids.long()].to(torch.int32)
-            ids = torch.where(local < 0, layer.local_num_experts, local)
-        if layer.apply_router_weight_on_input:  # vLLM has it for one expert a token alone
-            x, weights = (x * weights).to(x.dtype), torch.ones_like(weights)
-        # The layer's own tensors, looked up at each call: vLLM replaces them when it loads weights anew.
+    def experts(self, layer: RoutedExperts) -> Experts:
+        """The layer's own tensors, looked up at each call: vLLM replaces them when it loads weights anew."""
         w13, w2 = cast(Tensor, layer.w13_weight), cast(Tensor, layer.w2_weight)
-        experts = FloatExperts(w13=w13.data, w2=w2.data, activation=self.activation)
-        dispatched = self.dispatcher.dispatch(x, weights, ids)
-        return self.dispatcher.combine(experts.forward(dispatched, x.dtype), dispatched)
+        return FloatExperts(w13=w13.data, w2=w2.data, activation=self.activation)
+
+
+def activation_of(layer: RoutedExperts, *, has_bias: bool) -> Activation:
+    """What is between the two products of the layer's experts.
+
+    Raises:
+        ValueError: an activation that has no kernel, clamping, or biases.
+    """
+    activation = _ACTIVATIONS.get(layer.activation)
+    if activation is None or layer.swiglu_limit is not None or has_bias:
+        raise ValueError(
+            f"MoE layer with activation {layer.activation.value!r}, swiglu_limit={layer.swiglu_limit}, bias={has_bias}: "
+            f"vllm-ascend supports {', '.join(kind.value for kind in _ACTIVATIONS)}, without limit and bias"
+        )
+    return activation
+
+
+def placed_layers(model: nn.Module) -> Iterator[AscendRoutedExperts]:
+    """The MoE layers of a model on this rank, in order."""
+    return (module for module in model.modules() if isinstance(module, AscendRoutedExperts))
 
 
 def topk_softmax(
@@ -146,11 +285,13 @@ _ARGUMENTS = "Tensor(a!) topk_weights, Tensor(b!) topk_ids, Tensor token_expert_
 
 
 def register() -> Any:
-    """Replace vLLM's method, and define the routing operators that its routers call and that an "empty" build lacks.
+    """Replace vLLM's classes, and define the routing operators that its routers call and that an "empty" build lacks.
 
     Returns:
         What keeps the operators defined; the caller holds it.
     """
+    MoERunner.register_oot(AscendMoERunner)
+    RoutedExperts.register_oot(AscendRoutedExperts)
     UnquantizedFusedMoEMethod.register_oot(AscendUnquantizedFusedMoEMethod)
     library: Any = torch.library.Library("_moe_C", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(f"topk_softmax({_ARGUMENTS}, Tensor? is_padding=None) -> ()")
