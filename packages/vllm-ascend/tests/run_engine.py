@@ -65,6 +65,24 @@ def linear_layers(worker):
     }
 
 
+def experts(worker):
+    """Of each MoE layer in one worker a digest of the weights in each of its slots, `[2I, H]` and `[H, I]` as in a checkpoint."""
+    import hashlib
+
+    from vllm_ascend.layers.moe import AscendRoutedExperts
+
+    def digest(w13, w2):
+        return hashlib.sha256(
+            w13.t().contiguous().numpy().tobytes() + w2.t().contiguous().numpy().tobytes()
+        ).hexdigest()
+
+    return [
+        [digest(w13, w2) for w13, w2 in zip(layer.w13_weight.data.cpu(), layer.w2_weight.data.cpu(), strict=True)]
+        for layer in worker.get_model().modules()
+        if isinstance(layer, AscendRoutedExperts)
+    ]
+
+
 def main(job_file, result_file):
     from vllm import LLM
 
@@ -84,6 +102,7 @@ def main(job_file, result_file):
                 "preemptions": preemptions(llm),
                 "collectives": collectives,
                 "layers": llm.collective_rpc(linear_layers) if inspected else None,
+                "experts": llm.collective_rpc(experts) if engine.get("experts") else None,
                 "operators": llm.collective_rpc(operators) if inspected else None,
             }
         )

@@ -150,7 +150,7 @@ def test_model_facts_of_a_config():
     assert model.shared_experts
     assert (model.attention_width, model.dense_width, model.vocabulary) == (16384, 18432, 129280)
     plain = Model.of({"num_attention_heads": 4, "hidden_size": 64, "tie_word_embeddings": True})
-    assert plain == Model(tied_embeddings=True, attention_width=64)
+    assert plain == Model(tied_embeddings=True, attention_width=64, hidden=64)
     assert Model.of({"intermediate_size": [64, 128], "num_experts": [8, 8]}) == Model(moe=MoeLayers(routed_experts=8))
 
 

@@ -11,13 +11,16 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ascend import compat, parallel
-from vllm_ascend.layers import linear, sequence
+from vllm_ascend.eplb.record import LoadRecorder
+from vllm_ascend.layers import linear, moe, sequence
 
 __all__ = ["AscendModelRunner"]
 
 
 class AscendModelRunner(GPUModelRunner):
     """The GPU runner, with NPU streams and events."""
+
+    load_recorder: LoadRecorder | None = None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         """Build vLLM's runner on `device`."""
@@ -29,6 +32,13 @@ class AscendModelRunner(GPUModelRunner):
         super().load_model(*args, **kwargs)
         linear.finish_loading(self.get_model())
         sequence.attach(self.get_model())
+        self.load_recorder = moe.load_recorder(self.get_model())
+
+    def eplb_step(self, is_dummy: bool = False, is_profile: bool = False) -> None:
+        """What vLLM calls after each step of all ranks that share experts."""
+        super().eplb_step(is_dummy, is_profile)
+        if self.load_recorder is not None and not is_profile:
+            self.load_recorder.step()
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """A step without requests. Where data parallel ranks share the LM head, it goes on to the logits, for which the others wait.

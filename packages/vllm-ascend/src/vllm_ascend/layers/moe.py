@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -27,13 +26,15 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_ascend import parallel
+from vllm_ascend.eplb.record import LoadRecorder
 
 __all__ = [
     "AscendMoERunner",
     "AscendRoutedExperts",
     "AscendUnquantizedFusedMoEMethod",
     "HasExperts",
-    "placed_layers",
+    "activation_of",
+    "load_recorder",
     "register",
 ]
 
@@ -60,6 +61,11 @@ class AscendRoutedExperts(RoutedExperts):
         load: int64 `[K]`: tokens that each slot of this rank has got so far; None: nobody wants to know.
         output_is_reduced: whether what `forward_modular` returned last is complete, and not a partial sum over TP.
     """
+
+    log2phy: Tensor | None
+    routing_table: Tensor | None
+    load: Tensor | None
+    _expert_map: Tensor | None
 
     def __init__(self, layer_name: str, params_dtype: torch.dtype, moe_config: Any, *args: Any, **kwargs: Any) -> None:
         """Make room for this rank's slots, in the place of an equal share of the experts.
@@ -94,7 +100,7 @@ class AscendRoutedExperts(RoutedExperts):
 
     def update_expert_map_info(self) -> None:
         """This rank's slots, as vLLM would note its equal share."""
-        super().update_expert_map_info()
+        super().update_expert_map_info()  # type: ignore[no-untyped-call]
         self.local_num_experts = self.slots.placed.slots_per_rank
         if self._expert_map is not None:
             self._expert_map = torch.tensor(self.slots.expert_map, device=self._expert_map.device)
@@ -237,9 +243,24 @@ def activation_of(layer: RoutedExperts, *, has_bias: bool) -> Activation:
     return activation
 
 
-def placed_layers(model: nn.Module) -> Iterator[AscendRoutedExperts]:
-    """The MoE layers of a model on this rank, in order."""
-    return (module for module in model.modules() if isinstance(module, AscendRoutedExperts))
+def load_recorder(model: nn.Module) -> LoadRecorder | None:
+    """The recorder of a model's MoE layers; None where `eplb_config` does not ask for one. ValueError as of `LoadRecorder`."""
+    counted = [
+        (module, module.load)
+        for module in model.modules()
+        if isinstance(module, AscendRoutedExperts) and module.load is not None
+    ]
+    shared = parallel.current()
+    if not counted or shared is None or shared.experts is None:
+        return None
+    groups = shared.experts.groups
+    return LoadRecorder(
+        shared.experts.config,
+        [layer.slots.placed for layer, _ in counted],
+        [load for _, load in counted],
+        groups.ep,
+        writes=groups.tp.rank_in_group == 0 and groups.dp.rank_in_group == 0,
+    )
 
 
 def topk_softmax(

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`eplb_config`: what it checks before an engine starts, and what each rank makes of it."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from ascend_comm import Topology
+from ascend_eplb import Placement, checkpoint, expert_map, save_placement, spread
+from ascend_linear import MoeLayers
+from vllm_ascend.config import AscendConfig, EplbConfig
+from vllm_ascend.eplb.placement import ExpertPlacement, placement_of
+from vllm_ascend.layout import Deployment, Model, check
+
+MODEL = Model(moe=MoeLayers(routed_experts=8), moe_layer_ids=(1, 2, 4), experts_per_token=2)
+DEPLOYMENT = Deployment(topology=Topology(4, 2, 1, 1, 2), data_parallel_asked=2, model=MODEL, expert_parallel=True)
+LAYERS = len(MODEL.moe_layer_ids)
+
+
+def shuffled(redundant=0, ranks=4, experts=8, layers=LAYERS, seed=0):
+    """A placement in which nothing is where a layout would put it."""
+    rng = np.random.default_rng(seed)
+    base = spread(num_experts=experts, ranks=ranks, redundant=redundant, layers=layers)
+    return Placement(np.stack([rng.permutation(experts)[layer] for layer in base.physical_to_logical]), experts)
+
+
+def config(**eplb):
+    return AscendConfig.of({"eplb_config": eplb})
+
+
+def seen(placement, rank, *, layout="spread", tp_size=2):
+    return ExpertPlacement(
+        placement, layout=layout, moe_layer_ids=MODEL.moe_layer_ids, rank=rank, tp_size=tp_size, replica=rank // tp_size
+    )
+
+
+def test_without_options_experts_lie_as_vllm_has_them():
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+
+    placement = placement_of(EplbConfig(), DEPLOYMENT)
+    assert placement.layers == LAYERS
+    for rank in range(4):
+        local, theirs, _ = determine_expert_map(ep_size=4, ep_rank=rank, global_num_experts=8)
+        slots = seen(placement, rank).layer(4, 8)
+        assert slots.placed.slots_per_rank == local
+        assert slots.expert_map.tolist() == theirs.tolist()
+        assert slots.log2phy is slots.routing_table is None
+
+
+def test_without_expert_parallelism_one_rank_has_all():
+    placement = placement_of(EplbConfig(), replace(DEPLOYMENT, expert_parallel=False))
+    assert placement == spread(num_experts=8, ranks=1, layers=LAYERS)
+
+
+@pytest.mark.parametrize(("layout", "build"), [("spread", spread), ("checkpoint", checkpoint)])
+@pytest.mark.parametrize("redundant", [0, 4, 8])
+def test_layouts(layout, build, redundant):
+    placement = placement_of(EplbConfig(layout=layout, num_redundant_experts=redundant), DEPLOYMENT)
+    assert placement == build(num_experts=8, ranks=4, redundant=redundant, layers=LAYERS)
+    beyond = seen(placement, 3, layout=layout).layer(5, 8)  # a draft layer, say
+    assert beyond.placed == build(num_experts=8, ranks=4, redundant=redundant)
+
+
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_a_map_file_is_followed_layer_by_layer(tmp_path, redundant):
+    written = shuffled(redundant)
+    save_placement(written, tmp_path / "map.json")
+    eplb = config(expert_map_path=str(tmp_path / "map.json")).eplb_config
+    placement = placement_of(eplb, DEPLOYMENT)
+    assert placement == written
+    for index, decoder_layer in enumerate(MODEL.moe_layer_ids):
+        for rank in range(4):
+            slots = seen(placement, rank).layer(decoder_layer, 8)
+            assert np.array_equal(slots.placed.physical_to_logical[0], written.physical_to_logical[index])
+            assert np.array_equal(slots.expert_map, expert_map(written, rank)[index])
+            holds = slots.placed.physical_to_logical.ravel()
+            assert np.array_equal(holds[slots.log2phy], np.arange(8))
+            if redundant:
+                assert all(np.array_equal(holds[row], np.arange(8)) for row in slots.routing_table)
+                assert set(slots.routing_table.ravel()) == set(range(12))  # every replica is used
+            else:
+                assert slots.routing_table is None
+
+
+def test_tokens_that_ranks_share_mean_the_same_slot_to_them():
+    placement = placement_of(EplbConfig(num_redundant_experts=8), DEPLOYMENT)
+    tables = [seen(placement, rank).layer(1, 8).routing_table for rank in range(4)]
+    assert np.array_equal(tables[0], tables[1])  # one TP group
+    assert np.array_equal(tables[2], tables[3])
+    assert not np.array_equal(tables[0][0], tables[2][0])  # another replica's first token starts elsewhere
+
+
+def test_layers_that_the_file_lacks_are_spread(tmp_path):
+    save_placement(shuffled(4, layers=2), tmp_path / "map.json")
+    placement = placement_of(EplbConfig(expert_map_path=str(tmp_path / "map.json")), DEPLOYMENT)
+    assert np.array_equal(
+        placement.physical_to_logical[2], spread(num_experts=8, ranks=4, redundant=4).physical_to_logical[0]
+    )
+
+
+def test_layers_with_another_number_of_experts_take_the_layout():
+    slots = seen(shuffled(4), 0).layer(1, 4)
+    assert slots.placed == spread(num_experts=4, ranks=4, redundant=4)
+
+
+@pytest.mark.parametrize(
+    ("told", "layers"),
+    [
+        ({"num_experts": 8, "num_hidden_layers": 3}, (0, 1, 2)),
+        ({"n_routed_experts": 8, "num_hidden_layers": 6, "first_k_dense_replace": 2, "moe_layer_freq": 2}, (2, 4)),
+        ({"num_experts": 8, "num_hidden_layers": 6, "mlp_only_layers": [3], "decoder_sparse_step": 2}, (1, 5)),
+        ({"n_routed_experts": 8, "num_hidden_layers": 3, "moe_layer_freq": [0, 1, 1]}, (1, 2)),
+        ({"num_hidden_layers": 3}, ()),
+    ],
+)
+def test_which_layers_have_experts(told, layers):
+    assert Model.of(told).moe_layer_ids == layers
+
+
+def broken_files(folder):
+    """name -> (placement file, what its error says)."""
+    save_placement(shuffled(ranks=2), folder / "ranks.json")
+    save_placement(shuffled(experts=12), folder / "more.json")
+    save_placement(shuffled(experts=4), folder / "fewer.json")
+    save_placement(shuffled(4), folder / "redundant.json")
+    document = json.loads((folder / "redundant.json").read_text())
+    devices = document["layer_list"][1]["device_list"]
+    whole = list(devices[2]["device_expert"])
+    devices[2]["device_expert"] = [whole[0], whole[0], whole[2]]
+    (folder / "twice.json").write_text(json.dumps(document))
+    save_placement(shuffled(), folder / "plain.json")
+    document = json.loads((folder / "plain.json").read_text())
+    for device in document["layer_list"][2]["device_list"]:
+        device["device_expert"] = [6 if expert == 7 else expert for expert in device["device_expert"]]
+    (folder / "missing.json").write_text(json.dumps(document))
+    (folder / "torn.json").write_text('{"moe_layer_count": 3, "lay')
+    (folder / "map.txt").write_text("")
+    return {
+        "ranks.json": "holds 2 ranks",
+        "more.json": "is not in 0..7",
+        "fewer.json": "expert 4 and 3 more of 0..7 is on no device",
+        "twice.json": "rank 2, slot 1: expert",
+        "missing.json": "expert 7",
+        "torn.json": "torn.json",
+        "map.txt": "a placement file ends in",
+        "none.json": "No such file",
+    }
+
+
+def test_a_bad_map_file_is_one_clear_error(tmp_path):
+    for name, message in broken_files(tmp_path).items():
+        path = str(tmp_path / name)
+        with pytest.raises(
+            ValueError, match=f"'eplb_config.expert_map_path' .*{name}.* for 8 experts over 4 ranks"
+        ) as error:
+            check(config(expert_map_path=path), DEPLOYMENT)
+        assert message in str(error.value), name
+
+
+def test_layers_of_another_model_are_refused(tmp_path):
+    one = shuffled()
+    save_placement(Placement(one.physical_to_logical, 8, (10, 11, 12)), tmp_path / "map.json")
+    with pytest.raises(ValueError, match="has layers 10 to 12; the model's are 0 to 2"):
+        check(config(expert_map_path=str(tmp_path / "map.json")), DEPLOYMENT)
+
+
+@pytest.mark.parametrize(
+    ("eplb", "change", "message"),
+    [
+        ({"num_redundant_experts": 4}, {"expert_parallel": False}, "num_redundant_experts' (4) needs enable_expert_parallel"),
+        ({"expert_map_path": "map.json"}, {"expert_parallel": False}, "'map.json') needs enable_expert_parallel"),
+        ({"num_redundant_experts": 4}, {"model": Model()}, "'eplb_config' ({'num_redundant_experts': 4}) needs a MoE model"),
+        ({"num_redundant_experts": 3}, {}, "num_redundant_experts' (3): num_experts=8 + redundant=3 = 11 slots do not divide"),
+        ({"num_redundant_experts": 28}, {}, "at most redundant=24"),
+        ({}, {"model": replace(MODEL, moe=MoeLayers(routed_experts=6))}, "redundant=2 would"),
+        ({}, {"round_robin_experts": True}, "expert_placement_strategy ('round_robin') is not supported"),
+        ({"expert_load_record_path": "/nowhere/load.npz"}, {}, "('/nowhere/load.npz') must lie in a folder that exists"),
+        ({"expert_load_record_path": "load.npz"}, {"topology": Topology(8, 2, 2, 1, 2)}, "needs pipeline_parallel_size 1, got 2"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(eplb, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(config(**eplb), replace(DEPLOYMENT, **change))
+
+
+@pytest.mark.parametrize(
+    ("eplb", "message"),
+    [
+        ({"layout": "random"}, "layout' ('random') must be one of spread, checkpoint"),
+        ({"layout": "checkpoint", "expert_map_path": "map.json"}, "cannot be used with expert_map_path"),
+        ({"expert_heat_collection_interval": 0}, "(0) must be 1 or more"),
+        ({"expert_load_record_path": "load.csv"}, "('load.csv') must end in .npz, .npy or .json"),
+        ({"expert_map_path": 3}, "'eplb_config.expert_map_path' (3) must be a text"),
+        ({"num_redundant_experts": -1}, "a whole number, 0 or more"),
+        ({"redundant": 2}, "unknown option 'redundant' (2); did you mean num_redundant_experts"),
+        ({"dynamic_eplb": True}, "'eplb_config.dynamic_eplb' (True) of the public plugin is not supported by this one"),
+        ({"eplb_heat_collection_stage": "decode"}, "set it to 'all'"),
+    ],
+)
+def test_values_that_no_model_could_have(eplb, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(**eplb)
+
+
+def test_what_asks_for_nothing_is_accepted():
+    asked = {"dynamic_eplb": False, "expert_map_path": None, "eplb_policy_type": 1, "num_redundant_experts": 0}
+    assert AscendConfig.of({"eplb_config": asked}) == AscendConfig()
+
+
+def test_the_file_and_the_option_must_agree(tmp_path):
+    save_placement(shuffled(4), tmp_path / "map.json")
+    path = str(tmp_path / "map.json")
+    check(config(expert_map_path=path, num_redundant_experts=4), DEPLOYMENT)
+    with pytest.raises(ValueError, match=r"num_redundant_experts' \(8\) must be 0 or 4, as in the file"):
+        check(config(expert_map_path=path, num_redundant_experts=8), DEPLOYMENT)
