@@ -60,12 +60,21 @@ def prompts(smollm2):
 
 
 def start_engines(job, folder, env):
-    """`run_engine.py` as a process of its own, in its own process group."""
+    """`run_engine.py` as a process of its own, in its own process group.
+
+    Its workers are forked, for to import takes longer than to run; `test_serve` spawns them as users do.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job))
     settings = (
         os.environ
-        | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "ASCEND_SIM_STRICT": "0", "OMP_NUM_THREADS": "1"}
+        | {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "ASCEND_SIM_STRICT": "0",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+        }
         | env
     )
     with (folder / "said.txt").open("w") as said:

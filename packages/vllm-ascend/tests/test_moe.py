@@ -58,7 +58,8 @@ def families(tmp_path_factory, hugging_face):
     return made
 
 
-def jobs(families, **parallel):
+def job(families, **parallel):
+    """A run of each model."""
     return [
         {
             "engine": {"model": str(folder), **SMALL, "skip_tokenizer_init": True, **parallel},
@@ -70,10 +71,12 @@ def jobs(families, **parallel):
 
 
 INSPECT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+ATLAS_A3 = {"ASCEND_SIM_SOC": "Ascend910_9391"}  # there decoding steps take MC2 and prefills all-to-all-v
+MC2 = {"npu::npu_moe_distribute_dispatch_v2", "npu::npu_moe_distribute_combine_v2"}
 
 
 def test_one_rank(families, run_engines):
-    results = run_engines(jobs(families), VLLM_ENABLE_V1_MULTIPROCESSING="0", **INSPECT)
+    results = run_engines(job(families), VLLM_ENABLE_V1_MULTIPROCESSING="0", **INSPECT)
     for result, (_, _, expected) in zip(results, families.values(), strict=True):
         assert tokens(result) == expected
         assert set(result["operators"][0]) >= KERNELS
@@ -81,9 +84,34 @@ def test_one_rank(families, run_engines):
 
 @pytest.mark.parametrize("experts_apart", [False, True], ids=["tp2", "tp2-ep"])
 def test_two_ranks(families, run_engines, experts_apart):
-    results = run_engines(jobs(families, tensor_parallel_size=2, enable_expert_parallel=experts_apart), **INSPECT)
+    results = run_engines(job(families, tensor_parallel_size=2, enable_expert_parallel=experts_apart), **INSPECT)
     for result, (_, _, expected) in zip(results, families.values(), strict=True):
         assert tokens(result) == expected
+        assert not MC2 & set(result["operators"][0])
+
+
+def test_two_ranks_of_an_atlas_a3(families, run_engines):
+    """As many decoding requests as fit into MC2's capacity; prefills do not fit."""
+    results = run_engines(job(families, tensor_parallel_size=2, enable_expert_parallel=True), **ATLAS_A3, **INSPECT)
+    for result, (_, _, expected) in zip(results, families.values(), strict=True):
+        assert tokens(result) == expected
+        for operators, collectives in zip(result["operators"], result["collectives"][0], strict=True):
+            assert set(operators) >= MC2 | {"npu::npu_moe_init_routing_v2"}
+            assert collectives["alltoall_base_"]
+
+
+@pytest.mark.parametrize("soc", [{}, ATLAS_A3], ids=["a2", "a3"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_data_parallel_ranks_share_the_experts(families, run_replicas, soc, tp):
+    """Each replica has requests of its own, of other lengths; with TP 2 vLLM splits the tokens of MoE layers over TP as well."""
+    folder, prompts, expected = families["qwen3_moe"]
+    shares = [slice(0, 1), slice(1, 4)]
+    (job_,) = job({"qwen3_moe": (folder, prompts, None)}, tensor_parallel_size=tp, enable_expert_parallel=True)
+    jobs = [[job_ | {"runs": [job_["runs"][0] | {"prompts": prompts[share]}]}] for share in shares]
+    results = run_replicas(jobs, **soc, **INSPECT)
+    for (result,), share in zip(results, shares, strict=True):
+        assert tokens(result) == expected[share]
+        assert bool(MC2 & set(result["operators"][0])) == bool(soc)
 
 
 def test_upcycled_smollm2_writes_what_the_dense_model_writes(models, smollm2, prompts, greedy, run_engines):
