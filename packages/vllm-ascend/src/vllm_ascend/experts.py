@@ -38,38 +38,41 @@ class ExpertGroups:
     mc2: CommGroup | None = None
 
 
-def sizes(config: EplbConfig, deployment: Deployment, soc: Soc, max_num_seqs: int) -> ascend_moe.Deployment:
-    """What the choice of a communication method depends on."""
+def sizes(
+    config: EplbConfig, deployment: Deployment, soc: Soc, max_num_seqs: int, hccl_buffsize_mb: int
+) -> ascend_moe.Deployment:
+    """What the choice of a communication method depends on.
+
+    Raises:
+        ValueError: MC2 is to be used, and HCCL's buffers are too small for its kernels.
+    """
     top, model, ranks = deployment.topology, deployment.model, deployment.expert_ranks
-    mc2_takes_it = (
+    fits_mc2 = (
         model.experts_per_token <= _MC2_TOP_K
         and model.hidden <= _MC2_HIDDEN
         and model.hidden % _MC2_HIDDEN_MULTIPLE == 0
     )
-    return ascend_moe.Deployment(
+    chosen_by = ascend_moe.Deployment(
         soc=soc,
         ep_size=ranks,
         tp_size=top.tensor_parallel,
         world_size=top.world_size,
         experts_per_rank=placement_of(config, deployment).slots_per_rank,
         top_k=max(model.experts_per_token, 1),
-        max_captured_tokens=min(max_num_seqs, _CAPTURED_TOKENS) if mc2_takes_it else 0,
+        max_captured_tokens=min(max_num_seqs, _CAPTURED_TOKENS) if fits_mc2 else 0,
     )
+    needed = -(-mc2_buffer_bytes(chosen_by, model.hidden) // _MB) if uses_mc2(chosen_by) else 0
+    if needed > hccl_buffsize_mb:
+        raise ValueError(
+            f"environment variable HCCL_BUFFSIZE ({hccl_buffsize_mb} MB) must be {needed} or more for MC2: {chosen_by.mc2_capacity} tokens of "
+            f"{model.hidden} features a step, {chosen_by.experts_per_rank} experts on each of {ranks} ranks; or lower max_num_seqs ({max_num_seqs})"
+        )
+    return chosen_by
 
 
 def uses_mc2(chosen_by: ascend_moe.Deployment) -> bool:
     """Whether some step will take MC2."""
     return choose_method(chosen_by, 1) is CommMethod.MC2
-
-
-def check_mc2_buffer(chosen_by: ascend_moe.Deployment, hidden: int, hccl_buffsize_mb: int) -> None:
-    """Raise ValueError if HCCL's buffers are too small for MC2's kernels."""
-    needed = -(-mc2_buffer_bytes(chosen_by, hidden) // _MB)
-    if needed > hccl_buffsize_mb:
-        raise ValueError(
-            f"environment variable HCCL_BUFFSIZE ({hccl_buffsize_mb} MB) must be {needed} or more for MC2: {chosen_by.mc2_capacity} tokens of "
-            f"{hidden} features a step, {chosen_by.experts_per_rank} experts on each of {chosen_by.ep_size} ranks; or lower max_num_seqs"
-        )
 
 
 class LayerComm:

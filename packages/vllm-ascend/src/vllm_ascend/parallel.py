@@ -17,7 +17,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 
 from vllm_ascend import envs, experts, layout
 from vllm_ascend.config import AscendConfig
-from vllm_ascend.experts import Experts
+from vllm_ascend.experts import ExpertGroups, Experts
 
 __all__ = ["Parallel", "close", "current", "forward_context", "start", "step"]
 
@@ -86,7 +86,7 @@ def start(vllm_config: Any) -> Parallel:
     Collective: all ranks of the world call it, after vLLM has built its own groups.
 
     Raises:
-        ValueError: options that do not fit (they have been checked before the workers started).
+        ValueError: options that do not fit (they have been checked before the workers started), or HCCL buffers too small for MC2.
         MemoryError: the groups' HCCL buffers do not fit into the free device memory.
     """
     global _current
@@ -94,15 +94,13 @@ def start(vllm_config: Any) -> Parallel:
     config = AscendConfig.of(vllm_config.additional_config)
     parallel = vllm_config.parallel_config
     deployment = _in_actual_world(layout.Deployment.of(vllm_config))
-    max_num_seqs, is_moe = vllm_config.scheduler_config.max_num_seqs, deployment.model.moe.routed_experts > 0
-    chosen_by, mc2 = None, False
-    if is_moe:
+    max_num_seqs, buffsize_mb = vllm_config.scheduler_config.max_num_seqs, envs.hccl_buffsize_mb()
+    chosen_by = None
+    if deployment.model.moe.routed_experts:
         soc = Soc.of(torch.npu.get_device_name())
-        chosen_by = experts.sizes(config.eplb_config, deployment, soc, max_num_seqs)
-        mc2 = experts.uses_mc2(chosen_by)
-        if mc2:
-            experts.check_mc2_buffer(chosen_by, deployment.model.hidden, envs.hccl_buffsize_mb())
-    wanted = layout.group_config(config, deployment, envs.hccl_buffsize_mb(), mc2=mc2)
+        chosen_by = experts.sizes(config.eplb_config, deployment, soc, max_num_seqs, buffsize_mb)
+    mc2 = chosen_by is not None and experts.uses_mc2(chosen_by)
+    wanted = layout.group_config(config, deployment, buffsize_mb, mc2=mc2)
     seconds = parallel.distributed_timeout_seconds
     groups = GroupSet(
         wanted,
@@ -115,13 +113,9 @@ def start(vllm_config: Any) -> Parallel:
     )
     shared = None
     if chosen_by is not None:
-        over = experts.ExpertGroups(
-            ep=wrap(get_ep_group()) if deployment.expert_parallel else Solo(),
-            tp=wrap(get_tp_group()),
-            dp=wrap(get_dp_group()),
-            mc2=groups["mc2"] if mc2 else None,
-        )
-        shared = experts.Experts(config.eplb_config, deployment, over, chosen_by)
+        ep = wrap(get_ep_group()) if deployment.expert_parallel else Solo()
+        over = ExpertGroups(ep=ep, tp=env.tp, dp=wrap(get_dp_group()), mc2=groups["mc2"] if mc2 else None)
+        shared = Experts(config.eplb_config, deployment, over, chosen_by)
     _current = Parallel(config, env, groups, max_num_seqs, shared)
     return _current
 
