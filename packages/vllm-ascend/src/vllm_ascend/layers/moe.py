@@ -141,7 +141,7 @@ class AscendRoutedExperts(RoutedExperts):
             experts=cast(HasExperts, self.quant_method).experts(self),
             comm=comm,
             tokens=self._tokens(dp_tokens, comm),
-            mask=None if self.load is None else self._real(x, dp_tokens),
+            mask=None if self.load is None else self._real(x),
         )
         if self.load is not None:
             self.load += output.load
@@ -161,13 +161,12 @@ class AscendRoutedExperts(RoutedExperts):
         ranks = self._over.tp.world_size
         return tuple(-(-tokens // ranks) for tokens in dp_tokens for _ in range(ranks))
 
-    def _real(self, x: Tensor, dp_tokens: tuple[int, ...] | None) -> Tensor:
-        """bool `[N]`: tokens of requests; not those of a step without any, nor the padding of sequence parallelism."""
-        if get_forward_context().attn_metadata is None:
-            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        real = len(x)
-        if dp_tokens is not None and self.moe_config.is_sequence_parallel:
-            real = dp_tokens[self._over.dp.rank_in_group] - self._over.tp.rank_in_group * len(x)
+    def _real(self, x: Tensor) -> Tensor:
+        """bool `[N]`: tokens of requests; not those of a step without any, nor padding."""
+        metadata = cast("dict[str, Any] | None", get_forward_context().attn_metadata)  # no microbatches here
+        real = next(iter(metadata.values())).num_tokens if metadata else 0  # of one layer; they all count alike
+        if self.moe_config.is_sequence_parallel:
+            real -= self._over.tp.rank_in_group * len(x)
         return torch.arange(len(x), device=x.device) < real
 
 
