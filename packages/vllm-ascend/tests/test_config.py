@@ -79,6 +79,7 @@ BROKEN_RULES = [
     ({"enable_flashcomm1": True}, over(tp=2, model=Model(multimodal=True)), "cannot be used with a multimodal model"),
     ({"enable_flashcomm1": True}, over(tp=2, speculative=True), "cannot be used with speculative decoding"),
     ({"enable_flashcomm1": True}, over(tp=2, adapters=True), "LoRA cannot be used with this plugin's options"),
+    ({}, over(dp=2, model=MOE, microbatches=True), "microbatches (enable_dbo) cannot be used with a MoE model"),
     ({"flashcomm2_parallel_size": 1}, over(tp=2, microbatches=True), "microbatches (enable_dbo) cannot be used"),
     ({"flashcomm2_parallel_size": 3}, over(tp=4), "flashcomm2_parallel_size"),
     ({"flashcomm2_parallel_size": 4}, over(tp=4), "flashcomm2_parallel_size"),

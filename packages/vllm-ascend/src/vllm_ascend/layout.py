@@ -302,6 +302,8 @@ def _broken_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]
     if not config.weight_prefetch_config.enabled:  # its ratios ask for nothing then
         idle = replace(idle, weight_prefetch_config=config.weight_prefetch_config)
     changes_layers = replace(config, eplb_config=idle.eplb_config) != idle
+    if deployment.microbatches and model.moe.routed_experts:
+        yield "microbatches (enable_dbo) cannot be used with a MoE model; leave enable_dbo out"
     for wanted, what in ((deployment.adapters, "LoRA"), (deployment.microbatches, "microbatches (enable_dbo)")):
         if wanted and changes_layers:
             yield f"{what} cannot be used with this plugin's options for linear layers; leave one of the two out"
