@@ -89,12 +89,18 @@ class AscendQuantizationConfig(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from vllm_ascend.quantization.linear import W8A8DynamicLinearMethod, W8A8StaticLinearMethod
+        from vllm_ascend.quantization.moe import W8A8DynamicExpertsMethod
 
         if isinstance(layer, LinearBase):
             kind = self.description.linear(prefix, self.packed_modules_mapping)
             if kind == FLOAT:
                 return UnquantizedLinearMethod()
             return W8A8DynamicLinearMethod() if kind == DYNAMIC else W8A8StaticLinearMethod()
+        if isinstance(layer, RoutedExperts):
+            names = (layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name)
+            projections = [name for name in names if name is not None]  # a model without gated activation has no third one
+            kind = self.description.experts(prefix, projections, layer.moe_config.num_logical_experts)
+            return None if kind == FLOAT else W8A8DynamicExpertsMethod(layer.moe_config)
         if isinstance(layer, VocabParallelEmbedding):
             self.description.check_float(prefix)
         return None
