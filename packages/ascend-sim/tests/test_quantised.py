@@ -40,7 +40,13 @@ def spiky(tmp_path_factory):
         for layer in model.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[3] *= 60
-            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+            for linear in (
+                layer.self_attn.q_proj,
+                layer.self_attn.k_proj,
+                layer.self_attn.v_proj,
+                layer.mlp.gate_proj,
+                layer.mlp.up_proj,
+            ):
                 linear.weight[:, 3] /= 60
             layer.mlp.up_proj.weight[7] *= 60
             layer.mlp.down_proj.weight[:, 7] /= 60
@@ -192,7 +198,9 @@ def test_smoothing_leaves_every_bit_of_the_logits_and_lowers_what_quantisation_l
     texts = [list(range(20)), [5, 3, 9]]
     tokens = torch.randint(0, 64, (2, 24))
     smoothed = checkpoints.smooth(spiky, tmp_path / "smooth", texts=texts)
-    assert any(not torch.equal(a, b) for a, b in zip(tensors_of(spiky).values(), tensors_of(smoothed).values(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(tensors_of(spiky).values(), tensors_of(smoothed).values(), strict=True)
+    )
     reference = logits_of(spiky, tokens)
     assert torch.equal(logits_of(smoothed, tokens), reference)
     plain = loss_by_quantisation(spiky, tokens, reference, tmp_path / "plain-w8a8")

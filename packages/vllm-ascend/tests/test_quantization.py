@@ -20,7 +20,9 @@ TENSORS = {
 }
 ATTENTION, MLP, EXPERTS = "model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.1.mlp.experts"
 PROJECTIONS = ("gate_proj", "down_proj", "up_proj")
-SUPPORTED = "vllm-ascend supports W8A8_DYNAMIC and W8A8 for linear layers, W8A8_DYNAMIC for experts, FLOAT for everything"
+SUPPORTED = (
+    "vllm-ascend supports W8A8_DYNAMIC and W8A8 for linear layers, W8A8_DYNAMIC for experts, FLOAT for everything"
+)
 
 
 def described(kinds, **more):
@@ -139,16 +141,16 @@ def test_each_layer_gets_its_method():
     assert method(RowParallelLinear, f"{ATTENTION}.o_proj") == "UnquantizedLinearMethod"
     assert method(RowParallelLinear, f"{MLP}.down_proj") == "W8A8DynamicLinearMethod"
     assert method(RoutedExperts, EXPERTS, moe_config=MoEConfig(), **names) == "W8A8DynamicExpertsMethod"
-    with pytest.raises(ValueError, match="no type for 'model.layers.7.mlp.down_proj.weight'"):
+    with pytest.raises(ValueError, match=r"no type for 'model\.layers\.7\.mlp\.down_proj\.weight'"):
         method(RowParallelLinear, "model.layers.7.mlp.down_proj")
 
 
 def test_tensors_that_were_not_loaded_are_named():
     check_loaded("layer", weight_scale=torch.ones(3))
     check_symmetric("layer", torch.zeros(3))
-    with pytest.raises(ValueError, match="layer 'a.b': weight_scale is not in the checkpoint's files, or not finite"):
+    with pytest.raises(ValueError, match=r"layer 'a\.b': weight_scale is not in the checkpoint's files, or not finite"):
         check_loaded("a.b", weight_scale=torch.tensor([1.0, torch.nan]))
-    with pytest.raises(ValueError, match="layer 'a.b': weight_offset has values other than 0"):
+    with pytest.raises(ValueError, match=r"layer 'a\.b': weight_offset has values other than 0"):
         check_symmetric("a.b", torch.tensor([0.0, 3.0]))
 
 
@@ -191,7 +193,10 @@ def test_the_bias_of_a_static_layer_is_in_quant_bias_alone():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (static_layer(torch.bfloat16, scales=(0.5, 0.25)), r"its fused parts have input_scale \[0.5, 0.25\], but one input"),
+        (
+            static_layer(torch.bfloat16, scales=(0.5, 0.25)),
+            r"its fused parts have input_scale \[0.5, 0.25\], but one input",
+        ),
         (static_layer(torch.bfloat16, scales=(0.5, torch.nan)), "input_scale is not in the checkpoint's files"),
         (static_layer(torch.float16, deq_scale=torch.full((4,), -1)), "deq_scale is not in the checkpoint's files"),
     ],
@@ -241,14 +246,18 @@ def test_which_method_a_model_gets(tmp_path):
             (tmp_path / name / "quant_model_description.json").write_text(description)
     mindie = tmp_path / "mindie"
     mindie.mkdir()
-    (mindie / "config.json").write_text(json.dumps(config | {"quantization_config": {"group_size": 0, "kv_quant_type": None}}))
+    (mindie / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"group_size": 0, "kv_quant_type": None}})
+    )
     (mindie / "quant_model_description.json").write_text(good)
     asked = {name: {"model": str(tmp_path / name)} for name in [*descriptions, "mindie"]}
     asked["said"] = asked["quantised"] | {"quantization": "ascend"}
     asked["mindie said"] = asked["mindie"] | {"quantization": "ascend"}
     asked["missing"] = asked["float"] | {"quantization": "ascend"}
     asked["float32"] = asked["quantised"] | {"dtype": "float32"}
-    done = subprocess.run([sys.executable, "-c", CASES, json.dumps(asked)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CASES, json.dumps(asked)], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     answers = json.loads(done.stdout.rpartition("ANSWERS")[2])
     ours = ["ascend", "AscendQuantizationConfig"]

@@ -58,7 +58,9 @@ def test_real_text(smollm2, w8a8, prompts, greedy, run_engines):
     answered = [list(ids) + answer for ids, answer in zip(prompts, greedy, strict=True)]
     runs = [{"prompts": texts, "sampling": READ}, {"prompts": answered, "sampling": READ}]
     results = run_engines(
-        [{"engine": {"model": str(folder), **SMALL}, "runs": runs, "inspect": True} for folder in w8a8], **STRICT, **ONE_PROCESS
+        [{"engine": {"model": str(folder), **SMALL}, "runs": runs, "inspect": True} for folder in w8a8],
+        **STRICT,
+        **ONE_PROCESS,
     )
     with torch.inference_mode():
         model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
@@ -73,7 +75,9 @@ def test_real_text(smollm2, w8a8, prompts, greedy, run_engines):
         assert len(ours) == len(exact) > 600
         ratio = math.exp((sum(exact) - sum(ours)) / len(exact))
         first = [rank == 1 for output in forced for _, rank in output["prompt_tokens"][-len(greedy[0]) :]]
-        print(f"perplexity {math.exp(-sum(ours) / len(ours)):.3f}, float32's times {ratio:.4f}; {sum(first)} of {len(first)} first choices")
+        print(
+            f"perplexity {math.exp(-sum(ours) / len(ours)):.3f}, float32's times {ratio:.4f}; {sum(first)} of {len(first)} first choices"
+        )
         assert abs(ratio - 1) < 0.02
         assert sum(first) > 0.85 * len(first)
     dense, experts = (result["operators"][0] for result in results)
@@ -92,7 +96,9 @@ class Int8Linear(nn.Module):
 
     def __init__(self, tensors, path):
         super().__init__()
-        self.of = {name.rpartition(".")[2]: x.double() for name, x in tensors.items() if name.rpartition(".")[0] == path}
+        self.of = {
+            name.rpartition(".")[2]: x.double() for name, x in tensors.items() if name.rpartition(".")[0] == path
+        }
 
     def forward(self, x):
         of, wide = self.of, x.double()
@@ -234,7 +240,14 @@ def tiny(tmp_path_factory):
 
 
 def job(folder, **options):
-    engine = {"model": str(folder), **SMALL, "max_model_len": 128, "kv_cache_memory_bytes": 64 << 20, "skip_tokenizer_init": True, **options}
+    engine = {
+        "model": str(folder),
+        **SMALL,
+        "max_model_len": 128,
+        "kv_cache_memory_bytes": 64 << 20,
+        "skip_tokenizer_init": True,
+        **options,
+    }
     return {"engine": engine, "runs": [{"prompts": PROMPTS, "sampling": READ | {"detokenize": False}}], "inspect": True}
 
 

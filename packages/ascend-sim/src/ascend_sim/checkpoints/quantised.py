@@ -93,7 +93,9 @@ def _to_quantise(weight_files: dict[str, str], keep_float: Sequence[str], source
     found = set()
     for name in weight_files:
         if _FUSED_EXPERTS.search(name):
-            raise ValueError(f"source={source} has its experts in one tensor, {name}: each must have tensors of its own")
+            raise ValueError(
+                f"source={source} has its experts in one tensor, {name}: each must have tensors of its own"
+            )
         match = _LINEAR.search(name)
         if match and match.end() == len(name) and match["layer"].rpartition(".")[2] not in keep_float:
             found.add(name)
@@ -113,7 +115,9 @@ def _write_shards(
     for number, file in enumerate(files):
         report("quantise", number, len(files))
         tensors = {}
-        for name, tensor in read_tensors(source, weight_files, [n for n in weight_files if weight_files[n] == file]).items():
+        for name, tensor in read_tensors(
+            source, weight_files, [n for n in weight_files if weight_files[n] == file]
+        ).items():
             tensors.update(_quantised_weight(name, tensor) if name in quantised else {name: tensor})
         part = "" if len(files) == 1 else f"-{number + 1:05}-of-{len(files):05}"
         target = f"quant_model_weights{part}.safetensors"

@@ -33,9 +33,7 @@ _PAIRS = (
 )
 
 
-def smooth(
-    source: Path, directory: Path, *, texts: Sequence[Sequence[int]], progress: Progress | None = None
-) -> Path:
+def smooth(source: Path, directory: Path, *, texts: Sequence[Sequence[int]], progress: Progress | None = None) -> Path:
     """Make a checkpoint that computes the same as the dense Llama ``source`` and loses less when it is quantised.
 
     Each input channel of the quantised products is divided by a factor f, and the weights that it meets are multiplied
@@ -65,7 +63,9 @@ def smooth(
     config = read_config(source)
     for key, needed in (("model_type", "llama"), ("attention_bias", False), ("mlp_bias", False)):
         if config.get(key, False) != needed:
-            raise ValueError(f"{source / 'config.json'} has {key} = {config.get(key)!r}: only {needed!r} can be smoothed")
+            raise ValueError(
+                f"{source / 'config.json'} has {key} = {config.get(key)!r}: only {needed!r} can be smoothed"
+            )
     weight_files = find_tensors(source)
     recipe = {
         "format": RECIPE_FORMAT,

@@ -19,4 +19,6 @@ def check_loaded(layer: str, **tensors: Tensor) -> None:
 def check_symmetric(layer: str, offset: Tensor) -> None:
     """Raise ValueError for a weight with an offset."""
     if bool(offset.any()):
-        raise ValueError(f"layer {layer!r}: weight_offset has values other than 0; asymmetric weights are not supported")
+        raise ValueError(
+            f"layer {layer!r}: weight_offset has values other than 0; asymmetric weights are not supported"
+        )

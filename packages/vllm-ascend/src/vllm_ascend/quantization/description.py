@@ -13,7 +13,9 @@ __all__ = ["DYNAMIC", "FILE", "FLOAT", "STATIC", "Description"]
 
 FILE = "quant_model_description.json"
 FLOAT, STATIC, DYNAMIC = "FLOAT", "W8A8", "W8A8_DYNAMIC"
-_SUPPORTED = f"vllm-ascend supports {DYNAMIC} and {STATIC} for linear layers, {DYNAMIC} for experts, {FLOAT} for everything"
+_SUPPORTED = (
+    f"vllm-ascend supports {DYNAMIC} and {STATIC} for linear layers, {DYNAMIC} for experts, {FLOAT} for everything"
+)
 # Keys that say of the whole model that more than weights and the inputs of products are quantised.
 _BEYOND_PRODUCTS = ("kv_quant_type", "kv_cache_type", "fa_quant_type", "reduce_quant_type")
 # What a layer of a type has in the checkpoint, beside an optional bias.
@@ -92,7 +94,9 @@ class Description:
         """Raise ValueError if the layer at path `layer`, an embedding or LM head, is quantised."""
         kind = self.types.get(f"{layer}.weight", FLOAT)
         if kind != FLOAT:
-            raise ValueError(f"{FILE}: {layer!r} is of type {kind!r}; embeddings and LM heads must be {FLOAT}. {_SUPPORTED}")
+            raise ValueError(
+                f"{FILE}: {layer!r} is of type {kind!r}; embeddings and LM heads must be {FLOAT}. {_SUPPORTED}"
+            )
 
     def _common(self, layer: str, parts: Iterable[str]) -> str:
         """The one type of all `parts`, which have all their tensors."""
@@ -100,11 +104,15 @@ class Description:
         for part in parts:
             kind = self.types.get(f"{part}.weight")
             if kind is None:
-                raise ValueError(f"{FILE} has no type for {part + '.weight'!r}, of the model's layer {layer!r}. {_SUPPORTED}")
+                raise ValueError(
+                    f"{FILE} has no type for {part + '.weight'!r}, of the model's layer {layer!r}. {_SUPPORTED}"
+                )
             found.setdefault(kind, part)
             for tensor in _TENSORS[kind]:
                 if f"{part}.{tensor}" not in self.types:
-                    raise ValueError(f"{FILE} lacks {part + '.' + tensor!r}, which type {kind!r} of layer {layer!r} needs")
+                    raise ValueError(
+                        f"{FILE} lacks {part + '.' + tensor!r}, which type {kind!r} of layer {layer!r} needs"
+                    )
         if len(found) > 1:
             parts_of = ", ".join(f"{part!r} {kind}" for kind, part in found.items())
             raise ValueError(f"{FILE}: the parts of layer {layer!r} must have one type, but {parts_of}")

@@ -13,7 +13,11 @@ import torch
 from ascend_linear import QuantMethod, W8A8Dynamic, W8A8Static
 from torch import Tensor
 from torch.nn import Parameter
-from vllm.model_executor.layers.linear import LinearMethodBase, RowParallelLinear, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    RowParallelLinear,
+    register_weight_loader_v2_supported_method,
+)
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
 from vllm_ascend.quantization.checks import check_loaded, check_symmetric
@@ -38,7 +42,9 @@ class _W8A8LinearMethod(LinearMethodBase):
         loader: Callable[..., Any] = extra_weight_attrs["weight_loader"]
         out = sum(output_partition_sizes)
         weight = torch.zeros(out, input_size_per_partition, dtype=torch.int8)
-        layer.register_parameter("weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader))
+        layer.register_parameter(
+            "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
+        )
         self.create_scales(layer, out, len(output_partition_sizes), params_dtype, loader)
 
     def create_scales(
@@ -92,9 +98,13 @@ class W8A8StaticLinearMethod(_W8A8LinearMethod):
             layer.register_parameter(name, PerTensorScaleParameter(data=number, weight_loader=loader))
         # A float16 model has the scale's 32 bits in an int64.
         empty = torch.full((out,), -1, dtype=torch.int64) if dtype == torch.float16 else torch.full((out,), torch.nan)
-        layer.register_parameter("deq_scale", ChannelQuantScaleParameter(data=empty, output_dim=0, weight_loader=loader))
+        layer.register_parameter(
+            "deq_scale", ChannelQuantScaleParameter(data=empty, output_dim=0, weight_loader=loader)
+        )
         bias = torch.zeros(out, dtype=torch.int32)
-        layer.register_parameter("quant_bias", ChannelQuantScaleParameter(data=bias, output_dim=0, weight_loader=loader))
+        layer.register_parameter(
+            "quant_bias", ChannelQuantScaleParameter(data=bias, output_dim=0, weight_loader=loader)
+        )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check what was loaded, and make the product.

@@ -47,7 +47,10 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register the checkpoint's tensors for `num_experts` slots, filled with what cannot be mistaken for loaded."""
-        shapes = {"w13": (2 * intermediate_size_per_partition, hidden_size), "w2": (hidden_size, intermediate_size_per_partition)}
+        shapes = {
+            "w13": (2 * intermediate_size_per_partition, hidden_size),
+            "w2": (hidden_size, intermediate_size_per_partition),
+        }
         for name, (rows, columns) in shapes.items():
             tensors = {
                 f"{name}_weight": torch.zeros(num_experts, rows, columns, dtype=torch.int8),
@@ -68,9 +71,14 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
         """
         self.activation = activation_of(layer, has_bias=self.moe.has_bias)
         # The second product's scale is of the type that its kernel takes for the layer's dtype.
-        scale_dtypes = {"w13": torch.float32, "w2": torch.bfloat16 if layer.params_dtype == torch.bfloat16 else torch.float32}
+        scale_dtypes = {
+            "w13": torch.float32,
+            "w2": torch.bfloat16 if layer.params_dtype == torch.bfloat16 else torch.float32,
+        }
         for name, scale_dtype in scale_dtypes.items():
-            weight, scale, offset = (getattr(layer, f"{name}_{end}") for end in ("weight", "weight_scale", "weight_offset"))
+            weight, scale, offset = (
+                getattr(layer, f"{name}_{end}") for end in ("weight", "weight_scale", "weight_offset")
+            )
             check_loaded(layer.layer_name, **{f"{name}_weight_scale": scale, f"{name}_weight_offset": offset})
             check_symmetric(layer.layer_name, offset)
             delattr(layer, f"{name}_weight_offset")
