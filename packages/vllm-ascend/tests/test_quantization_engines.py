@@ -129,7 +129,8 @@ class Int8Experts(nn.Module):
         for row, (chosen, shares) in enumerate(zip(ids.tolist(), weights, strict=True)):
             for expert, share in zip(chosen, shares, strict=True):
                 gate, up, down = self.experts[expert]
-                output[row] += share * down(nn.functional.silu(gate(rows[row])) * up(rows[row]))
+                one = rows[row : row + 1]
+                output[row] += share * down(nn.functional.silu(gate(one)) * up(one))[0]
         return output.view_as(x)
 
 

@@ -96,8 +96,9 @@ class W8A8StaticLinearMethod(_W8A8LinearMethod):
         for name in ("input_scale", "input_offset"):
             number = torch.full((parts,), torch.nan, dtype=torch.float32)
             layer.register_parameter(name, PerTensorScaleParameter(data=number, weight_loader=loader))
-        # A float16 model has the scale's 32 bits in an int64.
-        empty = torch.full((out,), -1, dtype=torch.int64) if dtype == torch.float16 else torch.full((out,), torch.nan)
+        # A float16 model has the scale's 32 bits in an int64; those of -1 are no number.
+        half = dtype == torch.float16
+        empty = torch.full((out,), -1 if half else torch.nan, dtype=torch.int64 if half else torch.float32)
         layer.register_parameter(
             "deq_scale", ChannelQuantScaleParameter(data=empty, output_dim=0, weight_loader=loader)
         )
