@@ -154,6 +154,20 @@ def test_tensors_that_were_not_loaded_are_named():
         check_symmetric("a.b", torch.tensor([0.0, 3.0]))
 
 
+def test_experts_cut_too_small_are_named():
+    from vllm_ascend.quantization.moe import W8A8DynamicExpertsMethod
+
+    class Layer:
+        layer_name = "model.layers.1.mlp.experts"
+
+    method = W8A8DynamicExpertsMethod(moe=None)
+    with pytest.raises(
+        ValueError,
+        match=r"experts 'model\.layers\.1\.mlp\.experts': 96 intermediate features on each rank, which must be a multiple of 64",
+    ):
+        method.create_weights(Layer(), 2, 256, 96, torch.bfloat16)
+
+
 def static_layer(dtype, scales=(0.5, 0.5), deq_scale=None):
     layer = torch.nn.Module()
     layer.prefix, layer.params_dtype = "a.qkv_proj", dtype

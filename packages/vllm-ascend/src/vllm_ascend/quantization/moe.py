@@ -18,6 +18,8 @@ from vllm_ascend.quantization.checks import check_loaded, check_symmetric
 
 __all__ = ["W8A8DynamicExpertsMethod"]
 
+_ALIGNMENT = 64  # of npu_dequant_swiglu_quant's output width, where rows are in groups
+
 
 class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
     """int8 weights with a scale for each output channel, int8 rows with a scale each.
@@ -46,7 +48,16 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the checkpoint's tensors for `num_experts` slots, filled with what cannot be mistaken for loaded."""
+        """Register the checkpoint's tensors for `num_experts` slots, filled with what cannot be mistaken for loaded.
+
+        Raises:
+            ValueError: a share of the intermediate size that the kernel between the products cannot take.
+        """
+        if intermediate_size_per_partition % _ALIGNMENT:
+            raise ValueError(
+                f"experts {layer.layer_name!r}: {intermediate_size_per_partition} intermediate features on each rank, which must be "
+                f"a multiple of {_ALIGNMENT} for int8 experts; use a smaller tensor_parallel_size, or enable_expert_parallel"
+            )
         shapes = {
             "w13": (2 * intermediate_size_per_partition, hidden_size),
             "w2": (hidden_size, intermediate_size_per_partition),
