@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,14 +134,14 @@ def test_each_layer_gets_its_method():
             setattr(layer, name, value)
         return type(config.get_quant_method(layer, prefix)).__name__
 
-    class MoEConfig:
-        num_logical_experts = 2
-
     names = {f"ckpt_{name}_name": name for name in PROJECTIONS}
     assert method(QKVParallelLinear, f"{ATTENTION}.qkv_proj") == "W8A8StaticLinearMethod"
     assert method(RowParallelLinear, f"{ATTENTION}.o_proj") == "UnquantizedLinearMethod"
     assert method(RowParallelLinear, f"{MLP}.down_proj") == "W8A8DynamicLinearMethod"
-    assert method(RoutedExperts, EXPERTS, moe_config=MoEConfig(), **names) == "W8A8DynamicExpertsMethod"
+    assert (
+        method(RoutedExperts, EXPERTS, moe_config=SimpleNamespace(num_logical_experts=2), **names)
+        == "W8A8DynamicExpertsMethod"
+    )
     with pytest.raises(ValueError, match=r"no type for 'model\.layers\.7\.mlp\.down_proj\.weight'"):
         method(RowParallelLinear, "model.layers.7.mlp.down_proj")
 
@@ -154,18 +155,21 @@ def test_tensors_that_were_not_loaded_are_named():
         check_symmetric("a.b", torch.tensor([0.0, 3.0]))
 
 
-def test_experts_cut_too_small_are_named():
+@pytest.mark.parametrize(
+    ("activation", "intermediate", "message"),
+    [
+        ("silu", 96, r"experts 'a\.experts': 96 intermediate features on each rank, which must be a multiple of 64"),
+        ("swigluoai", 128, "MoE layer with activation 'swigluoai'"),
+    ],
+)
+def test_experts_that_kernels_cannot_take_are_named_before_weights_load(activation, intermediate, message):
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm_ascend.quantization.moe import W8A8DynamicExpertsMethod
 
-    class Layer:
-        layer_name = "model.layers.1.mlp.experts"
-
-    method = W8A8DynamicExpertsMethod(moe=None)
-    with pytest.raises(
-        ValueError,
-        match=r"experts 'model\.layers\.1\.mlp\.experts': 96 intermediate features on each rank, which must be a multiple of 64",
-    ):
-        method.create_weights(Layer(), 2, 256, 96, torch.bfloat16)
+    layer = SimpleNamespace(layer_name="a.experts", activation=MoEActivation(activation), swiglu_limit=None)
+    method = W8A8DynamicExpertsMethod(SimpleNamespace(has_bias=False))
+    with pytest.raises(ValueError, match=message):
+        method.create_weights(layer, 2, 256, intermediate, torch.bfloat16)
 
 
 def static_layer(dtype, scales=(0.5, 0.5), deq_scale=None):

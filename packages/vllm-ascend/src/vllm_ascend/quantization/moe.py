@@ -51,9 +51,10 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
         """Register the checkpoint's tensors for `num_experts` slots, filled with what cannot be mistaken for loaded.
 
         Raises:
-            ValueError: a share of the intermediate size that the kernel between the products cannot take.
+            ValueError: an activation that has no kernel, or a share of the intermediate size that its kernel cannot take.
         """
-        if intermediate_size_per_partition % _ALIGNMENT:
+        self.activation = activation_of(layer, has_bias=self.moe.has_bias)
+        if self.activation.is_swiglu and intermediate_size_per_partition % _ALIGNMENT:
             raise ValueError(
                 f"experts {layer.layer_name!r}: {intermediate_size_per_partition} intermediate features on each rank, which must be "
                 f"a multiple of {_ALIGNMENT} for int8 experts; use a smaller tensor_parallel_size, or enable_expert_parallel"
@@ -78,9 +79,8 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
         """Check what was loaded, and lay it out as the grouped products read it: `[L, 2I, H]` -> `[L, H, 2I]`, `[L, H, I]` -> `[L, I, H]`.
 
         Raises:
-            ValueError: an activation that has no kernel, a scale that is missing, or weights that are not symmetric.
+            ValueError: a scale that is missing, or weights that are not symmetric.
         """
-        self.activation = activation_of(layer, has_bias=self.moe.has_bias)
         # The second product's scale is of the type that its kernel takes for the layer's dtype.
         scale_dtypes = {
             "w13": torch.float32,
