@@ -61,7 +61,7 @@ class AscendQuantizationConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:  # type: ignore[override]  # as get_name
-        """ "ascend" where the user says so and config.json has a `quantization_config` without a method, as some of ModelSlim's have."""
+        """This method, if the user says so and config.json has a `quantization_config` that names none, as some of ModelSlim's do."""
         return METHOD if user_quant == METHOD and not hf_quant_cfg.get("quant_method") else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -98,9 +98,7 @@ class AscendQuantizationConfig(QuantizationConfig):
             return W8A8DynamicLinearMethod() if kind == DYNAMIC else W8A8StaticLinearMethod()
         if isinstance(layer, RoutedExperts):
             names = (layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name)
-            projections = [
-                name for name in names if name is not None
-            ]  # a model without gated activation has no third one
+            projections = [name for name in names if name is not None]  # without a gate there is no third one
             kind = self.description.experts(prefix, projections, layer.moe_config.num_logical_experts)
             return None if kind == FLOAT else W8A8DynamicExpertsMethod(layer.moe_config)
         if isinstance(layer, VocabParallelEmbedding):
