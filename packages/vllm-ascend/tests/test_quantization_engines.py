@@ -29,7 +29,7 @@ READ = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0}
 )
 LINEAR, EXPERTS = "npu::npu_quant_matmul", "npu::npu_grouped_matmul"
 DYNAMIC, STATIC, BETWEEN = "npu::npu_dynamic_quant", "npu::npu_quantize", "npu::npu_dequant_swiglu_quant"
-NEAR = 0.06  # mean distance of log-probabilities, which bfloat16 explains
+NEAR = 0.08  # mean distance of log-probabilities: bfloat16, and what it makes int8 round otherwise, give 0.04 to 0.06
 
 
 def own_logprobs(model, prompts):
