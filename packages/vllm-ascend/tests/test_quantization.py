@@ -172,14 +172,14 @@ def test_experts_that_kernels_cannot_take_are_named_before_weights_load(activati
         method.create_weights(layer, 2, 256, intermediate, torch.bfloat16)
 
 
-def static_layer(dtype, scales=(0.5, 0.5), deq_scale=None):
+def static_layer(scales=(0.5, 0.5), deq_scale=0.5):
     layer = torch.nn.Module()
-    layer.prefix, layer.params_dtype = "a.qkv_proj", dtype
+    layer.prefix, layer.params_dtype = "a.qkv_proj", torch.bfloat16
     layer.bias = Parameter(torch.ones(4))
     tensors = {
         "input_scale": torch.tensor(scales),
         "input_offset": torch.zeros(2),
-        "deq_scale": torch.tensor([0.5, 1.0, 2.0, 0.1]) if deq_scale is None else deq_scale,
+        "deq_scale": torch.full((4,), deq_scale),
         "quant_bias": torch.arange(4, dtype=torch.int32),
     }
     for name, tensor in tensors.items():
@@ -194,16 +194,16 @@ def processed(layer):
     return layer.quant
 
 
-def test_a_static_layer_of_a_float16_model_has_its_scales_bits_in_an_int64():
-    scale = torch.tensor([0.5, 1.0, 2.0, 0.1])
-    bits = scale.view(torch.int32).to(torch.int64)
-    quant = processed(static_layer(torch.float16, deq_scale=bits))
-    assert torch.equal(quant.deq_scale, scale)
-    assert quant.output_dtype == torch.float16
+def test_a_float16_checkpoint_has_the_scales_bits_in_an_int64():
+    from vllm_ascend.quantization.linear import float_scale
+
+    scale = torch.tensor([0.5, 1e-30, 2.0, 0.1])
+    assert torch.equal(float_scale(scale.view(torch.int32).to(torch.int64)), scale)
+    assert torch.equal(float_scale(scale), scale)
 
 
 def test_the_bias_of_a_static_layer_is_in_quant_bias_alone():
-    layer = static_layer(torch.bfloat16)
+    layer = static_layer()
     assert torch.equal(processed(layer).quant_bias, torch.arange(4, dtype=torch.int32))
     assert layer.bias is None
 
@@ -211,12 +211,9 @@ def test_the_bias_of_a_static_layer_is_in_quant_bias_alone():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (
-            static_layer(torch.bfloat16, scales=(0.5, 0.25)),
-            r"its fused parts have input_scale \[0.5, 0.25\], but one input",
-        ),
-        (static_layer(torch.bfloat16, scales=(0.5, torch.nan)), "input_scale is not in the checkpoint's files"),
-        (static_layer(torch.float16, deq_scale=torch.full((4,), -1)), "deq_scale is not in the checkpoint's files"),
+        (static_layer(scales=(0.5, 0.25)), r"its fused parts have input_scale \[0.5, 0.25\], but one input"),
+        (static_layer(scales=(0.5, torch.nan)), "input_scale is not in the checkpoint's files"),
+        (static_layer(deq_scale=torch.nan), "deq_scale is not in the checkpoint's files"),
     ],
 )
 def test_a_static_layer_that_does_not_fit_is_named(layer, message):

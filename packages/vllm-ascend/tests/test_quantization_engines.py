@@ -70,9 +70,12 @@ class Int8Linear(nn.Module):
 
     def __init__(self, tensors, path):
         super().__init__()
-        self.of = {
-            name.rpartition(".")[2]: x.double() for name, x in tensors.items() if name.rpartition(".")[0] == path
-        }
+        self.of = {}
+        for name, tensor in tensors.items():
+            layer, _, end = name.rpartition(".")
+            if layer == path:
+                is_bits = end == "deq_scale" and tensor.dtype == torch.int64
+                self.of[end] = (tensor.to(torch.int32).view(torch.float32) if is_bits else tensor).double()
 
     def forward(self, x):
         of, wide = self.of, x.double()
@@ -169,6 +172,8 @@ def quantise_statically(model, source, folder, prompts):
         }
         for part, value in layer.items():
             written[f"{path}.{part}"], kinds[f"{path}.{part}"] = value, "W8A8"
+        if path.endswith("down_proj"):  # as a float16 model has it
+            written[f"{path}.deq_scale"] = layer["deq_scale"].view(torch.int32).to(torch.int64)
     save_file(written, folder / "quant_model_weights.safetensors", metadata={"format": "pt"})
     (folder / "quant_model_description.json").write_text(json.dumps(kinds))
     return folder

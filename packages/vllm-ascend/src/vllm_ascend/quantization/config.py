@@ -25,7 +25,7 @@ class AscendQuantizationConfig(QuantizationConfig):
 
     def __init__(self) -> None:
         """Nothing is known until `maybe_update_config`, to which vLLM tells the checkpoint."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._description: Description | None = None
 
     @property
@@ -58,9 +58,9 @@ class AscendQuantizationConfig(QuantizationConfig):
         return cls()
 
     @classmethod
-    def override_quantization_method(
+    def override_quantization_method(  # type: ignore[override]  # as get_name
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> str | None:  # type: ignore[override]  # as get_name
+    ) -> str | None:
         """This method, if the user says so and config.json has a `quantization_config` that names none, as some of ModelSlim's do."""
         return METHOD if user_quant == METHOD and not hf_quant_cfg.get("quant_method") else None
 

@@ -22,7 +22,12 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeigh
 
 from vllm_ascend.quantization.checks import check_loaded, check_symmetric
 
-__all__ = ["W8A8DynamicLinearMethod", "W8A8StaticLinearMethod"]
+__all__ = ["W8A8DynamicLinearMethod", "W8A8StaticLinearMethod", "float_scale"]
+
+
+def float_scale(loaded: Tensor) -> Tensor:
+    """A `deq_scale` as float32. The checkpoint of a float16 model has its 32 bits in an int64, as kernels of that type take it."""
+    return loaded.to(torch.int32).view(torch.float32) if loaded.dtype == torch.int64 else loaded
 
 
 class _W8A8LinearMethod(LinearMethodBase):
@@ -30,7 +35,7 @@ class _W8A8LinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -45,15 +50,13 @@ class _W8A8LinearMethod(LinearMethodBase):
         layer.register_parameter(
             "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
         )
-        self.create_scales(layer, out, len(output_partition_sizes), params_dtype, loader)
+        self.create_scales(layer, out, len(output_partition_sizes), loader)
 
-    def create_scales(
-        self, layer: torch.nn.Module, out: int, parts: int, dtype: torch.dtype, loader: Callable[..., Any]
-    ) -> None:
+    def create_scales(self, layer: Any, out: int, parts: int, loader: Callable[..., Any]) -> None:
         """Register the tensors beside the weight, for `out` output features in `parts` layers that are fused."""
         raise NotImplementedError
 
-    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product on this rank: `[..., in] -> [..., out]`."""
         quant: QuantMethod = layer.quant
         once = not isinstance(layer, RowParallelLinear) or layer.tp_rank == 0
@@ -64,15 +67,13 @@ class _W8A8LinearMethod(LinearMethodBase):
 class W8A8DynamicLinearMethod(_W8A8LinearMethod):
     """Activations with a scale for each token."""
 
-    def create_scales(
-        self, layer: torch.nn.Module, out: int, parts: int, dtype: torch.dtype, loader: Callable[..., Any]
-    ) -> None:
+    def create_scales(self, layer: Any, out: int, parts: int, loader: Callable[..., Any]) -> None:
         """`weight_scale` and `weight_offset`, `[out, 1]`."""
         for name in ("weight_scale", "weight_offset"):
             scale = torch.full((out, 1), torch.nan, dtype=torch.float32)
             layer.register_parameter(name, ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader))
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded, and make the product.
 
         Raises:
@@ -89,34 +90,34 @@ class W8A8DynamicLinearMethod(_W8A8LinearMethod):
 class W8A8StaticLinearMethod(_W8A8LinearMethod):
     """Activations with one scale and offset for the layer. `quant_bias` holds the layer's bias, and `bias` is not added again."""
 
-    def create_scales(
-        self, layer: torch.nn.Module, out: int, parts: int, dtype: torch.dtype, loader: Callable[..., Any]
-    ) -> None:
+    def create_scales(self, layer: Any, out: int, parts: int, loader: Callable[..., Any]) -> None:
         """`input_scale`, `input_offset`: one number for each part; `quant_bias`, `deq_scale`: `[out]`."""
         for name in ("input_scale", "input_offset"):
             number = torch.full((parts,), torch.nan, dtype=torch.float32)
-            layer.register_parameter(name, PerTensorScaleParameter(data=number, weight_loader=loader))
-        # A float16 model has the scale's 32 bits in an int64; those of -1 are no number.
-        half = dtype == torch.float16
-        empty = torch.full((out,), -1 if half else torch.nan, dtype=torch.int64 if half else torch.float32)
+            scale = PerTensorScaleParameter(data=number, weight_loader=loader)  # type: ignore[no-untyped-call]
+            layer.register_parameter(name, scale)
+
+        def load_deq_scale(parameter: Parameter, loaded: Tensor, *shard: Any, **options: Any) -> Any:
+            return loader(parameter, float_scale(loaded), *shard, **options)
+
+        scale = torch.full((out,), torch.nan, dtype=torch.float32)
         layer.register_parameter(
-            "deq_scale", ChannelQuantScaleParameter(data=empty, output_dim=0, weight_loader=loader)
+            "deq_scale", ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=load_deq_scale)
         )
         bias = torch.zeros(out, dtype=torch.int32)
         layer.register_parameter(
             "quant_bias", ChannelQuantScaleParameter(data=bias, output_dim=0, weight_loader=loader)
         )
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded, and make the product.
 
         Raises:
             ValueError: a scale that is missing, or parts of a fused layer that quantise their common input in different ways.
         """
-        deq_scale = layer.deq_scale.data
-        if deq_scale.dtype == torch.int64:
-            deq_scale = deq_scale.to(torch.int32).view(torch.float32)
-        check_loaded(layer.prefix, input_scale=layer.input_scale, input_offset=layer.input_offset, deq_scale=deq_scale)
+        check_loaded(
+            layer.prefix, input_scale=layer.input_scale, input_offset=layer.input_offset, deq_scale=layer.deq_scale
+        )
         for name in ("input_scale", "input_offset"):
             number = getattr(layer, name).data
             if not torch.equal(number, number[:1].expand_as(number)):
@@ -124,7 +125,6 @@ class W8A8StaticLinearMethod(_W8A8LinearMethod):
                     f"layer {layer.prefix!r}: its fused parts have {name} {number.tolist()}, but one input; they must be equal"
                 )
             setattr(layer, name, Parameter(number[:1].clone(), requires_grad=False))
-        layer.deq_scale = Parameter(deq_scale, requires_grad=False)
         layer.register_parameter("bias", None)
         layer.quant = W8A8Static(
             input_scale=layer.input_scale.data,

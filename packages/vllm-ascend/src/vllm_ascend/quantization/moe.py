@@ -39,7 +39,7 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
         """Every parameter has a row for each slot."""
         return True
 
-    def create_weights(
+    def create_weights(  # type: ignore[override]  # as vLLM's own
         self,
         layer: RoutedExperts,
         num_experts: int,
