@@ -29,7 +29,7 @@ __all__ = ["quantise"]
 _TYPE = "W8A8_DYNAMIC"
 _DESCRIPTION = "quant_model_description.json"
 # Linear layers and experts of Llama, Mixtral, Qwen, DeepSeek, GLM. Embeddings, LM heads, norms and routers are none of them.
-_LINEAR = re.compile(r"\.(?P<layer>\w+_proj|kv_a_proj_with_mqa|experts\.\d+\.w[123])\.weight")
+_LINEAR = re.compile(r"\.(?P<layer>\w+_proj|kv_a_proj_with_mqa|experts\.\d+\.w[123])\.weight$")
 _FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)(\.weight)?")
 
 
@@ -97,7 +97,7 @@ def _to_quantise(weight_files: dict[str, str], keep_float: Sequence[str], source
                 f"source={source} has its experts in one tensor, {name}: each must have tensors of its own"
             )
         match = _LINEAR.search(name)
-        if match and match.end() == len(name) and match["layer"].rpartition(".")[2] not in keep_float:
+        if match and match["layer"].rpartition(".")[2] not in keep_float:
             found.add(name)
     if not found:
         raise ValueError(f"source={source} has no linear layers to quantise, such as one named *_proj")
@@ -114,10 +114,9 @@ def _write_shards(
     total_size = 0
     for number, file in enumerate(files):
         report("quantise", number, len(files))
+        here = [name for name, where in weight_files.items() if where == file]
         tensors = {}
-        for name, tensor in read_tensors(
-            source, weight_files, [n for n in weight_files if weight_files[n] == file]
-        ).items():
+        for name, tensor in read_tensors(source, weight_files, here).items():
             tensors.update(_quantised_weight(name, tensor) if name in quantised else {name: tensor})
         part = "" if len(files) == 1 else f"-{number + 1:05}-of-{len(files):05}"
         target = f"quant_model_weights{part}.safetensors"
