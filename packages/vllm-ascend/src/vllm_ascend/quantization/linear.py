@@ -94,8 +94,8 @@ class W8A8StaticLinearMethod(_W8A8LinearMethod):
         """`input_scale`, `input_offset`: one number for each part; `quant_bias`, `deq_scale`: `[out]`."""
         for name in ("input_scale", "input_offset"):
             number = torch.full((parts,), torch.nan, dtype=torch.float32)
-            scale = PerTensorScaleParameter(data=number, weight_loader=loader)  # type: ignore[no-untyped-call]
-            layer.register_parameter(name, scale)
+            parameter = PerTensorScaleParameter(data=number, weight_loader=loader)  # type: ignore[no-untyped-call]
+            layer.register_parameter(name, parameter)
 
         def load_deq_scale(parameter: Parameter, loaded: Tensor, *shard: Any, **options: Any) -> Any:
             return loader(parameter, float_scale(loaded), *shard, **options)
