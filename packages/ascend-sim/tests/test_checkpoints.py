@@ -383,7 +383,7 @@ def test_upcycle_refuses_what_mixtral_lacks(tmp_path, llama, changed, message):
 
 
 def test_upcycle_names_what_the_source_lacks(tmp_path, llama):
-    with pytest.raises(FileNotFoundError, match="must be a directory with a Llama checkpoint"):
+    with pytest.raises(FileNotFoundError, match="must be a directory with a checkpoint"):
         checkpoints.upcycle(tmp_path, tmp_path / "moe", experts=2, top_k=1)
     (tmp_path / "config.json").write_text((llama / "config.json").read_text())
     with pytest.raises(

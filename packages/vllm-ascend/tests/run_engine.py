@@ -18,6 +18,10 @@ def generate(llm, run):
         {
             "tokens": list(output.outputs[0].token_ids),
             "cached": output.num_cached_tokens,
+            "prompt_tokens": [  # (logprob, rank among all tokens) of each but the first
+                (step[token].logprob, step[token].rank)
+                for step, token in zip((output.prompt_logprobs or [])[1:], output.prompt_token_ids[1:], strict=False)
+            ],
             "logprobs": [
                 {str(token): entry.logprob for token, entry in step.items()}
                 for step in output.outputs[0].logprobs or []

@@ -31,6 +31,15 @@ def test_the_example_prints_what_it_says(smollm2, tmp_path):
     assert expected in done.stdout
 
 
+@pytest.mark.slow
+def test_the_quantised_example_works(smollm2, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```\n(from pathlib.*?)```", README, re.DOTALL)
+    (tmp_path / "smollm2").symlink_to(smollm2)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert (tmp_path / "smollm2-w8a8" / "quant_model_description.json").is_file()
+
+
 def test_the_table_of_kernels_is_complete():
     source = Path(kernels.__file__).read_text(encoding="utf-8")
     assert set(re.findall(r"`(npu_\w+)`", README)) == set(re.findall(r"_npu\(\)\.(npu_\w+)", source))

@@ -27,4 +27,7 @@ def register_general() -> None:
         return
     from vllm.v1.attention.backends.registry import register_backend
 
+    from vllm_ascend import quantization
+
     register_backend("ASCEND_ATTN", "vllm_ascend.attention.gqa.AscendAttentionBackend")
+    quantization.register()

@@ -74,9 +74,12 @@ class AscendPlatform(Platform):
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: VllmConfig) -> None:
-        """Runs before vLLM resolves compilation: there is none here."""
+        """Runs before vLLM resolves compilation: there is none here. It is also the first to see the whole configuration."""
         from vllm.config.compilation import CompilationMode
 
+        from vllm_ascend.quantization.config import choose_by_folder
+
+        choose_by_folder(vllm_config)
         vllm_config.compilation_config.mode = CompilationMode.NONE
 
     @classmethod

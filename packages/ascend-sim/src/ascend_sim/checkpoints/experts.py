@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mixture of experts made of a dense Llama: a Mixtral that writes the same text."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,19 @@ from ascend_sim.checkpoints.folder import (
     already_there,
     module,
     new_directory,
-    sha256,
     silent,
     write_json,
+)
+from ascend_sim.checkpoints.source import (
+    files_beside_weights,
+    find_tensors,
+    read_config,
+    read_tensors,
+    source_sha256,
 )
 
 __all__ = ["upcycle"]
 
-_COPIED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 _EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
@@ -65,14 +62,11 @@ def upcycle(
         raise ValueError(f"seed={seed}: must not be negative")
     report = progress or silent
     config = _mixtral_config(source, experts, top_k)
-    weight_files = _weight_files(source)
-    copied_files = [name for name in _COPIED_FILES if (source / name).is_file()]
+    weight_files = find_tensors(source)
     recipe = {
         "format": RECIPE_FORMAT,
         "model": "upcycle",
-        "source_sha256": sha256(
-            *(source / name for name in sorted({"config.json", *copied_files, *weight_files.values()}))
-        ),
+        "source_sha256": source_sha256(source, weight_files),
         "experts": experts,
         "top_k": top_k,
         "seed": seed,
@@ -80,7 +74,7 @@ def upcycle(
     if already_there(directory, recipe):
         return directory
     with new_directory(directory, recipe) as draft:
-        for name in copied_files:
+        for name in files_beside_weights(source):
             shutil.copyfile(source / name, draft / name)
         write_json(draft / "config.json", config)
         _write_mixtral_shards(source, weight_files, config, draft, seed, report)
@@ -94,10 +88,7 @@ def _mixtral_config(source: Path, experts: int, top_k: int) -> dict[str, Any]:
         ValueError: ``source`` is no Llama, or has what Mixtral lacks.
         FileNotFoundError: ``source`` has no config.json.
     """
-    file = source / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: source={source} must be a directory with a Llama checkpoint")
-    llama = json.loads(file.read_text(encoding="utf-8"))
+    file, llama = source / "config.json", read_config(source)
     required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
     for key, needed in {"model_type": "llama", **required}.items():
         value = llama.get(key, required.get(key))
@@ -132,22 +123,6 @@ def _mixtral_config(source: Path, experts: int, top_k: int) -> dict[str, Any]:
     }
 
 
-def _weight_files(source: Path) -> dict[str, str]:
-    """Map the name of each tensor in ``source`` to the name of the file that holds it.
-
-    Raises:
-        FileNotFoundError: there is neither model.safetensors nor its index.
-    """
-    index, single = source / "model.safetensors.index.json", source / "model.safetensors"
-    if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return weight_map
-    if not single.is_file():
-        raise FileNotFoundError(f"source={source} holds neither {single.name} nor {index.name}: it must hold one")
-    with module("safetensors").safe_open(single, framework="pt") as weights:
-        return dict.fromkeys(weights.keys(), single.name)
-
-
 def _write_mixtral_shards(
     source: Path, weight_files: dict[str, str], config: dict[str, Any], folder: Path, seed: int, report: Progress
 ) -> None:
@@ -161,7 +136,7 @@ def _write_mixtral_shards(
     weight_map, total_size = {}, 0
     for number, names in enumerate(shards):
         report("upcycle", number, len(shards))
-        tensors = _read_tensors(source, weight_files, names)
+        tensors = read_tensors(source, weight_files, names)
         if number > 0:
             tensors = _mixtral_layer(tensors, number - 1, config["num_local_experts"], seed)
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
@@ -172,16 +147,6 @@ def _write_mixtral_shards(
         folder / "model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     )
     report("upcycle", len(shards), len(shards))
-
-
-def _read_tensors(source: Path, weight_files: dict[str, str], names: list[str]) -> dict[str, Any]:
-    """Read the tensors ``names`` of ``source``."""
-    safe_open = module("safetensors").safe_open
-    tensors = {}
-    for file in sorted({weight_files[name] for name in names}):
-        with safe_open(source / file, framework="pt") as weights:
-            tensors.update({name: weights.get_tensor(name) for name in names if weight_files[name] == file})
-    return tensors
 
 
 def _mixtral_layer(llama: dict[str, Any], layer: int, experts: int, seed: int) -> dict[str, Any]:

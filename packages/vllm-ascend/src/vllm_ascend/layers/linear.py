@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's linear layers with the ops of ascend-linear.
 
-A layer asks for its op by its path. The op says which shard of the weight this rank holds, and is the layer's forward; the product itself
-stays with vLLM's quantisation method. Where there is no op, everything is vLLM's.
+A layer asks for its op by its path. The op says which shard of the weight this rank holds, and is the layer's forward; the product is the plain
+one, or what the layer's quantisation method has left at `quant`, or that method's own. Where there is no op, everything is vLLM's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ascend_linear import (
     MLPColumnParallelOp,
     MLPRowParallelOp,
     OProjRowParallelOp,
+    QuantMethod,
     Selected,
     StepState,
     StreamedWeight,
@@ -65,6 +66,7 @@ class WithOp(LinearBase):
     weight: Tensor
     bias: Any  # Parameter or None; vLLM says so only in some classes
     op: CustomLinearOp | None
+    quant: QuantMethod | None = None
     next_to_prefetch: tuple[str, WithOp] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -108,12 +110,13 @@ class WithOp(LinearBase):
                 input_is_parallel=getattr(self, "input_is_parallel", True),
                 reduce_results=getattr(self, "reduce_results", True),
                 gemm=torch.nn.functional.linear if unquantised else self._product,
+                quant=self.quant,
                 streamed=streamed,
             )
         )
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The product of a quantised layer, whose method knows where its weights are."""
+        """The product of a layer whose quantisation method is another one, which knows where its weights are."""
         product: Tensor = self.quant_method.apply(self, x, bias)
         return product
 

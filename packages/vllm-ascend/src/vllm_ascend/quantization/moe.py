@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts of a quantised checkpoint: their tensors are vLLM's parameters, their products are ascend-moe's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ascend_moe import Activation, Experts, W8A8Experts
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported, RoutedExperts
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_ascend.layers.moe import activation_of
+from vllm_ascend.quantization.checks import check_loaded, check_symmetric
+
+__all__ = ["W8A8DynamicExpertsMethod"]
+
+_ALIGNMENT = 64  # of npu_dequant_swiglu_quant's output width, where rows are in groups
+
+
+class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
+    """int8 weights with a scale for each output channel, int8 rows with a scale each.
+
+    Legend: L slots of this rank, H hidden, I this rank's share of the intermediate size.
+    """
+
+    activation: Activation
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Routing is vLLM's, apart from this method."""
+        return False
+
+    @property
+    def supports_eplb(self) -> bool:
+        """Every parameter has a row for each slot."""
+        return True
+
+    def create_weights(  # type: ignore[override]  # as vLLM's own
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the checkpoint's tensors for `num_experts` slots, filled with what cannot be mistaken for loaded.
+
+        Raises:
+            ValueError: an activation that has no kernel, or a share of the intermediate size that its kernel cannot take.
+        """
+        self.activation = activation_of(layer, has_bias=self.moe.has_bias)
+        if self.activation.is_swiglu and intermediate_size_per_partition % _ALIGNMENT:
+            raise ValueError(
+                f"experts {layer.layer_name!r}: {intermediate_size_per_partition} intermediate features on each rank, which must be "
+                f"a multiple of {_ALIGNMENT} for int8 experts; use a smaller tensor_parallel_size, or enable_expert_parallel"
+            )
+        shapes = {
+            "w13": (2 * intermediate_size_per_partition, hidden_size),
+            "w2": (hidden_size, intermediate_size_per_partition),
+        }
+        for name, (rows, columns) in shapes.items():
+            tensors = {
+                f"{name}_weight": torch.zeros(num_experts, rows, columns, dtype=torch.int8),
+                f"{name}_weight_scale": torch.full((num_experts, rows, 1), torch.nan, dtype=torch.float32),
+                f"{name}_weight_offset": torch.full((num_experts, rows, 1), torch.nan, dtype=torch.float32),
+            }
+            for full_name, tensor in tensors.items():
+                parameter = Parameter(tensor, requires_grad=False)
+                attributes = {"quant_method": FusedMoeWeightScaleSupported.CHANNEL.value, **extra_weight_attrs}
+                set_weight_attrs(parameter, attributes)
+                layer.register_parameter(full_name, parameter)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:  # type: ignore[override]  # as vLLM's own
+        """Check what was loaded, and lay it out as the grouped products read it: `[L, 2I, H]` -> `[L, H, 2I]`, `[L, H, I]` -> `[L, I, H]`.
+
+        Raises:
+            ValueError: a scale that is missing, or weights that are not symmetric.
+        """
+        # The second product's scale is of the type that its kernel takes for the layer's dtype.
+        scale_dtypes = {
+            "w13": torch.float32,
+            "w2": torch.bfloat16 if layer.params_dtype == torch.bfloat16 else torch.float32,
+        }
+        for name, scale_dtype in scale_dtypes.items():
+            weight, scale, offset = (
+                getattr(layer, f"{name}_{end}") for end in ("weight", "weight_scale", "weight_offset")
+            )
+            check_loaded(layer.layer_name, **{f"{name}_weight_scale": scale, f"{name}_weight_offset": offset})
+            check_symmetric(layer.layer_name, offset)
+            delattr(layer, f"{name}_weight_offset")
+            weight.data = weight.data.transpose(1, 2).contiguous()
+            scale.data = scale.data.squeeze(2).to(scale_dtype)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        """None: vLLM's own kernels are not used."""
+
+    def experts(self, layer: RoutedExperts) -> Experts:
+        """The layer's own tensors, looked up at each call: vLLM replaces them when it loads weights anew."""
+
+        def tensor(name: str) -> Tensor:
+            parameter: Parameter = getattr(layer, name)
+            return parameter.data
+
+        return W8A8Experts(
+            w13=tensor("w13_weight"),
+            w13_scale=tensor("w13_weight_scale"),
+            w2=tensor("w2_weight"),
+            w2_scale=tensor("w2_weight_scale"),
+            activation=self.activation,
+        )

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines on W8A8 checkpoints, in bfloat16 and strict mode: what the int8 kernels take. Real weights against Hugging Face's float32; tiny
+random models against a model whose products are int8 arithmetic in float64, on one rank and over two."""
+
+import json
+import math
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.slow
+SMALL = {
+    "dtype": "bfloat16",
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 512,
+    "kv_cache_memory_bytes": 256 << 20,
+}
+STRICT = {"ASCEND_SIM_STRICT": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+READ = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0}
+# Three texts whose perplexity is measured, and one that smoothing is calibrated with.
+*TEXTS, CALIBRATION = (
+    text.replace("\n", " ") for text in (Path(__file__).parent / "prose.txt").read_text().strip().split("\n\n")
+)
+LINEAR, EXPERTS = "npu::npu_quant_matmul", "npu::npu_grouped_matmul"
+DYNAMIC, STATIC, BETWEEN = "npu::npu_dynamic_quant", "npu::npu_quantize", "npu::npu_dequant_swiglu_quant"
+NEAR = 0.08  # mean distance of log-probabilities: bfloat16, and what it makes int8 round otherwise, give 0.04 to 0.06
+
+
+def own_logprobs(model, prompts):
+    """Log-probabilities that a Hugging Face model gives to the prompts' own tokens."""
+    return [
+        row[token].item()
+        for ids in prompts
+        for row, token in zip(model(torch.tensor([ids])).logits[0].log_softmax(-1), ids[1:], strict=False)
+    ]
+
+
+def logprobs(run):
+    """Log-probabilities of the prompts' own tokens."""
+    return [logprob for output in run for logprob, _ in output["prompt_tokens"]]
+
+
+# Real weights
+
+
+@pytest.fixture(scope="module")
+def w8a8(models, smollm2):
+    """Folders of SmolLM2 and of eight experts made of it, both W8A8 in all linear layers, smoothed before."""
+    from ascend_sim.checkpoints import quantise, smooth, upcycle
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": CALIBRATION}], return_dict=False)
+    dense = smooth(smollm2, models / "smollm2-smooth", texts=[tokenizer(CALIBRATION)["input_ids"], asked])
+    experts = upcycle(dense, models / "smollm2-smooth-moe", experts=8, top_k=2)
+    return quantise(dense, models / "smollm2-w8a8"), quantise(experts, models / "smollm2-moe-w8a8")
+
+
+# Tiny random models
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of a checkpoint, its product in whole numbers."""
+
+    def __init__(self, tensors, path):
+        super().__init__()
+        self.of = {}
+        for name, tensor in tensors.items():
+            layer, _, end = name.rpartition(".")
+            if layer == path:
+                is_bits = end == "deq_scale" and tensor.dtype == torch.int64
+                self.of[end] = (tensor.to(torch.int32).view(torch.float32) if is_bits else tensor).double()
+
+    def forward(self, x):
+        of, wide = self.of, x.double()
+        if "deq_scale" in of:
+            rounded = (wide / of["input_scale"] + of["input_offset"]).round().clamp(-128, 127)
+            return ((rounded @ of["weight"].T + of["quant_bias"]) * of["deq_scale"]).to(x.dtype)
+        scale = wide.abs().amax(-1, keepdim=True) / 127
+        product = (wide / scale).round() @ of["weight"].T
+        return (product * scale * of["weight_scale"].T + of.get("bias", 0)).to(x.dtype)
+
+
+class Int8Experts(nn.Module):
+    """Qwen3-MoE's block: each token through its experts, one after the other."""
+
+    def __init__(self, tensors, path, router, top_k):
+        super().__init__()
+        self.router, self.top_k = router, top_k
+        self.experts = [
+            [Int8Linear(tensors, f"{path}.experts.{expert}.{name}") for name in ("gate_proj", "up_proj", "down_proj")]
+            for expert in range(len(router))
+        ]
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        weights, ids = (rows @ self.router.T).softmax(-1).topk(self.top_k)
+        weights = weights / weights.sum(-1, keepdim=True)
+        output = torch.zeros_like(rows)
+        for row, (chosen, shares) in enumerate(zip(ids.tolist(), weights, strict=True)):
+            for expert, share in zip(chosen, shares, strict=True):
+                gate, up, down = self.experts[expert]
+                one = rows[row : row + 1]
+                output[row] += share * down(nn.functional.silu(gate(one)) * up(one))[0]
+        return output.view_as(x)
+
+
+def exact_logprobs(model, folder, prompts):
+    """Of the prompts' tokens, with the layers of the W8A8 checkpoint in `folder` in the place of the model's."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "quant_model_weights.safetensors")
+    for path in [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and path != "lm_head"]:
+        if tensors[f"{path}.weight"].dtype == torch.int8:
+            model.set_submodule(path, Int8Linear(tensors, path))
+    for index, layer in enumerate(model.model.layers):
+        if hasattr(model.config, "num_experts"):
+            path = f"model.layers.{index}.mlp"
+            layer.mlp = Int8Experts(tensors, path, tensors[f"{path}.gate.weight"], model.config.num_experts_per_tok)
+    with torch.inference_mode():
+        return own_logprobs(model, prompts)
+
+
+def quantise_statically(model, source, folder, prompts):
+    """A W8A8 checkpoint of `source` in ModelSlim's format: inputs with a scale and an offset of the layer, from what `prompts` give."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    ends = {}
+
+    def note(path, x):
+        low, high = ends.get(path, (0.0, 0.0))
+        ends[path] = min(low, x.min().item()), max(high, x.max().item())
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, path=path: note(path, inputs[0]))
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    with torch.inference_mode():
+        for ids in prompts:
+            model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    written, kinds = {}, {"model_quant_type": "W8A8"}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        path, _, end = name.rpartition(".")
+        if end != "weight" or path not in ends or path == "lm_head":
+            written[name], kinds[name] = tensor, "FLOAT"
+            continue
+        low, high = ends[path]
+        input_scale = (high - low) / 255
+        input_offset = float(round(-128 - low / input_scale))
+        weight_scale = tensor.double().abs().amax(1) / 127
+        weight = (tensor.double() / weight_scale[:, None]).round()
+        deq_scale = input_scale * weight_scale
+        bias = model.get_submodule(path).bias
+        quant_bias = (0 if bias is None else bias.double() / deq_scale) - input_offset * weight.sum(1)
+        layer = {
+            "weight": weight.to(torch.int8),
+            "input_scale": torch.tensor([input_scale]),
+            "input_offset": torch.tensor([input_offset]),
+            "deq_scale": deq_scale.float(),
+            "quant_bias": quant_bias.detach().round().to(torch.int32),
+        }
+        for part, value in layer.items():
+            written[f"{path}.{part}"], kinds[f"{path}.{part}"] = value, "W8A8"
+        if path.endswith("down_proj"):  # as a float16 model has it
+            written[f"{path}.deq_scale"] = layer["deq_scale"].view(torch.int32).to(torch.int64)
+    save_file(written, folder / "quant_model_weights.safetensors", metadata={"format": "pt"})
+    (folder / "quant_model_description.json").write_text(json.dumps(kinds))
+    return folder
+
+
+PROMPTS = [[(13 * i * i + 7 * k) % 500 for i in range(9 + 17 * k)] for k in range(4)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folder and exact log-probabilities of: a Qwen2 (biases) with static scales, and a Qwen3-MoE with dynamic ones."""
+    from ascend_sim.checkpoints import quantise
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    common = {
+        "vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
+        "max_position_embeddings": 256, "tie_word_embeddings": False, "initializer_range": 0.1,
+    }  # fmt: skip
+    qwen2 = Qwen2Config(**common)
+    qwen3_moe = Qwen3MoeConfig(
+        **common, head_dim=64, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True
+    )
+    made = {}
+    for name, kind, config in (("static", Qwen2ForCausalLM, qwen2), ("experts", Qwen3MoeForCausalLM, qwen3_moe)):
+        torch.manual_seed(4)
+        source = tmp_path_factory.mktemp(name)
+        model = kind(config).float().eval()
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if path.endswith("bias"):
+                    parameter.normal_()
+        model.save_pretrained(source)
+        folder = source / "w8a8"
+        if name == "static":
+            quantise_statically(model, source, folder, PROMPTS)
+        else:
+            quantise(source, folder, keep_float=("v_proj", "q_proj", "k_proj"))
+        made[name] = folder, exact_logprobs(model, folder, PROMPTS)
+    return made
+
+
+def job(folder, **options):
+    engine = {
+        "model": str(folder),
+        **SMALL,
+        "max_model_len": 128,
+        "kv_cache_memory_bytes": 64 << 20,
+        "skip_tokenizer_init": True,
+        **options,
+    }
+    return {"engine": engine, "runs": [{"prompts": PROMPTS, "sampling": READ | {"detokenize": False}}], "inspect": True}
+
+
+def distance(result, exact):
+    ours = logprobs(result["runs"][0])
+    assert len(ours) == len(exact)
+    return sum(abs(a - b) for a, b in zip(ours, exact, strict=True)) / len(exact)
+
+
+def check_real_text(result, exact, answer):
+    """Perplexity within 2 % of float32's; and of float32's own greedy answers, nearly all tokens are the first choice."""
+    read, forced = result["runs"]
+    ours = logprobs(read)
+    assert len(ours) == len(exact) > 600
+    ratio = math.exp((sum(exact) - sum(ours)) / len(exact))
+    first = [rank == 1 for output in forced for _, rank in output["prompt_tokens"][-answer:]]
+    print(
+        f"perplexity {math.exp(-sum(ours) / len(ours)):.3f}, {ratio:.4f} times float32's; {sum(first)} of {len(first)} first choices"
+    )
+    assert abs(ratio - 1) < 0.02
+    assert sum(first) > 0.85 * len(first)
+
+
+def test_one_rank(smollm2, w8a8, prompts, greedy, tiny, run_engines):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    texts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    answered = [list(ids) + answer for ids, answer in zip(prompts, greedy, strict=True)]
+    runs = [{"prompts": texts, "sampling": READ}, {"prompts": answered, "sampling": READ}]
+    real = [{"engine": {"model": str(folder), **SMALL}, "runs": runs, "inspect": True} for folder in w8a8]
+    (static, exact), (experts, exact_moe) = tiny["static"], tiny["experts"]
+    *of_text, dense, moe = run_engines([*real, job(static), job(experts)], **STRICT, **ONE_PROCESS)
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+        exact_text = own_logprobs(model, texts)
+    for result in of_text:
+        check_real_text(result, exact_text, answer=len(greedy[0]))
+    print("mean distance", distance(dense, exact), distance(moe, exact_moe))
+    assert distance(dense, exact) < NEAR
+    assert distance(moe, exact_moe) < NEAR
+    # Every projection was an int8 product. Operators are counted over the whole process, hence the differences.
+    counts = [Counter(), *(Counter(result["operators"][0]) for result in (*of_text, dense, moe))]
+    first, second, third, fourth = (after - before for before, after in pairwise(counts))
+    assert first[LINEAR] == first[DYNAMIC] > 0
+    assert first[LINEAR] % (4 * 30) == 0
+    assert second[LINEAR] == second[EXPERTS] == 2 * second[BETWEEN] > 0
+    assert third[LINEAR] == third[STATIC] > 0
+    assert third[DYNAMIC] == 0
+    assert fourth[EXPERTS] == 2 * fourth[BETWEEN] > 0
+
+
+def test_two_ranks(tiny, run_engines):
+    """Scales are cut with the output features, `quant_bias` is added once; FlashComm2 quantises before its exchange."""
+    (static, exact), (experts, exact_moe) = tiny["static"], tiny["experts"]
+    two = {"tensor_parallel_size": 2}
+    options = {"enable_flashcomm1": True, "flashcomm1_dense_threshold": 0, "flashcomm2_parallel_size": 1}
+    jobs = [job(static, **two), job(static, **two, additional_config=options)]
+    jobs += [job(experts, **two), job(experts, **two, enable_expert_parallel=True)]
+    results = run_engines(jobs, **STRICT)
+    expected = [exact, exact, exact_moe, exact_moe]
+    distances = [distance(result, wanted) for result, wanted in zip(results, expected, strict=True)]
+    print("mean distances", distances)
+    assert max(distances) < NEAR
+    for result in results[:2]:
+        assert all(operators[LINEAR] > 0 for operators in result["operators"])
+    for result in results[2:]:
+        assert all(operators[BETWEEN] > 0 for operators in result["operators"])
