@@ -292,3 +292,17 @@ def test_two_ranks(tiny, run_engines):
         assert all(operators[LINEAR] > 0 for operators in result["operators"])
     for result in results[2:]:
         assert all(operators[BETWEEN] > 0 for operators in result["operators"])
+
+
+def test_int8_rows_travel_on_an_atlas_a3(tiny, run_engines):
+    """By MC2, and where prompts are beyond its capacity by all-to-all-v; replicas among the slots."""
+    experts, exact = tiny["experts"]
+    two = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    redundant = {"additional_config": {"eplb_config": {"num_redundant_experts": 4}}}
+    jobs = [job(experts, **two, **redundant, max_num_seqs=256), job(experts, **two, **redundant)]
+    by_mc2, by_all_to_all = run_engines(jobs, ASCEND_SIM_SOC="Ascend910_9391", **STRICT)
+    for result in (by_mc2, by_all_to_all):
+        assert distance(result, exact) < NEAR
+        assert all(operators[BETWEEN] > 0 for operators in result["operators"])
+    assert all("npu::npu_moe_distribute_dispatch_v2" in operators for operators in by_mc2["operators"])
+    assert all(calls["alltoall_base_"] > 0 for calls in by_all_to_all["collectives"][0])
