@@ -28,3 +28,4 @@ def register_general() -> None:
     from vllm.v1.attention.backends.registry import register_backend
 
     register_backend("ASCEND_ATTN", "vllm_ascend.attention.gqa.AscendAttentionBackend")
+    register_backend("ASCEND_MLA", "vllm_ascend.attention.mla.AscendMLABackend")

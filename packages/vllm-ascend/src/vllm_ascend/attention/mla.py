@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head latent attention (DeepSeek's MLA) over a paged cache of latents.
+
+vLLM's `MLAAttention` folds W_UK into the query and applies W_UV to the result (the absorbed form), so that all heads attend to one latent key of
+512 + 64 numbers a token, whose first 512 are the value as well. Here every token goes that way, prompts too: the kernel takes at most 16 query tokens
+a request, and a longer piece of a prompt is given to it as several requests over the same blocks, each ending a tile of 16 tokens later.
+Prefill, chunks, cached prefixes, decoding and any mixture of them are then one call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionLayer,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MLAAttentionImpl,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_ascend import kernels
+
+__all__ = ["AscendMLABackend", "AscendMLAImpl", "AscendMLAMetadata", "AscendMLAMetadataBuilder", "NoMLAPrefill", "tiles"]
+
+BLOCK_SIZES = (128, 16)  # what the kernel takes beside 512 + 64 columns
+TILE = 16  # query tokens that the kernel takes of a request
+
+
+class AscendMLABackend(AttentionBackend):
+    """Names the parts, and how the KV cache lies in memory."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012
+
+    @staticmethod
+    def get_name() -> str:
+        """As registered in vLLM's table of backends."""
+        return "ASCEND_MLA"
+
+    @staticmethod
+    def get_impl_cls() -> type[AscendMLAImpl]:
+        """The class a layer runs."""
+        return AscendMLAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[AscendMLAMetadataBuilder]:
+        """The class that prepares a step."""
+        return AscendMLAMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        """128 or 16 tokens; vLLM cuts larger blocks into these."""
+        return list(BLOCK_SIZES)
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """128 tokens, as for other attention."""
+        return BLOCK_SIZES[0]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Layers outside: a layer's cache is one piece of memory."""
+        return (KVCacheLayout.LHBNC,)
+
+    @classmethod
+    def is_mla(cls) -> bool:
+        """For vLLM's `MLAAttention`."""
+        return True
+
+
+class NoMLAPrefill(MLAPrefillBackend):
+    """What vLLM's layer insists to construct for prompts, and what is never asked: they go through `AscendMLAImpl.forward_mqa`."""
+
+    @staticmethod
+    def get_name() -> str:
+        """For the log."""
+        return "ASCEND_MLA"
+
+    def run_prefill_new_tokens(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not called."""
+        raise NotImplementedError("ASCEND_MLA computes prompts in the absorbed form")
+
+    def run_prefill_context_chunk(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not called."""
+        raise NotImplementedError("ASCEND_MLA computes prompts in the absorbed form")
+
+
+@dataclass(slots=True)
+class AscendMLAMetadata(AttentionMetadata):
+    """One step, for all layers. The names of the first four are those that vLLM's layer reads: to it every token is a decoded one.
+
+    Attributes:
+        num_actual_tokens: query tokens T.
+        num_decode_tokens: T.
+        num_decodes: tiles.
+        num_prefills: 0.
+        decode: the same step, which the layer wants to be something.
+        query_ends: cumulative query lengths of the tiles, last one T.
+        kv_lengths: keys that each tile's last token sees.
+        block_table: int32 `[tiles, blocks]`.
+        mask: the compressed causal mask; None where every tile is one token.
+    """
+
+    num_actual_tokens: int
+    query_ends: list[int]
+    kv_lengths: list[int]
+    block_table: Tensor
+    mask: Tensor | None
+    num_prefills: int = 0
+
+    @property
+    def num_decode_tokens(self) -> int:
+        return self.num_actual_tokens
+
+    @property
+    def num_decodes(self) -> int:
+        return len(self.query_ends)
+
+    @property
+    def decode(self) -> AscendMLAMetadata:
+        return self
+
+
+def tiles(query_ends: list[int], kv_lengths: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """Cut requests into pieces of at most `TILE` query tokens, each of which ends where its last token's keys end.
+
+    Args:
+        query_ends: cumulative query lengths of the requests.
+        kv_lengths: keys of each request, its new tokens among them.
+
+    Returns:
+        Of each piece its request, the cumulative query length and the keys.
+    """
+    requests, ends, keys = [], [], []
+    begin = 0
+    for request, (end, length) in enumerate(zip(query_ends, kv_lengths, strict=True)):
+        for cut in [*range(begin + TILE, end, TILE), end]:
+            requests.append(request)
+            ends.append(cut)
+            keys.append(length - (end - cut))
+        begin = end
+    return requests, ends, keys
+
+
+class AscendMLAMetadataBuilder(AttentionMetadataBuilder[AscendMLAMetadata]):
+    """Turns vLLM's description of a step into kernel arguments."""
+
+    def __init__(
+        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        """Build the mask once."""
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.mask = kernels.causal_mask(device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> AscendMLAMetadata:
+        """One step."""
+        step = common_attn_metadata
+        if step.causal is not True:
+            raise ValueError(f"multi-head latent attention on an NPU is causal, got causal={step.causal}")
+        lengths = step.seq_lens_cpu_upper_bound
+        if lengths is None:
+            lengths = step.seq_lens.cpu()
+        query_ends = step.query_start_loc_cpu[1 : step.num_reqs + 1].tolist()
+        requests, ends, keys = tiles(query_ends, lengths[: step.num_reqs].tolist())
+        block_table = step.block_table_tensor[: step.num_reqs]
+        if len(requests) > step.num_reqs:
+            block_table = block_table[torch.tensor(requests, device=self.device)]
+        return AscendMLAMetadata(
+            num_actual_tokens=step.num_actual_tokens,
+            query_ends=ends,
+            kv_lengths=keys,
+            block_table=block_table,
+            mask=self.mask if step.max_query_len > 1 else None,
+        )
+
+
+class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
+    """One layer's attention. The kernel's limits are checked with the options of a run, in `attention/limits.py`."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None,
+        attn_type: str,
+        kv_sharing_target_layer_name: str | None,
+        *,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int,
+        **dimensions: Any,
+    ) -> None:
+        """Keep what the kernel takes; ValueError for what it does not. `dimensions` are vLLM's own business, in its layer."""
+        for name, value in (("alibi_slopes", alibi_slopes), ("sliding_window", sliding_window), ("logits_soft_cap", logits_soft_cap)):  # fmt: skip
+            if value:
+                raise ValueError(f"multi-head latent attention on an NPU has no {name} (got {value!r})")
+        if kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+            raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; vllm-ascend supports auto, float16, bfloat16")
+        self.num_heads, self.scale = num_heads, scale
+        self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
+        self.kv_cache_dtype = kv_cache_dtype
+
+    def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's memory, `[blocks, block_size, 512 + 64]` to vLLM, as latents `[blocks, block_size, 512]` and, behind them all, rotated
+        keys `[blocks, block_size, 64]`: the kernel wants each of them contiguous."""
+        blocks, block_size, _ = kv_cache.shape
+        sizes = (self.kv_lora_rank, self.qk_rope_head_dim)
+        latents, keys = kv_cache.view(-1).split([blocks * block_size * size for size in sizes])
+        return latents.view(blocks, block_size, -1), keys.view(blocks, block_size, -1)
+
+    def do_kv_cache_update(
+        self,
+        kv_c_normed: Tensor,
+        k_pe: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        kv_cache_dtype: str,
+        k_scale: Tensor,
+    ) -> None:
+        """Write this step's latents `[T, 512]` and rotated keys `[T, 1, 64]`. Padding tokens have no slot and are cut off; a step without
+        requests has none."""
+        if get_forward_context().attn_metadata is None:  # its slots are all -1, which the kernel does not take
+            return
+        tokens = slot_mapping.shape[0]
+        latents, keys = self._caches(kv_cache)
+        kernels.scatter_kv(
+            kv_c_normed[:tokens].unsqueeze(1), k_pe[:tokens], latents.unsqueeze(2), keys.unsqueeze(2), slot_mapping
+        )
+
+    def forward_mqa(
+        self,
+        q: Tensor | tuple[Tensor, Tensor],
+        kv_c_and_k_pe_cache: Tensor,
+        attn_metadata: AscendMLAMetadata,
+        layer: AttentionLayer,
+    ) -> tuple[Tensor, None]:
+        """Absorbed query `[T, N, 512]` and rotated query `[T, N, 64]` -> latent output `[T, N, 512]`."""
+        assert isinstance(q, tuple)  # one tensor is for quantised caches and context parallelism, neither of which is here
+        query, query_rope = q
+        latents, keys = self._caches(kv_c_and_k_pe_cache)
+        step = attn_metadata
+        out = kernels.latent_attention(
+            query,
+            query_rope.contiguous(),
+            latents,
+            keys,
+            query_ends=step.query_ends,
+            kv_lengths=step.kv_lengths,
+            block_table=step.block_table,
+            mask=step.mask,
+            scale=self.scale,
+        )
+        return out, None
