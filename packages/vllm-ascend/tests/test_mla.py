@@ -31,8 +31,8 @@ def backend():
     from vllm_ascend.attention.mla import AscendMLAImpl, AscendMLAMetadataBuilder
 
     impl = AscendMLAImpl(
-        HEADS, LATENT + ROPE, SCALE, 1, None, None, "auto", None, AttentionType.DECODER, None, kv_lora_rank=LATENT, qk_rope_head_dim=ROPE
-    )  # fmt: skip
+        HEADS, LATENT + ROPE, SCALE, 1, None, None, "auto", None, AttentionType.DECODER, None, kv_lora_rank=LATENT
+    )
     with override_forward_context(SimpleNamespace(attn_metadata={})):
         yield AscendMLAMetadataBuilder(None, [], None, torch.device("npu")), impl
 

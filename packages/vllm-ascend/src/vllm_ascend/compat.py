@@ -57,7 +57,7 @@ def replace_grouped_topk(grouped_topk: Callable[..., tuple[torch.Tensor, torch.T
     """
     from vllm.model_executor.layers.fused_moe.router import grouped_topk_router
 
-    grouped_topk_router.grouped_topk = grouped_topk  # type: ignore[assignment]
+    grouped_topk_router.grouped_topk = grouped_topk
 
 
 def compute_slot_mapping(

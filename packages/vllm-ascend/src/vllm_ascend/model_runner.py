@@ -12,6 +12,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ascend import compat, parallel
+from vllm_ascend.attention import mla
 from vllm_ascend.eplb.record import LoadRecorder
 from vllm_ascend.layers import linear, moe, sequence
 
@@ -36,6 +37,7 @@ class AscendModelRunner(GPUModelRunner):
         model = self.get_model()
         linear.finish_loading(model)
         sequence.attach(model)
+        mla.spare_workspace(model)
         self.load_recorder = moe.load_recorder(model)
         self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionLayer,
@@ -31,7 +32,15 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_ascend import kernels
 
-__all__ = ["AscendMLABackend", "AscendMLAImpl", "AscendMLAMetadata", "AscendMLAMetadataBuilder", "NoMLAPrefill", "tiles"]
+__all__ = [
+    "AscendMLABackend",
+    "AscendMLAImpl",
+    "AscendMLAMetadata",
+    "AscendMLAMetadataBuilder",
+    "NoMLAPrefill",
+    "spare_workspace",
+    "tiles",
+]
 
 BLOCK_SIZES = (128, 16)  # what the kernel takes beside 512 + 64 columns
 TILE = 16  # query tokens that the kernel takes of a request
@@ -97,18 +106,15 @@ class NoMLAPrefill(MLAPrefillBackend):
 
 @dataclass(slots=True)
 class AscendMLAMetadata(AttentionMetadata):
-    """One step, for all layers. The names of the first four are those that vLLM's layer reads: to it every token is a decoded one.
+    """One step, for all layers. To vLLM's layer every token is a decoded one.
 
     Attributes:
         num_actual_tokens: query tokens T.
-        num_decode_tokens: T.
-        num_decodes: tiles.
-        num_prefills: 0.
-        decode: the same step, which the layer wants to be something.
         query_ends: cumulative query lengths of the tiles, last one T.
         kv_lengths: keys that each tile's last token sees.
         block_table: int32 `[tiles, blocks]`.
         mask: the compressed causal mask; None where every tile is one token.
+        num_prefills: none.
     """
 
     num_actual_tokens: int
@@ -120,14 +126,17 @@ class AscendMLAMetadata(AttentionMetadata):
 
     @property
     def num_decode_tokens(self) -> int:
+        """All of them."""
         return self.num_actual_tokens
 
     @property
     def num_decodes(self) -> int:
+        """One a tile."""
         return len(self.query_ends)
 
     @property
     def decode(self) -> AscendMLAMetadata:
+        """What the layer wants to be there for decoded tokens."""
         return self
 
 
@@ -203,7 +212,6 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         kv_sharing_target_layer_name: str | None,
         *,
         kv_lora_rank: int,
-        qk_rope_head_dim: int,
         **dimensions: Any,
     ) -> None:
         """Keep what the kernel takes; ValueError for what it does not. `dimensions` are vLLM's own business, in its layer."""
@@ -213,16 +221,15 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         if kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
             raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; vllm-ascend supports auto, float16, bfloat16")
         self.num_heads, self.scale = num_heads, scale
-        self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
+        self.kv_lora_rank = kv_lora_rank
         self.kv_cache_dtype = kv_cache_dtype
 
     def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's memory, `[blocks, block_size, 512 + 64]` to vLLM, as latents `[blocks, block_size, 512]` and, behind them all, rotated
         keys `[blocks, block_size, 64]`: the kernel wants each of them contiguous."""
         blocks, block_size, _ = kv_cache.shape
-        sizes = (self.kv_lora_rank, self.qk_rope_head_dim)
-        latents, keys = kv_cache.view(-1).split([blocks * block_size * size for size in sizes])
-        return latents.view(blocks, block_size, -1), keys.view(blocks, block_size, -1)
+        memory, cut = kv_cache.view(-1), blocks * block_size * self.kv_lora_rank
+        return memory[:cut].view(blocks, block_size, -1), memory[cut:].view(blocks, block_size, -1)
 
     def do_kv_cache_update(
         self,
@@ -251,7 +258,7 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         layer: AttentionLayer,
     ) -> tuple[Tensor, None]:
         """Absorbed query `[T, N, 512]` and rotated query `[T, N, 64]` -> latent output `[T, N, 512]`."""
-        assert isinstance(q, tuple)  # one tensor is for quantised caches and context parallelism, neither of which is here
+        assert isinstance(q, tuple)  # one tensor is for quantised caches and context parallelism
         query, query_rope = q
         latents, keys = self._caches(kv_c_and_k_pe_cache)
         step = attn_metadata
@@ -267,3 +274,10 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
             scale=self.scale,
         )
         return out, None
+
+
+def spare_workspace(model: nn.Module) -> None:
+    """Let vLLM's profiling run set aside no memory for keys and values projected up from cached latents: here they never are."""
+    for layer in model.modules():
+        if isinstance(layer, MLAAttention):
+            layer._chunked_prefill_workspace_size = 0
