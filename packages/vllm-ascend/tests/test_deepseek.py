@@ -5,6 +5,10 @@ The prompts are chunked (64 tokens a step), some are longer than a block of 128 
 """
 
 import pytest
+from ascend_comm import Topology
+from vllm_ascend.config import AscendConfig
+from vllm_ascend.explain import explain
+from vllm_ascend.models import read_config
 
 pytestmark = pytest.mark.slow
 TOKENS = 8
@@ -132,12 +136,17 @@ def test_log_probabilities_in_bfloat16(families, run_engines):
 
 @pytest.mark.parametrize("experts_apart", [False, True], ids=["tp2", "tp2-ep"])
 def test_two_ranks(families, run_engines, experts_apart):
-    """Also under preemption: 3 blocks of 128 tokens, one more being vLLM's own, and a request of 142 tokens beside one that grows beyond 128."""
+    """Also what `explain` says of the linear layers, and preemption: 3 blocks of 128 tokens, one more being vLLM's own, and a request of 142 tokens beside one that grows beyond 128."""
     parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": experts_apart}
     results = run_engines(jobs(families, **parallel, num_gpu_blocks_override=4), **INSPECT)
-    for result, (name, (_, _, expected)) in zip(results, families.items(), strict=True):
+    for result, (name, (folder, _, expected)) in zip(results, families.items(), strict=True):
         assert tokens(result) == expected, name
         assert result["preemptions"] > 0, name
+        rows = explain(read_config(str(folder)), AscendConfig(), Topology(2, 1, 1, 1, 2), dtype="float32", expert_parallel=experts_apart)  # fmt: skip
+        # The embedding, the LM head, routers and DeepSeek's own class of merged layer are none of the plugin's linear layers.
+        others = ("embed_tokens", "lm_head", "mlp.gate", "fused_qkv_a_proj")
+        explained = {row.path: row.weight_bytes for row in rows if not row.path.endswith(others)}
+        assert {path: size for path, (_, _, size) in result["layers"][0].items()} == explained, name
 
 
 @pytest.mark.parametrize("ranks", [1, 2], ids=["dp2-ep", "tp2-dp2-ep"])

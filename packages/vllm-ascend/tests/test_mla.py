@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head latent attention without an engine: against plain float64 mathematics, and what is refused."""
 
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +125,23 @@ def test_models_that_do_not_fit_are_refused(sizes, heads, message):
     check_latent(SimpleNamespace(**fits), 16)
     with pytest.raises(ValueError, match=message):
         check_latent(SimpleNamespace(**{**fits, **sizes}), heads)
+
+
+def test_a_model_that_does_not_fit_stops_the_engine_before_its_workers(tmp_path):
+    """Twenty heads: not over one rank, nor over two."""
+    config = {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 64, "num_attention_heads": 20,
+        "num_key_value_heads": 20, "kv_lora_rank": 512, "q_lora_rank": 48, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+        "v_head_dim": 128, "num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 256,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = (
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        f"EngineArgs(model={str(tmp_path)!r}, skip_tokenizer_init=True, tensor_parallel_size=2).create_engine_config()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "multi-head latent attention with 10 heads a rank" in done.stderr
 
 
 def test_backends_by_kind_of_attention():
