@@ -10,18 +10,15 @@ Prefill, chunks, cached prefixes, decoding and any mixture of them are then one 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionLayer,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
     CommonAttentionMetadata,
     MLAAttentionImpl,
     MultipleOf,
@@ -31,6 +28,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_ascend import kernels
+from vllm_ascend.attention.gqa import AscendAttentionMetadata, AscendAttentionMetadataBuilder
 
 __all__ = [
     "AscendMLABackend",
@@ -105,29 +103,20 @@ class NoMLAPrefill(MLAPrefillBackend):
 
 
 @dataclass(slots=True)
-class AscendMLAMetadata(AttentionMetadata):
-    """One step, for all layers. To vLLM's layer every token is a decoded one.
+class AscendMLAMetadata(AscendAttentionMetadata):
+    """One step, whose requests are tiles. What vLLM's layer reads of it says that every token is a decoded one."""
 
-    Attributes:
-        num_actual_tokens: query tokens T.
-        query_ends: cumulative query lengths of the tiles, last one T.
-        kv_lengths: keys that each tile's last token sees.
-        block_table: int32 `[tiles, blocks]`.
-        mask: the compressed causal mask; None where every tile is one token.
-        num_prefills: none.
-    """
+    num_prefills: ClassVar[int] = 0
 
-    num_actual_tokens: int
-    query_ends: list[int]
-    kv_lengths: list[int]
-    block_table: Tensor
-    mask: Tensor | None
-    num_prefills: int = 0
+    @property
+    def num_actual_tokens(self) -> int:
+        """Query tokens T."""
+        return self.num_tokens
 
     @property
     def num_decode_tokens(self) -> int:
         """All of them."""
-        return self.num_actual_tokens
+        return self.num_tokens
 
     @property
     def num_decodes(self) -> int:
@@ -161,37 +150,27 @@ def tiles(query_ends: list[int], kv_lengths: list[int]) -> tuple[list[int], list
     return requests, ends, keys
 
 
-class AscendMLAMetadataBuilder(AttentionMetadataBuilder[AscendMLAMetadata]):
+class AscendMLAMetadataBuilder(AscendAttentionMetadataBuilder):
     """Turns vLLM's description of a step into kernel arguments."""
-
-    def __init__(
-        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
-    ) -> None:
-        """Build the mask once."""
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.mask = kernels.causal_mask(device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> AscendMLAMetadata:
         """One step."""
-        step = common_attn_metadata
-        if step.causal is not True:
-            raise ValueError(f"multi-head latent attention on an NPU is causal, got causal={step.causal}")
-        lengths = step.seq_lens_cpu_upper_bound
-        if lengths is None:
-            lengths = step.seq_lens.cpu()
-        query_ends = step.query_start_loc_cpu[1 : step.num_reqs + 1].tolist()
-        requests, ends, keys = tiles(query_ends, lengths[: step.num_reqs].tolist())
-        block_table = step.block_table_tensor[: step.num_reqs]
-        if len(requests) > step.num_reqs:
+        step = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if not step.causal:
+            raise ValueError("multi-head latent attention on an NPU is causal, got causal=False")
+        requests, ends, keys = tiles(step.query_ends, step.kv_lengths)
+        block_table = step.block_table
+        if len(requests) > len(block_table):
             block_table = block_table[torch.tensor(requests, device=self.device)]
         return AscendMLAMetadata(
-            num_actual_tokens=step.num_actual_tokens,
+            num_tokens=step.num_tokens,
             query_ends=ends,
             kv_lengths=keys,
             block_table=block_table,
-            mask=self.mask if step.max_query_len > 1 else None,
+            mask=step.mask,
+            causal=True,
         )
 
 
@@ -270,7 +249,7 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
             query_ends=step.query_ends,
             kv_lengths=step.kv_lengths,
             block_table=step.block_table,
-            mask=step.mask,
+            mask=None if step.num_decodes == step.num_tokens else step.mask,
             scale=self.scale,
         )
         return out, None
