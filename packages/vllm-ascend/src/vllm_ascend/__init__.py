@@ -30,4 +30,5 @@ def register_general() -> None:
     from vllm_ascend import quantization
 
     register_backend("ASCEND_ATTN", "vllm_ascend.attention.gqa.AscendAttentionBackend")
+    register_backend("ASCEND_MLA", "vllm_ascend.attention.mla.AscendMLABackend")
     quantization.register()

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["alias_cuda_streams", "register_slot_mapping", "shard_of"]
+__all__ = ["alias_cuda_streams", "register_slot_mapping", "replace_grouped_topk", "shard_of"]
 
 
 def alias_cuda_streams() -> None:
@@ -47,6 +47,17 @@ def shard_of(module: ModuleType, rank: int, size: int) -> Iterator[None]:
     finally:
         for name, function in kept.items():
             setattr(module, name, function)
+
+
+def replace_grouped_topk(grouped_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Let vLLM's router of grouped experts choose with `grouped_topk`.
+
+    Reason: `GroupedTopKRouter` calls a function of its module, not the CustomOp `GroupedTopk` that could be replaced, and what that function compiles
+    is ten operators where the NPU has one. Retired by: the router going through its CustomOp.
+    """
+    from vllm.model_executor.layers.fused_moe.router import grouped_topk_router
+
+    grouped_topk_router.grouped_topk = grouped_topk
 
 
 def compute_slot_mapping(

@@ -14,6 +14,8 @@ __all__ = [
     "add_rms_norm",
     "apply_rotary",
     "attention",
+    "causal_mask",
+    "latent_attention",
     "rms_norm",
     "rotary_mul",
     "scatter_kv",
@@ -81,3 +83,50 @@ def causal_mask(device: torch.device) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """Fused attention in TND layout: query `[T, N, D]`; options as of `npu_fused_infer_attention_score`. Returns `[T, N, D]`."""
     return _npu().npu_fused_infer_attention_score(query, key, value, input_layout="TND", **options)[0]  # type: ignore[no-any-return]
+
+
+def latent_attention(
+    query: Tensor,
+    query_rope: Tensor,
+    latents: Tensor,
+    key_rope: Tensor,
+    *,
+    query_ends: list[int],
+    kv_lengths: list[int],
+    block_table: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Attention in the absorbed form: all heads read one paged key, `[latent, rope]`, whose latent is the value too.
+
+    Args:
+        query: `[T, N, 512]`; N a power of two, at most 128.
+        query_rope: `[T, N, 64]`.
+        latents: `[blocks, block_size, 512]`; block_size 16 or 128.
+        key_rope: `[blocks, block_size, 64]`.
+        query_ends: cumulative query lengths, at most 16 tokens each.
+        kv_lengths: keys of each request.
+        block_table: int32 `[requests, blocks]`.
+        mask: the compressed causal mask; None where each request has one query token.
+        scale: of the scores.
+
+    Returns:
+        `[T, N, 512]`.
+    """
+    shared = latents.unsqueeze(1)  # [blocks, heads, block_size, 512]
+    return attention(
+        query,
+        shared,
+        shared,
+        query_rope=query_rope,
+        key_rope=key_rope.unsqueeze(1),
+        num_heads=query.shape[1],
+        num_key_value_heads=1,
+        scale=scale,
+        block_table=block_table,
+        block_size=latents.shape[1],
+        actual_seq_lengths=query_ends,
+        actual_seq_lengths_kv=kv_lengths,
+        sparse_mode=SPARSE_NONE if mask is None else SPARSE_CAUSAL,
+        atten_mask=mask,
+    )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ascend import compat, parallel
+from vllm_ascend.attention import mla
 from vllm_ascend.eplb.record import LoadRecorder
 from vllm_ascend.layers import linear, moe, sequence
 
@@ -21,6 +23,8 @@ class AscendModelRunner(GPUModelRunner):
     """The GPU runner, with NPU streams and events."""
 
     load_recorder: LoadRecorder | None = None
+    splits_hidden_states: bool
+    """Whether a layer of the model takes and gives hidden states of a part of the tokens on each TP rank."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         """Build vLLM's runner on `device`."""
@@ -30,15 +34,30 @@ class AscendModelRunner(GPUModelRunner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then give the linear ops its weights and put FlashComm1's hooks on it."""
         super().load_model(*args, **kwargs)
-        linear.finish_loading(self.get_model())
-        sequence.attach(self.get_model())
-        self.load_recorder = moe.load_recorder(self.get_model())
+        model = self.get_model()
+        linear.finish_loading(model)
+        sequence.attach(model)
+        mla.spare_workspace(model)
+        self.load_recorder = moe.load_recorder(model)
+        self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())
 
     def eplb_step(self, is_dummy: bool = False, is_profile: bool = False) -> None:
         """What vLLM calls after each step of all ranks that share experts."""
         super().eplb_step(is_dummy, is_profile)
         if self.load_recorder is not None and not is_profile:
             self.load_recorder.step()
+
+    def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
+        """How many tokens each replica's step has. One token becomes two where layers hand hidden states on split over TP ranks.
+
+        vLLM's DeepSeek layers know such a state by its number of rows being another one than the tokens', but a rank's part of one token is
+        one row as well. On GPUs captured graphs pad such steps. All replicas pad alike, so that they agree on the numbers.
+        """
+        mode, batch, microbatches, over_replicas, statistics = super()._determine_batch_execution_and_padding(*args, **kwargs)  # fmt: skip
+        if self.splits_hidden_states:
+            batch = replace(batch, num_tokens=max(batch.num_tokens, 2))
+            over_replicas = None if over_replicas is None else over_replicas.clamp(min=2)
+        return mode, batch, microbatches, over_replicas, statistics
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """A step without requests. Where data parallel ranks share the LM head, it goes on to the logits, for which the others wait.

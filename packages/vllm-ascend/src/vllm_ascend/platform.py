@@ -9,6 +9,7 @@ import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_ascend import compat, envs, layout
+from vllm_ascend.attention import limits
 from vllm_ascend.config import AscendConfig
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from vllm.config.kernel import IrOpPriorityConfig
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
+    from vllm.v1.attention.backends.mla.prefill.selector import MLAPrefillSelectorConfig
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 __all__ = ["AscendPlatform"]
@@ -64,13 +67,22 @@ class AscendPlatform(Platform):
     ) -> str:
         """Qualified name of the attention backend; ValueError for what none of them can do."""
         asked = attn_selector_config
-        for wanted, name in ((asked.use_mla, "multi-head latent attention"), (asked.use_sparse, "sparse attention"),
-                             (asked.has_sink, "attention sinks"), (asked.use_mm_prefix, "bidirectional multimodal prefixes")):  # fmt: skip
+        for wanted, name in ((asked.use_sparse, "sparse attention"), (asked.has_sink, "attention sinks"),
+                             (asked.use_mm_prefix, "bidirectional multimodal prefixes")):  # fmt: skip
             if wanted:
                 raise ValueError(
                     f"vllm-ascend has no attention backend for {name} (head size {asked.head_size}, {asked.dtype})"
                 )
+        if asked.use_mla:
+            return "vllm_ascend.attention.mla.AscendMLABackend"
         return "vllm_ascend.attention.gqa.AscendAttentionBackend"
+
+    @classmethod
+    def get_mla_prefill_backend_cls(cls, mla_selector_config: MLAPrefillSelectorConfig) -> type[MLAPrefillBackend]:
+        """The one there is, which computes nothing: see `attention/mla.py`."""
+        from vllm_ascend.attention.mla import NoMLAPrefill
+
+        return NoMLAPrefill
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: VllmConfig) -> None:
@@ -99,6 +111,11 @@ class AscendPlatform(Platform):
             )
         if vllm_config.model_config is not None:
             layout.check(config, layout.Deployment.of(vllm_config))
+            if vllm_config.model_config.use_mla:
+                limits.check_latent(
+                    vllm_config.model_config.hf_text_config,
+                    vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
+                )
         cls.lmhead_is_shared = config.finegrained_tp_config.lmhead_tensor_parallel_size > 0
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         parallel = vllm_config.parallel_config

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers import rotary_embedding as rope
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding, RotaryEmbeddingBase
 
 from vllm_ascend import kernels
 
-__all__ = ["AscendRotaryEmbedding", "register"]
+__all__ = ["AscendRotaryEmbedding", "OnKernel", "register"]
 
 FUSED_HEAD_SIZES = (64, 128)  # npu_apply_rotary_pos_emb on Atlas A2 and A3
 
 
-class AscendRotaryEmbedding(RotaryEmbedding):
-    """Rotates query and key in one kernel; the cosines of a step are gathered once for all layers."""
+class OnKernel(RotaryEmbeddingBase):
+    """Rotates query and key in one kernel, whatever the table of cosines; those of a step are gathered once for all layers."""
 
     def _cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin `[T, 1, rotary_dim]` at `positions`, each value at both places that the rotation pairs."""
@@ -42,7 +42,7 @@ class AscendRotaryEmbedding(RotaryEmbedding):
         return kept[key][1]  # type: ignore[no-any-return]
 
     def forward_oot(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Query `[T, N*D]` and key `[T, Nkv*D]` (or None), rotated at positions `[T]`."""
+        """Query `[T, N*D]` or `[T, N, D]` and key `[T, Nkv*D]` or `[T, Nkv, D]` (or None), rotated at positions `[T]`."""
         cos, sin = self._step_cos_sin(positions.flatten(), query.dtype)
         tokens, size = cos.shape[0], self.head_size
         if key is not None and self.is_neox_style and self.rotary_dim == size and size in FUSED_HEAD_SIZES:
@@ -64,12 +64,15 @@ class AscendRotaryEmbedding(RotaryEmbedding):
         return rotated.reshape(x.shape)
 
 
+class AscendRotaryEmbedding(OnKernel, RotaryEmbedding):
+    """`RotaryEmbedding` on the NPU kernel."""
+
+
 def register() -> None:
-    """Replace vLLM's layer, and those of its subclasses that differ only in how they compute the table of cosines."""
+    """Replace vLLM's layer, and those that differ from it only in how they compute the table of cosines."""
     RotaryEmbedding.register_oot(AscendRotaryEmbedding)
     for name in ("Llama3RotaryEmbedding", "LinearScalingRotaryEmbedding", "DynamicNTKScalingRotaryEmbedding",
-                 "DynamicNTKAlphaRotaryEmbedding", "NTKScalingRotaryEmbedding", "YaRNScalingRotaryEmbedding"):  # fmt: skip
+                 "DynamicNTKAlphaRotaryEmbedding", "NTKScalingRotaryEmbedding", "YaRNScalingRotaryEmbedding",
+                 "DeepseekScalingRotaryEmbedding"):  # fmt: skip
         base = getattr(rope, name)
-        base.register_oot(
-            type(f"Ascend{name}", (AscendRotaryEmbedding, base), {"__doc__": f"{name} on the NPU kernel."}), name=name
-        )
+        base.register_oot(type(f"Ascend{name}", (OnKernel, base), {"__doc__": f"{name} on the NPU kernel."}), name=name)

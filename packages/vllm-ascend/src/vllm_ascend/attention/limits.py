@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the attention kernels take of a model, checked before worker processes start. No vLLM here."""
+
+from __future__ import annotations
+
+__all__ = ["check_latent"]
+
+LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def check_latent(text_config: object, heads: int) -> None:
+    """Check that a model's multi-head latent attention fits `npu_fused_infer_attention_score` in its absorbed form.
+
+    Args:
+        text_config: the Hugging Face config of the language model.
+        heads: attention heads of one rank.
+
+    Raises:
+        ValueError: a size that the kernel does not take.
+    """
+    for name, size in LATENT_SIZES.items():
+        found = getattr(text_config, name, None)
+        if found != size:
+            raise ValueError(
+                f"{name} of this model is {found}: the NPU's kernel for multi-head latent attention takes {size} only"
+            )
+    if heads not in LATENT_HEADS:
+        raise ValueError(
+            f"multi-head latent attention with {heads} heads a rank: the NPU's kernel takes "
+            f"{', '.join(map(str, LATENT_HEADS))}; change tensor_parallel_size if another one fits"
+        )

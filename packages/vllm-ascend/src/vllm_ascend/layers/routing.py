@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routing among groups of experts (DeepSeek-V2 and -V3, GLM4-MoE) by ascend-moe."""
+
+from __future__ import annotations
+
+from ascend_moe import RoutingSpec, select_experts
+from torch import Tensor
+
+from vllm_ascend import compat
+
+__all__ = ["grouped_topk", "register"]
+
+
+def grouped_topk(
+    hidden_states: Tensor,
+    gating_output: Tensor,
+    topk: int,
+    renormalize: bool,
+    num_expert_group: int = 0,
+    topk_group: int = 0,
+    scoring_func: str = "softmax",
+    routed_scaling_factor: float = 1.0,
+    e_score_correction_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """vLLM's function of this name. With a bias a group counts by its two best experts, without by its best one, as the models have it.
+
+    Args:
+        hidden_states: not used.
+        gating_output: the router's logits `[T, E]`.
+        topk: experts per token K.
+        renormalize: divide a token's weights by their sum.
+        num_expert_group: groups of the E experts; vLLM's router asks here with more experts than groups, which divide them.
+        topk_group: groups a token may choose from.
+        scoring_func: "softmax" or "sigmoid".
+        routed_scaling_factor: of the weights, after renormalisation.
+        e_score_correction_bias: `[E]`, added to the scores where experts are chosen.
+
+    Returns:
+        weights float32 `[T, K]` and logical ids int32 `[T, K]`.
+
+    Raises:
+        ValueError: another scoring function, or groups that do not fit.
+    """
+    spec = RoutingSpec(
+        top_k=topk,
+        scoring=scoring_func,  # type: ignore[arg-type]  # the spec checks it
+        renormalise=renormalize,
+        groups=num_expert_group,
+        top_groups=topk_group,
+        group_score="max" if e_score_correction_bias is None else "top2_sum",
+        bias=e_score_correction_bias is not None,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+    return select_experts(gating_output, spec, e_score_correction_bias)
+
+
+def register() -> None:
+    """Let vLLM's router of grouped experts call this."""
+    compat.replace_grouped_topk(grouped_topk)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek-V2, DeepSeek-V3 and GLM4-MoE in whole engines: greedy tokens against Hugging Face transformers, float32.
+
+The prompts are chunked (64 tokens a step), some are longer than a block of 128 tokens, and two of them begin with the same block.
+"""
+
+import pytest
+from ascend_comm import Topology
+from vllm_ascend.config import AscendConfig
+from vllm_ascend.explain import explain
+from vllm_ascend.models import read_config
+
+pytestmark = pytest.mark.slow
+TOKENS = 8
+GREEDY = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False}
+SMALL = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "kv_cache_memory_bytes": 64 << 20,
+    "skip_tokenizer_init": True,
+}
+# Forked workers need not import everything again, which is most of an engine's start.
+INSPECT = {
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+}
+LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 1.0, "mscale_all_dim": 0.7,
+}  # fmt: skip
+
+
+def tokens(result, run=0):
+    return [output["tokens"] for output in result["runs"][run]]
+
+
+def cached(result, run=0):
+    return [output["cached"] for output in result["runs"][run]]
+
+
+def models_of_each_family():
+    """Name -> a random model: without and with compressed queries, softmax and sigmoid, groups by their best and by their two best experts."""
+    from transformers import (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        Glm4MoeConfig,
+        Glm4MoeForCausalLM,
+    )
+
+    common = {
+        "vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "max_position_embeddings": 256, "tie_word_embeddings": False, "initializer_range": 0.2, "first_k_dense_replace": 1,
+        "n_routed_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+    }  # fmt: skip
+    v2 = DeepseekV2Config(
+        **common, **LATENT, q_lora_rank=None, num_key_value_heads=4, n_shared_experts=2, topk_method="group_limited_greedy", n_group=4,
+        topk_group=2, norm_topk_prob=False, routed_scaling_factor=2.0,
+    )  # fmt: skip
+    v3 = DeepseekV3Config(
+        **common, **LATENT, q_lora_rank=48, num_key_value_heads=4, n_shared_experts=1, topk_method="noaux_tc", scoring_func="sigmoid",
+        n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5, rope_parameters=YARN,
+    )  # fmt: skip
+    glm4 = Glm4MoeConfig(
+        **common, num_key_value_heads=2, head_dim=64, attention_bias=True, use_qk_norm=True, n_shared_experts=1, n_group=1, topk_group=1,
+        norm_topk_prob=True, routed_scaling_factor=2.5,
+    )  # fmt: skip
+    yield "deepseek_v2", DeepseekV2ForCausalLM(v2)
+    yield "deepseek_v3", DeepseekV3ForCausalLM(v3)
+    yield "glm4_moe", Glm4MoeForCausalLM(glm4)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory, hugging_face):
+    """Name -> folder, prompts and Hugging Face's tokens of each model."""
+    import torch
+
+    shared = [(5 * i * i + 3) % 500 for i in range(140)]
+    prompts = [[*shared, 7, 9], [(13 * i * i + 5) % 500 for i in range(125)], [(17 * i * i + 1) % 500 for i in range(200)],
+               [(11 * i * i + 2) % 500 for i in range(33)], [*shared, 8]]  # fmt: skip
+    made = {}
+    torch.manual_seed(3)
+    with torch.inference_mode():
+        for name, model in models_of_each_family():
+            model = model.float().eval()
+            for path, value in (*model.named_parameters(), *model.named_buffers()):
+                if path.endswith(("e_score_correction_bias", "_proj.bias")):
+                    value.normal_(0, 0.3)
+            folder = tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder)
+            made[name] = folder, prompts, hugging_face(model, prompts, TOKENS)
+    return made
+
+
+def jobs(families, prompts=slice(None), **engine):
+    return [
+        {
+            "engine": {"model": str(folder), **SMALL, **engine},
+            "runs": [{"prompts": given[prompts], "sampling": GREEDY}],
+            "inspect": True,
+        }
+        for folder, given, _ in families.values()
+    ]
+
+
+def test_one_rank(families, run_engines):
+    results = run_engines(jobs(families), **INSPECT)
+    for result, (name, (_, _, expected)) in zip(results, families.items(), strict=True):
+        assert tokens(result) == expected, name
+        assert cached(result) == [0, 0, 0, 0, 128], name
+        assert "npu::npu_moe_gating_top_k" in result["operators"][0], name
+
+
+def test_log_probabilities_in_bfloat16(families, run_engines):
+    """The simulator's strict mode, in which kernels take what hardware takes. Hugging Face computes in float32."""
+    import torch
+    from transformers import DeepseekV3ForCausalLM
+
+    folder, prompts, _ = families["deepseek_v3"]
+    with torch.inference_mode():
+        model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        exact = [model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
+    engine = {"model": str(folder), **SMALL, "dtype": "bfloat16", "max_logprobs": 500}
+    runs = [{"prompts": prompts, "sampling": GREEDY | {"max_tokens": 1, "logprobs": 500}}]
+    (result,) = run_engines([{"engine": engine, "runs": runs}], ASCEND_SIM_STRICT="1", **INSPECT)
+    for output, reference in zip(result["runs"][0], exact, strict=True):
+        (found,) = output["logprobs"]
+        error = torch.tensor([found[str(token)] for token in range(500)]) - reference
+        assert error.square().mean().sqrt() < 0.1 * reference.std()
+
+
+@pytest.mark.parametrize("experts_apart", [False, True], ids=["tp2", "tp2-ep"])
+def test_two_ranks(families, run_engines, experts_apart):
+    """Also what `explain` says of the linear layers, and preemption: 3 blocks of 128 tokens, one more being vLLM's own, and a request of 142 tokens beside one that grows beyond 128."""
+    parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": experts_apart}
+    results = run_engines(jobs(families, **parallel, num_gpu_blocks_override=4), **INSPECT)
+    for result, (name, (folder, _, expected)) in zip(results, families.items(), strict=True):
+        assert tokens(result) == expected, name
+        assert result["preemptions"] > 0, name
+        rows = explain(read_config(str(folder)), AscendConfig(), Topology(2, 1, 1, 1, 2), dtype="float32", expert_parallel=experts_apart)  # fmt: skip
+        # The embedding, the LM head, routers and DeepSeek's own class of merged layer are none of the plugin's linear layers.
+        others = ("embed_tokens", "lm_head", "mlp.gate", "fused_qkv_a_proj")
+        explained = {row.path: row.weight_bytes for row in rows if not row.path.endswith(others)}
+        assert {path: size for path, (_, _, size) in result["layers"][0].items()} == explained, name
+
+
+@pytest.mark.parametrize("ranks", [1, 2], ids=["dp2-ep", "tp2-dp2-ep"])
+def test_replicas(families, run_replicas, ranks):
+    """Two replicas with different work; the one that is done first goes on with dummy batches for the other, which ends with steps of one token."""
+    shares = [slice(0, 2), slice(2, None)]
+    parallel = {"tensor_parallel_size": ranks, "enable_expert_parallel": True}
+    results = run_replicas([jobs(families, share, **parallel) for share in shares], **INSPECT)
+    for share, replica in zip(shares, results, strict=True):
+        for result, (name, (_, _, expected)) in zip(replica, families.items(), strict=True):
+            assert tokens(result) == expected[share], name
