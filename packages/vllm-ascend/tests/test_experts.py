@@ -30,6 +30,7 @@ def test_sizes_of_a_deployment_with_redundant_experts():
         (Soc.P310, {}, True, False),
         (Soc.A3, {}, False, False),
         (Soc.A3, {"experts_per_token": 17}, True, False),
+        (Soc.A3, {"half_precision": False}, True, False),
         (Soc.A3, {"hidden": 7169}, True, False),
         (Soc.A3, {"hidden": 8224}, True, False),
     ],

@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.slow
 SECONDS = 60
 ENGINE = {
-    "dtype": "float32", "max_model_len": 8192, "max_num_seqs": 2, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 128 << 20,
+    "dtype": "bfloat16", "max_model_len": 8192, "max_num_seqs": 2, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 128 << 20,
     "enable_expert_parallel": True,
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ class Run:
         settings = {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            "ASCEND_SIM_STRICT": "0",
+            "ASCEND_SIM_STRICT": "1",
             "OMP_NUM_THREADS": "1",
             "VLLM_WORKER_MULTIPROC_METHOD": "fork",
         }
@@ -74,7 +74,7 @@ class Run:
         except subprocess.TimeoutExpired:
             raise AssertionError(self.said.read_text()[-4000:]) from None
         said = self.said.read_text()
-        assert "Error" in said
+        assert "EngineDeadError" in said
         assert "\ndone" not in said
         while alive(self.process.pid) and time.monotonic() < killed + SECONDS:
             time.sleep(0.2)

@@ -128,7 +128,7 @@ def test_models_that_do_not_fit_are_refused(sizes, heads, message):
 
 
 def test_a_model_that_does_not_fit_stops_the_engine_before_its_workers(tmp_path):
-    """Twenty heads: not over one rank, nor over two."""
+    """Twenty heads: not over one rank, nor over two. And its cache cannot be transferred."""
     config = {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 64, "num_attention_heads": 20,
         "num_key_value_heads": 20, "kv_lora_rank": 512, "q_lora_rank": 48, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
@@ -136,12 +136,22 @@ def test_a_model_that_does_not_fit_stops_the_engine_before_its_workers(tmp_path)
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     code = (
+        "from vllm.config import KVTransferConfig\n"
         "from vllm.engine.arg_utils import EngineArgs\n"
-        f"EngineArgs(model={str(tmp_path)!r}, skip_tokenizer_init=True, tensor_parallel_size=2).create_engine_config()"
+        "connector = KVTransferConfig(kv_connector='ExampleConnector', kv_role='kv_both')\n"
+        "for more in ({}, {'kv_transfer_config': connector}):\n"
+        "    try:\n"
+        f"        EngineArgs(model={str(tmp_path)!r}, skip_tokenizer_init=True, tensor_parallel_size=2, **more).create_engine_config()\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert "multi-head latent attention with 10 heads a rank" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "multi-head latent attention with 10 heads a rank" in done.stdout
+    assert (
+        "kv_transfer_config (connector 'ExampleConnector') cannot be used with multi-head latent attention"
+        in done.stdout
+    )
 
 
 def test_backends_by_kind_of_attention():

@@ -112,6 +112,18 @@ def test_layers_with_another_number_of_experts_take_the_layout():
         ({"n_routed_experts": 8, "num_hidden_layers": 6, "first_k_dense_replace": 2, "moe_layer_freq": 2}, (2, 4)),
         ({"num_experts": 8, "num_hidden_layers": 6, "mlp_only_layers": [3], "decoder_sparse_step": 2}, (1, 5)),
         ({"n_routed_experts": 8, "num_hidden_layers": 3, "moe_layer_freq": [0, 1, 1]}, (1, 2)),
+        ({"moe_num_experts": 8, "num_hidden_layers": 6, "moe_layers_enum": "2,4"}, (2, 4)),
+        ({"num_local_experts": 8, "num_hidden_layers": 4, "moe_layers": [1, 3]}, (1, 3)),
+        (
+            {
+                "moe_num_experts": 8,
+                "num_hidden_layers": 9,
+                "moe_layer_start_index": 1,
+                "moe_layer_end_index": 6,
+                "moe_layer_interval": 2,
+            },
+            (1, 3, 5),
+        ),
         ({"num_hidden_layers": 3}, ()),
     ],
 )

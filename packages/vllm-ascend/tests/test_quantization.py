@@ -142,6 +142,9 @@ def test_each_layer_gets_its_method():
         method(RoutedExperts, EXPERTS, moe_config=SimpleNamespace(num_logical_experts=2), **names)
         == "W8A8DynamicExpertsMethod"
     )
+    config._description = Description(described({f"{ATTENTION}.kv_b_proj": "W8A8"}))
+    with pytest.raises(ValueError, match=r"kv_b_proj' is of type 'W8A8'; latent attention reads this weight back"):
+        method(RowParallelLinear, f"{ATTENTION}.kv_b_proj")
     with pytest.raises(ValueError, match=r"no type for 'model\.layers\.7\.mlp\.down_proj\.weight'"):
         method(RowParallelLinear, "model.layers.7.mlp.down_proj")
 

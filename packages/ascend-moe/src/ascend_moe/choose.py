@@ -30,7 +30,9 @@ class Soc(Enum):
         for prefix, soc in _DEVICE_NAMES.items():
             if device_name.startswith(prefix):
                 return soc
-        raise ValueError(f"device_name={device_name!r} must start with one of {', '.join(_DEVICE_NAMES)}")
+        raise ValueError(
+            f"device_name={device_name!r} is of no known family: it must start with one of {', '.join(_DEVICE_NAMES)}"
+        )
 
 
 _DEVICE_NAMES = {"Ascend910B": Soc.A2, "Ascend910_93": Soc.A3, "Ascend950": Soc.A5, "Ascend310P": Soc.P310}

@@ -30,8 +30,8 @@ KNOWN: Mapping[str, tuple[Any, ...]] = {
     "enable_prefill_mc2": (False,),
     "enable_mc2_hierarchy_comm": (False,),
     "mega_moe_max_tokens": (65536,),
-    "weight_nz_mode": (0, 1),  # 1 concerns quantised weights, which this version does not load
-    "enable_mlapo": (True, False),  # concerns multi-head latent attention alone
+    "weight_nz_mode": (0, 1),  # a memory format of weights: the default there; here they keep their own
+    "enable_mlapo": (True, False),  # one kernel for what comes before latent attention; here it is several
     "enable_kv_nz": (False,),
     "pa_shape_list": (None, []),
     "enable_transpose_kv_cache_by_block": (True, False),  # concerns KV transfer alone

@@ -47,7 +47,7 @@ def sizes(
         ValueError: MC2 is to be used, and HCCL's buffers are too small for its kernels.
     """
     top, model, ranks = deployment.topology, deployment.model, deployment.expert_ranks
-    fits_mc2 = (
+    fits_mc2 = model.half_precision and (
         model.experts_per_token <= _MC2_TOP_K
         and model.hidden <= _MC2_HIDDEN
         and model.hidden % _MC2_HIDDEN_MULTIPLE == 0

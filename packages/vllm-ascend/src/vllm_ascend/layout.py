@@ -115,11 +115,21 @@ class Model:
 
 
 def _has_experts(layer: int, get: Callable[..., Any]) -> bool:
-    """Whether a decoder layer of a MoE model is one with experts; `get` reads its config. DeepSeek's and GLM's words, then Qwen's."""
+    """Whether a decoder layer of a MoE model is one with experts; `get` reads its config.
+
+    Each family has words of its own: DeepSeek and GLM, Step3 and Llama 4 (a list), Qwen, Ernie.
+    """
     every = get("moe_layer_freq", default=1)
     if isinstance(every, (list, tuple)):
         return layer < len(every) and bool(every[layer])
-    if layer in get("mlp_only_layers", default=()) or (layer + 1) % get("decoder_sparse_step", default=1):
+    listed = get("moe_layers_enum", "moe_layers")
+    if isinstance(listed, (str, list, tuple)):
+        return layer in [int(one) for one in (listed.split(",") if isinstance(listed, str) else listed)]
+    if layer in get("mlp_only_layers", default=()) or (layer + 1) % get(
+        "decoder_sparse_step", "moe_layer_interval", default=1
+    ):
+        return False
+    if not get("moe_layer_start_index", default=0) <= layer <= get("moe_layer_end_index", default=layer):
         return False
     return bool(layer >= get("first_k_dense_replace", default=0) and layer % every == 0)
 
@@ -168,6 +178,7 @@ class Deployment:
             multimodal=bool(model.is_multimodal_model),
             tied_embeddings=bool(getattr(model.hf_config, "tie_word_embeddings", False)),
             half_precision=str(model.dtype) in ("torch.float16", "torch.bfloat16"),
+            experts_per_token=model.get_num_experts_per_tok() or 0,
         )
         asked = parallel.data_parallel_size
         replicas = asked if facts.moe.routed_experts else 1

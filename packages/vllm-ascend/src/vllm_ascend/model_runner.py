@@ -47,6 +47,12 @@ class AscendModelRunner(GPUModelRunner):
         if self.load_recorder is not None and not is_profile:
             self.load_recorder.step()
 
+    def _pool(self, *args: Any, **kwargs: Any) -> Any:
+        """The end of a step of a pooling model, after which vLLM does not call `eplb_step`."""
+        output = super()._pool(*args, **kwargs)
+        self.eplb_step()
+        return output
+
     def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
         """How many tokens each replica's step has. One token becomes two where layers hand hidden states on split over TP ranks.
 

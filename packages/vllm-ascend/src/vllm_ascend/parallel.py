@@ -97,7 +97,7 @@ def start(vllm_config: Any) -> Parallel:
     max_num_seqs, buffsize_mb = vllm_config.scheduler_config.max_num_seqs, envs.hccl_buffsize_mb()
     chosen_by = None
     if deployment.model.moe.routed_experts:
-        soc = Soc.of(torch.npu.get_device_name())
+        soc = Soc.of(torch.npu.get_device_name()) if deployment.expert_ranks > 1 else Soc.A2  # alone there is no choice
         chosen_by = experts.sizes(config.eplb_config, deployment, soc, max_num_seqs, buffsize_mb)
     mc2 = chosen_by is not None and experts.uses_mc2(chosen_by)
     wanted = layout.group_config(config, deployment, buffsize_mb, mc2=mc2)

@@ -112,6 +112,11 @@ class AscendPlatform(Platform):
         if vllm_config.model_config is not None:
             layout.check(config, layout.Deployment.of(vllm_config))
             if vllm_config.model_config.use_mla:
+                if vllm_config.kv_transfer_config is not None:
+                    raise ValueError(
+                        f"kv_transfer_config (connector {vllm_config.kv_transfer_config.kv_connector!r}) cannot be used with multi-head latent "
+                        "attention: the cache's blocks do not lie in one piece here; leave it out"
+                    )
                 limits.check_latent(
                     vllm_config.model_config.hf_text_config,
                     vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
@@ -196,5 +201,5 @@ class AscendPlatform(Platform):
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:
-        """vLLM's base class over HCCL, and collectives of unequal parts."""
+        """vLLM's base class over HCCL."""
         return "vllm_ascend.communicator.AscendCommunicator"

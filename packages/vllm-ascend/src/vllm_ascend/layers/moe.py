@@ -34,6 +34,7 @@ __all__ = [
     "AscendUnquantizedFusedMoEMethod",
     "HasExperts",
     "activation_of",
+    "check_ours",
     "load_recorder",
     "register",
 ]
@@ -71,11 +72,14 @@ class AscendRoutedExperts(RoutedExperts):
         """Make room for this rank's slots, in the place of an equal share of the experts.
 
         Raises:
-            ValueError: experts that do not divide over the ranks, or a quantisation that this plugin does not have.
+            ValueError: a config without the number of experts, experts that do not divide over the ranks, or a quantisation that this plugin
+                does not have.
         """
         shared = parallel.current()
         if shared is None or shared.experts is None:
-            raise RuntimeError(f"{layer_name}: a MoE layer needs a worker of a MoE model")
+            raise ValueError(
+                f"{layer_name}: a MoE layer in a model whose config names no number of experts is not supported by vllm-ascend"
+            )
         self.slots = shared.experts.slots(extract_layer_index(layer_name), moe_config.num_logical_experts)
         moe_config.num_local_experts = self.slots.placed.slots_per_rank
         super().__init__(layer_name, params_dtype, moe_config, *args, **kwargs)
@@ -108,6 +112,20 @@ class AscendRoutedExperts(RoutedExperts):
     def _map_global_expert_id_to_local_expert_id(self, expert_id: int) -> int:
         """By this, vLLM's weight loader puts an expert into each of its slots: a rank has one of them at most."""
         return int(self.slots.expert_map[expert_id])
+
+    def weight_loader(self, param: Any, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's. A model that loads all experts of a rank as one tensor (Llama 4) takes them in ascending order.
+
+        Raises:
+            ValueError: the slots of this rank are not in that order.
+        """
+        held = self.slots.expert_map[self.slots.expert_map >= 0]
+        if loaded_weight.dim() == 3 and (held[1:] < held[:-1]).any():
+            raise ValueError(
+                f"{self.layer_name}: this model loads the experts of a rank in ascending order, but slots are placed otherwise; "
+                "leave eplb_config out"
+            )
+        return super().weight_loader(param, loaded_weight, *args, **kwargs)
 
     def forward_modular(
         self,
@@ -175,15 +193,6 @@ class AscendMoERunner(MoERunner):
 
     routed_experts: AscendRoutedExperts
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """ValueError for a model that brings its own class of routed experts."""
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.routed_experts, AscendRoutedExperts):
-            raise ValueError(
-                f"{self.layer_name}: the model has routed experts of its own, {type(self.routed_experts).__name__}, "
-                "which vllm-ascend does not support"
-            )
-
     @property
     def do_naive_dispatch_combine(self) -> bool:
         """No: the experts move tokens themselves."""
@@ -203,6 +212,11 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         """As vLLM's, but weights that were laid out before cannot be told from those that were not."""
         super().__init__(*args, **kwargs)
         self.supports_pre_processed_weights = False
+
+    def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]  # as vLLM's own
+        """As vLLM's. ValueError for a layer of another class than this plugin's."""
+        check_ours(layer)
+        super().create_weights(layer, *args, **kwargs)
 
     @property
     def is_monolithic(self) -> bool:
@@ -225,6 +239,14 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         """The layer's own tensors, looked up at each call: vLLM replaces them when it loads weights anew."""
         w13, w2 = cast(Tensor, layer.w13_weight), cast(Tensor, layer.w2_weight)
         return FloatExperts(w13=w13.data, w2=w2.data, activation=self.activation)
+
+
+def check_ours(layer: RoutedExperts) -> None:
+    """Raise ValueError for experts of a class that a model brings itself: nothing would move tokens to them."""
+    if not isinstance(layer, AscendRoutedExperts):
+        raise ValueError(
+            f"{layer.layer_name}: the model has routed experts of its own, {type(layer).__name__}, which vllm-ascend does not support"
+        )
 
 
 def activation_of(layer: RoutedExperts, *, has_bias: bool) -> Activation:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from vllm_ascend.quantization.description import DYNAMIC, FILE, FLOAT, Description
+from vllm_ascend.quantization.description import DYNAMIC, FILE, FLOAT, STATIC, Description
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -95,6 +95,10 @@ class AscendQuantizationConfig(QuantizationConfig):
             kind = self.description.linear(prefix, self.packed_modules_mapping)
             if kind == FLOAT:
                 return UnquantizedLinearMethod()
+            if kind == STATIC and prefix.endswith(".kv_b_proj"):
+                raise ValueError(
+                    f"{FILE}: {prefix!r} is of type {STATIC!r}; latent attention reads this weight back, so it must be {FLOAT} or {DYNAMIC}"
+                )
             return W8A8DynamicLinearMethod() if kind == DYNAMIC else W8A8StaticLinearMethod()
         if isinstance(layer, RoutedExperts):
             names = (layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name)

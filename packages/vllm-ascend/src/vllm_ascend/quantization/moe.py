@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported, RoutedExperts
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_ascend.layers.moe import activation_of
+from vllm_ascend.layers.moe import activation_of, check_ours
 from vllm_ascend.quantization.checks import check_loaded, check_symmetric
 
 __all__ = ["W8A8DynamicExpertsMethod"]
@@ -51,8 +51,9 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
         """Register the checkpoint's tensors for `num_experts` slots, filled with what cannot be mistaken for loaded.
 
         Raises:
-            ValueError: an activation that has no kernel, or a share of the intermediate size that its kernel cannot take.
+            ValueError: a layer of another class than this plugin's, an activation that has no kernel, or a share of the intermediate size that its kernel cannot take.
         """
+        check_ours(layer)
         self.activation = activation_of(layer, has_bias=self.moe.has_bias)
         if self.activation.is_swiglu and intermediate_size_per_partition % _ALIGNMENT:
             raise ValueError(
