@@ -70,13 +70,13 @@ def job(families, **parallel):
     ]
 
 
-INSPECT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+INSPECT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 ATLAS_A3 = {"ASCEND_SIM_SOC": "Ascend910_9391"}  # there tokens travel by MC2, and by all-to-all-v where it has no room
 MC2 = {"npu::npu_moe_distribute_dispatch_v2", "npu::npu_moe_distribute_combine_v2"}
 
 
 def test_one_rank(families, run_engines):
-    results = run_engines(job(families), VLLM_ENABLE_V1_MULTIPROCESSING="0", **INSPECT)
+    results = run_engines(job(families), **INSPECT)
     for result, (_, _, expected) in zip(results, families.values(), strict=True):
         assert tokens(result) == expected
         assert set(result["operators"][0]) >= KERNELS
@@ -128,42 +128,37 @@ def test_mc2_in_bfloat16(families, run_engines):
             assert error.square().mean().sqrt() < 0.3 * exact.std()
 
 
-@pytest.mark.parametrize(
-    ("tp", "name", "options", "soc"),
-    [
-        (1, "qwen3_moe", {}, {}),
-        (1, "qwen3_moe", {"num_redundant_experts": 4}, ATLAS_A3),
-        (2, "qwen3_moe", {}, {}),
-        (2, "qwen3_moe", {"num_redundant_experts": 8, "layout": "checkpoint"}, ATLAS_A3),
-        (2, "mixtral", {"num_redundant_experts": 4}, {}),
+# Model, TP size of each replica, eplb_config; None: no expert parallelism, each rank has a shard of every expert.
+REPLICAS = {
+    "a2": [
+        ("qwen3_moe", 1, {}),
+        ("qwen3_moe", 1, None),
+        ("qwen3_moe", 2, {}),
+        ("mixtral", 2, {"num_redundant_experts": 4}),
     ],
-    ids=["a2", "a3-replicas", "tp2-a2", "tp2-a3-replicas", "tp2-a2-replicas"],
-)
-def test_data_parallel_ranks_share_the_experts(families, run_replicas, tp, name, options, soc):
+    "a3": [
+        ("qwen3_moe", 1, {"num_redundant_experts": 4}),
+        ("qwen3_moe", 2, {"num_redundant_experts": 8, "layout": "checkpoint"}),
+    ],
+}
+
+
+@pytest.mark.parametrize("chip", REPLICAS)
+def test_data_parallel_ranks_share_the_experts(families, run_replicas, chip):
     """Each replica has requests of its own, of other lengths. With TP 2 vLLM splits the tokens of Qwen3's MoE layers over TP, and not Mixtral's."""
-    folder, prompts, expected = families[name]
     shares = [slice(0, 1), slice(1, 4)]
-    parallel = {
-        "tensor_parallel_size": tp,
-        "enable_expert_parallel": True,
-        "additional_config": {"eplb_config": options},
-    }
-    (whole,) = job({name: (folder, prompts, None)}, **parallel)
-    jobs = [[whole | {"runs": [whole["runs"][0] | {"prompts": prompts[share]}]}] for share in shares]
-    results = run_replicas(jobs, **soc, **INSPECT)
-    for (result,), share in zip(results, shares, strict=True):
-        assert tokens(result) == expected[share]
-        assert ("alltoall_base_" in result["collectives"][0][0]) == bool(soc)
-
-
-def test_replicas_that_share_experts_by_their_width(families, run_replicas):
-    """Data parallel without expert parallelism: each rank has a shard of every expert and computes the tokens of all."""
-    folder, prompts, expected = families["qwen3_moe"]
-    (whole,) = job({"qwen3_moe": (folder, prompts, None)})
-    shares = [slice(0, 3), slice(3, 4)]
-    jobs = [[whole | {"runs": [whole["runs"][0] | {"prompts": prompts[share]}]}] for share in shares]
-    for (result,), share in zip(run_replicas(jobs, **INSPECT), shares, strict=True):
-        assert tokens(result) == expected[share]
+    jobs = [[], []]
+    for name, tp, options in REPLICAS[chip]:
+        folder, prompts, _ = families[name]
+        experts = {"enable_expert_parallel": options is not None, "additional_config": {"eplb_config": options}}
+        (whole,) = job({name: (folder, prompts, None)}, tensor_parallel_size=tp, **experts)
+        for replica, share in zip(jobs, shares, strict=True):
+            replica.append(whole | {"runs": [whole["runs"][0] | {"prompts": prompts[share]}]})
+    results = run_replicas(jobs, **(ATLAS_A3 if chip == "a3" else {}), **INSPECT)
+    for replica, share in zip(results, shares, strict=True):
+        for result, (name, *case) in zip(replica, REPLICAS[chip], strict=True):
+            assert tokens(result) == families[name][2][share], (name, *case)
+            assert ("alltoall_base_" in result["collectives"][0][0]) == (chip == "a3")
 
 
 def test_upcycled_smollm2_writes_what_the_dense_model_writes(models, smollm2, prompts, greedy, run_engines):

@@ -17,7 +17,7 @@ ENGINE = {
     "dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 64 << 20,
     "tensor_parallel_size": 2, "enable_expert_parallel": True,
 }  # fmt: skip
-INSPECT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+INSPECT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 ATLAS_A3 = {"ASCEND_SIM_SOC": "Ascend910_9391"}
 
 
