@@ -53,13 +53,13 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
         Raises:
             ValueError: a layer of another class than this plugin's, an activation that has no kernel, or a share of the intermediate size that its kernel cannot take.
         """
-        check_ours(layer)
         self.activation = activation_of(layer, has_bias=self.moe.has_bias)
         if self.activation.is_swiglu and intermediate_size_per_partition % _ALIGNMENT:
             raise ValueError(
                 f"experts {layer.layer_name!r}: {intermediate_size_per_partition} intermediate features on each rank, which must be "
                 f"a multiple of {_ALIGNMENT} for int8 experts; use a smaller tensor_parallel_size, or enable_expert_parallel"
             )
+        check_ours(layer)
         shapes = {
             "w13": (2 * intermediate_size_per_partition, hidden_size),
             "w2": (hidden_size, intermediate_size_per_partition),
