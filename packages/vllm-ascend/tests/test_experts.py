@@ -8,6 +8,7 @@ from ascend_comm import Topology
 from ascend_linear import MoeLayers
 from ascend_moe import Soc
 from vllm_ascend.config import EplbConfig
+from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.experts import sizes, uses_mc2
 from vllm_ascend.layout import Deployment, Model
 
@@ -15,11 +16,16 @@ DEEPSEEK = Model(moe=MoeLayers(routed_experts=256), moe_layer_ids=tuple(range(3,
 WIDE = Deployment(topology=Topology(32, 32, 1, 1, 1), data_parallel_asked=32, model=DEEPSEEK, expert_parallel=True)
 
 
+def chosen_by(soc=Soc.A3, deployment=WIDE, buffsize_mb=2000, **eplb):
+    slots = placement_of(EplbConfig(**eplb), deployment).slots_per_rank
+    return sizes(deployment, slots_per_rank=slots, soc=soc, max_num_seqs=64, hccl_buffsize_mb=buffsize_mb)
+
+
 def test_sizes_of_a_deployment_with_redundant_experts():
-    chosen_by = sizes(EplbConfig(num_redundant_experts=32), WIDE, Soc.A3, 64, 2000)
-    assert (chosen_by.ep_size, chosen_by.tp_size, chosen_by.experts_per_rank, chosen_by.top_k) == (32, 1, 9, 8)
-    assert chosen_by.mc2_capacity == 64
-    assert uses_mc2(chosen_by)
+    found = chosen_by(num_redundant_experts=32)
+    assert (found.ep_size, found.tp_size, found.experts_per_rank, found.top_k) == (32, 1, 9, 8)
+    assert found.mc2_capacity == 64
+    assert uses_mc2(found)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +43,7 @@ def test_sizes_of_a_deployment_with_redundant_experts():
 )
 def test_mc2_is_used_where_its_kernels_take_the_model(soc, model, ep, mc2):
     deployment = replace(WIDE, model=replace(DEEPSEEK, **model), expert_parallel=ep)
-    assert uses_mc2(sizes(EplbConfig(), deployment, soc, 64, 2000)) is mc2
+    assert uses_mc2(chosen_by(soc, deployment)) is mc2
 
 
 def test_a_small_hccl_buffer_is_an_error_before_anything_is_built():
@@ -45,4 +51,4 @@ def test_a_small_hccl_buffer_is_an_error_before_anything_is_built():
         ValueError,
         match=r"HCCL_BUFFSIZE \(200 MB\) must be 478 or more for MC2: 64 tokens of 7168 .* lower max_num_seqs \(64\)",
     ):
-        sizes(EplbConfig(), WIDE, Soc.A3, 64, 200)
+        chosen_by(buffsize_mb=200)

@@ -156,12 +156,11 @@ def to_physical(ids: Tensor, *, log2phy: Tensor | None = None, routing_table: Te
     given = log2phy if log2phy is not None else routing_table
     if given is not None:
         _check_maps(log2phy, routing_table, given.shape[-1], ids.device)
-    chosen = ids.long()
     if log2phy is not None:
-        return log2phy[chosen]
+        return log2phy[ids.long()]
     if routing_table is not None:
         rows_T = torch.arange(ids.shape[0], device=ids.device) % routing_table.shape[0]
-        return routing_table[rows_T.unsqueeze(1), chosen]
+        return routing_table[rows_T.unsqueeze(1), ids.long()]
     return ids.to(torch.int32)
 
 

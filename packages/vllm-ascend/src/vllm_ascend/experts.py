@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ascend_moe
-from ascend_comm import CommGroup, Solo
+from ascend_comm import CommGroup
+from ascend_eplb import Placement
 from ascend_moe import CommMethod, MoeComm, MoeEnv, Soc, choose_method, make_comm, mc2_buffer_bytes
 
 from vllm_ascend.config import EplbConfig
-from vllm_ascend.eplb.placement import ExpertPlacement, LayerSlots, placement_of
+from vllm_ascend.eplb.placement import ExpertPlacement, LayerSlots
 from vllm_ascend.layout import Deployment
 
 __all__ = ["ExpertGroups", "Experts", "LayerComm", "sizes", "uses_mc2"]
@@ -39,9 +40,9 @@ class ExpertGroups:
 
 
 def sizes(
-    config: EplbConfig, deployment: Deployment, soc: Soc, max_num_seqs: int, hccl_buffsize_mb: int
+    deployment: Deployment, *, slots_per_rank: int, soc: Soc, max_num_seqs: int, hccl_buffsize_mb: int
 ) -> ascend_moe.Deployment:
-    """What the choice of a communication method depends on.
+    """What the choice of a communication method depends on, with `slots_per_rank` experts on each rank, replicas among them.
 
     Raises:
         ValueError: MC2 is to be used, and HCCL's buffers are too small for its kernels.
@@ -57,7 +58,7 @@ def sizes(
         ep_size=ranks,
         tp_size=top.tensor_parallel,
         world_size=top.world_size,
-        experts_per_rank=placement_of(config, deployment).slots_per_rank,
+        experts_per_rank=slots_per_rank,
         top_k=max(model.experts_per_token, 1),
         max_captured_tokens=min(max_num_seqs, _CAPTURED_TOKENS) if fits_mc2 else 0,
     )
@@ -101,25 +102,31 @@ class Experts:
     """One for a worker with a MoE model.
 
     Args:
-        config: where experts lie.
+        config: what was asked for.
+        placement: where experts lie.
         deployment: the model over ranks.
         groups: what layers communicate over.
         chosen_by: what the method depends on.
     """
 
     def __init__(
-        self, config: EplbConfig, deployment: Deployment, groups: ExpertGroups, chosen_by: ascend_moe.Deployment
+        self,
+        config: EplbConfig,
+        placement: Placement,
+        deployment: Deployment,
+        groups: ExpertGroups,
+        chosen_by: ascend_moe.Deployment,
     ) -> None:
-        """Read the placement."""
+        """Choose this rank's part of the placement."""
         self.config = config
         self.groups = groups
         self._chosen_by = chosen_by
         self._comms: dict[tuple[Any, ...], LayerComm] = {}
         self._placement = ExpertPlacement(
-            placement_of(config, deployment),
+            placement,
             layout=config.layout,
             moe_layer_ids=deployment.model.moe_layer_ids,
-            rank=groups.ep.rank_in_group if groups.ep.world_size > 1 else 0,
+            rank=groups.ep.rank_in_group,
             tp_size=deployment.topology.tensor_parallel,
             replica=groups.dp.rank_in_group,
         )
@@ -133,7 +140,7 @@ class Experts:
         key = (num_slots, sequence_parallel, sums_later)
         if key not in self._comms:
             env = MoeEnv(
-                ep=self.groups.ep if self.groups.ep.world_size > 1 else Solo(),
+                ep=self.groups.ep,
                 num_slots=num_slots,
                 tp=self.groups.tp,
                 dp=self.groups.dp,

@@ -17,6 +17,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 
 from vllm_ascend import envs, experts, layout
 from vllm_ascend.config import AscendConfig
+from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.experts import ExpertGroups, Experts
 
 __all__ = ["Parallel", "close", "current", "forward_context", "start", "step"]
@@ -95,10 +96,17 @@ def start(vllm_config: Any) -> Parallel:
     parallel = vllm_config.parallel_config
     deployment = _in_actual_world(layout.Deployment.of(vllm_config))
     max_num_seqs, buffsize_mb = vllm_config.scheduler_config.max_num_seqs, envs.hccl_buffsize_mb()
-    chosen_by = None
+    placed = chosen_by = None
     if deployment.model.moe.routed_experts:
-        soc = Soc.of(torch.npu.get_device_name()) if deployment.expert_ranks > 1 else Soc.A2  # alone there is no choice
-        chosen_by = experts.sizes(config.eplb_config, deployment, soc, max_num_seqs, buffsize_mb)
+        placed = placement_of(config.eplb_config, deployment)
+        chosen_by = experts.sizes(
+            deployment,
+            slots_per_rank=placed.slots_per_rank,
+            # Alone there is no choice, whatever the chip.
+            soc=Soc.of(torch.npu.get_device_name()) if deployment.expert_ranks > 1 else Soc.A2,
+            max_num_seqs=max_num_seqs,
+            hccl_buffsize_mb=buffsize_mb,
+        )
     mc2 = chosen_by is not None and experts.uses_mc2(chosen_by)
     wanted = layout.group_config(config, deployment, buffsize_mb, mc2=mc2)
     seconds = parallel.distributed_timeout_seconds
@@ -112,10 +120,10 @@ def start(vllm_config: Any) -> Parallel:
         config, deployment, tp=wrap(get_tp_group()), groups=groups, dp_rank=parallel.data_parallel_rank
     )
     shared = None
-    if chosen_by is not None:
+    if placed is not None and chosen_by is not None:
         ep = wrap(get_ep_group()) if deployment.expert_parallel else Solo()
         over = ExpertGroups(ep=ep, tp=env.tp, dp=wrap(get_dp_group()), mc2=groups["mc2"] if mc2 else None)
-        shared = Experts(config.eplb_config, deployment, over, chosen_by)
+        shared = Experts(config.eplb_config, placed, deployment, over, chosen_by)
     _current = Parallel(config, env, groups, max_num_seqs, shared)
     return _current
 

@@ -119,12 +119,13 @@ class AscendRoutedExperts(RoutedExperts):
         Raises:
             ValueError: the slots of this rank are not in that order.
         """
-        held = self.slots.expert_map[self.slots.expert_map >= 0]
-        if loaded_weight.dim() == 3 and (held[1:] < held[:-1]).any():
-            raise ValueError(
-                f"{self.layer_name}: this model loads the experts of a rank in ascending order, but slots are placed otherwise; "
-                "leave eplb_config out"
-            )
+        if loaded_weight.dim() == 3:
+            held = self.slots.expert_map[self.slots.expert_map >= 0]
+            if (held[1:] < held[:-1]).any():
+                raise ValueError(
+                    f"{self.layer_name}: this model loads the experts of a rank in ascending order, but slots are placed otherwise; "
+                    "leave eplb_config out"
+                )
         return super().weight_loader(param, loaded_weight, *args, **kwargs)
 
     def forward_modular(
