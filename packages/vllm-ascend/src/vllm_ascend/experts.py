@@ -12,8 +12,8 @@ from ascend_eplb import Placement
 from ascend_moe import CommMethod, MoeComm, MoeEnv, Soc, choose_method, make_comm, mc2_buffer_bytes
 
 from vllm_ascend.config import EplbConfig
+from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import ExpertPlacement, LayerSlots
-from vllm_ascend.layout import Deployment
 
 __all__ = ["ExpertGroups", "Experts", "LayerComm", "sizes", "uses_mc2"]
 

@@ -15,8 +15,9 @@ from ascend_comm import Topology, group_of
 from ascend_linear import CustomLinearOp, LinearEnv, get_replicated_op, layer_index, plan_step
 
 from vllm_ascend.config import AscendConfig
+from vllm_ascend.deployment import Deployment, Model
 from vllm_ascend.layers.select import select
-from vllm_ascend.layout import Deployment, Model, check, group_config, planned_env
+from vllm_ascend.layout import check, group_config, planned_env
 from vllm_ascend.models import Config, Linear, layers_of, stage_layers
 
 __all__ = ["BYTES", "Explained", "explain", "merged"]

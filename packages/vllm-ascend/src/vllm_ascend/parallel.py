@@ -17,6 +17,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 
 from vllm_ascend import envs, experts, layout
 from vllm_ascend.config import AscendConfig
+from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.experts import ExpertGroups, Experts
 
@@ -94,7 +95,7 @@ def start(vllm_config: Any) -> Parallel:
     close()
     config = AscendConfig.of(vllm_config.additional_config)
     parallel = vllm_config.parallel_config
-    deployment = _in_actual_world(layout.Deployment.of(vllm_config))
+    deployment = _in_actual_world(Deployment.of(vllm_config))
     max_num_seqs, buffsize_mb = vllm_config.scheduler_config.max_num_seqs, envs.hccl_buffsize_mb()
     placed = chosen_by = None
     if deployment.model.moe.routed_experts:
@@ -128,7 +129,7 @@ def start(vllm_config: Any) -> Parallel:
     return _current
 
 
-def _in_actual_world(deployment: layout.Deployment) -> layout.Deployment:
+def _in_actual_world(deployment: Deployment) -> Deployment:
     """The same over the world that runs, which is larger where several replicas are launched outside vLLM."""
     top, world = deployment.topology, torch.distributed.get_world_size()
     if world == top.world_size:

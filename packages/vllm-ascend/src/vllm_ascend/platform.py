@@ -11,6 +11,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 from vllm_ascend import compat, envs, layout
 from vllm_ascend.attention import limits
 from vllm_ascend.config import AscendConfig
+from vllm_ascend.deployment import Deployment
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -110,7 +111,7 @@ class AscendPlatform(Platform):
                 "leave --speculative-config out"
             )
         if vllm_config.model_config is not None:
-            layout.check(config, layout.Deployment.of(vllm_config))
+            layout.check(config, Deployment.of(vllm_config))
             if vllm_config.model_config.use_mla:
                 if vllm_config.kv_transfer_config is not None:
                     raise ValueError(

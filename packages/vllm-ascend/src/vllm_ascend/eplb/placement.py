@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from ascend_eplb import (
@@ -28,9 +27,7 @@ from ascend_eplb import (
 from ascend_eplb.placement import IntArray
 
 from vllm_ascend.config import EplbConfig
-
-if TYPE_CHECKING:
-    from vllm_ascend.layout import Deployment
+from vllm_ascend.deployment import Deployment
 
 __all__ = ["ExpertPlacement", "LayerSlots", "check", "placement_of"]
 
