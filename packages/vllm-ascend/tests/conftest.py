@@ -30,6 +30,25 @@ QUESTIONS = [
 ]
 
 
+def processes_of_session(session):
+    """Process ids of a session that was started with `start_new_session`, without zombies."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(entry))
+    return found
+
+
+@pytest.fixture(scope="session")
+def alive():
+    """The function above, for tests."""
+    return processes_of_session
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Where checkpoints are made, and kept if the variable says so."""

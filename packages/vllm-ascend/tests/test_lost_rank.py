@@ -38,7 +38,8 @@ def folder(tmp_path_factory):
 class Run:
     """`run_long.py` in a session of its own."""
 
-    def __init__(self, folder, said, env, **engine):
+    def __init__(self, alive, folder, said, env, **engine):
+        self.alive = alive
         job = said.with_suffix(".json")
         job.write_text(json.dumps(ENGINE | {"model": str(folder)} | engine))
         settings = {
@@ -76,32 +77,19 @@ class Run:
         said = self.said.read_text()
         assert "EngineDeadError" in said
         assert "\ndone" not in said
-        while alive(self.process.pid) and time.monotonic() < killed + SECONDS:
+        while self.alive(self.process.pid) and time.monotonic() < killed + SECONDS:
             time.sleep(0.2)
-        assert not alive(self.process.pid)
+        assert not self.alive(self.process.pid)
 
     def close(self):
-        for pid in alive(self.process.pid):
+        for pid in self.alive(self.process.pid):
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
-def alive(session):
-    """Processes of a session that are no zombies."""
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(entry))
-    return found
-
-
 @pytest.mark.parametrize("soc", ["Ascend910B3", "Ascend910_9391"], ids=["all-gather", "mc2"])
-def test_a_killed_worker_ends_its_engine(folder, tmp_path, soc):
-    run = Run(folder, tmp_path / "said.txt", {"ASCEND_SIM_SOC": soc}, tensor_parallel_size=2)
+def test_a_killed_worker_ends_its_engine(alive, folder, tmp_path, soc):
+    run = Run(alive, folder, tmp_path / "said.txt", {"ASCEND_SIM_SOC": soc}, tensor_parallel_size=2)
     try:
         os.kill(run.workers()[1], signal.SIGKILL)
         run.assert_it_ends_with_an_error()
@@ -109,13 +97,18 @@ def test_a_killed_worker_ends_its_engine(folder, tmp_path, soc):
         run.close()
 
 
-def test_a_killed_replica_ends_the_others(folder, tmp_path):
+def test_a_killed_replica_ends_the_others(alive, folder, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": port}
     runs = [
-        Run(folder, tmp_path / f"said{rank}.txt", world | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)})
+        Run(
+            alive,
+            folder,
+            tmp_path / f"said{rank}.txt",
+            world | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)},
+        )
         for rank in range(2)
     ]
     try:

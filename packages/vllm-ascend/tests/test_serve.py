@@ -22,22 +22,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def processes_of_group(group):
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat") as handle:
-                    fields = handle.read().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(fields[3]) == group and fields[0] != "Z":
-                found.append(int(entry))
-    return found
-
-
 @pytest.fixture(scope="module")
-def server(smollm2, tmp_path_factory):
+def server(smollm2, tmp_path_factory, alive):
     """A server process, in a session of its own, and a client."""
     port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log.txt"
@@ -61,7 +47,7 @@ def server(smollm2, tmp_path_factory):
                 time.sleep(1)
         yield process, client, log
     finally:
-        for pid in processes_of_group(process.pid):
+        for pid in alive(process.pid):
             os.kill(pid, signal.SIGKILL)
         process.wait()
         client.close()
@@ -125,13 +111,13 @@ def test_errors_of_the_api(server):
         client.completions.create(model="no-such-model", prompt="x", max_tokens=1)
 
 
-def test_sigterm_ends_everything(server):
+def test_sigterm_ends_everything(server, alive):
     """The last test of this module: afterwards the server is gone, and so is every process that it started."""
     process, _, log = server
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=60)
     deadline = time.monotonic() + 20
-    while (left := processes_of_group(process.pid)) and time.monotonic() < deadline:
+    while (left := alive(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert left == [], log.read_text()[-3000:]
     served, triggered, ending = log.read_text().partition("[shutdown] API server: shutdown triggered")

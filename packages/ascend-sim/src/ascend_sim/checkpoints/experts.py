@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mixture of experts made of a dense Llama: a Mixtral that writes the same text."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ascend_sim.checkpoints.folder import (
     write_json,
 )
 from ascend_sim.checkpoints.source import (
-    files_beside_weights,
+    copy_beside_weights,
     find_tensors,
     read_config,
     read_tensors,
@@ -74,8 +73,7 @@ def upcycle(
     if already_there(directory, recipe):
         return directory
     with new_directory(directory, recipe) as draft:
-        for name in files_beside_weights(source):
-            shutil.copyfile(source / name, draft / name)
+        copy_beside_weights(source, draft)
         write_json(draft / "config.json", config)
         _write_mixtral_shards(source, weight_files, config, draft, seed, report)
     return directory

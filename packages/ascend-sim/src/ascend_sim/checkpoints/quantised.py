@@ -2,7 +2,6 @@
 """A W8A8 checkpoint made of a float one, in the format of Huawei's ModelSlim ("AscendV1")."""
 
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ascend_sim.checkpoints.folder import (
     write_json,
 )
 from ascend_sim.checkpoints.source import (
-    files_beside_weights,
+    copy_beside_weights,
     find_tensors,
     read_config,
     read_tensors,
@@ -75,8 +74,7 @@ def quantise(
     if already_there(directory, recipe):
         return directory
     with new_directory(directory, recipe) as draft:
-        for name in files_beside_weights(source):
-            shutil.copyfile(source / name, draft / name)
+        copy_beside_weights(source, draft)
         write_json(draft / "config.json", config)
         names = _write_shards(source, weight_files, quantised, draft, report)
         types = {

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Llama that computes the same and is easier to quantise: outliers of activations moved into weights."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ascend_sim.checkpoints.folder import (
     write_json,
 )
 from ascend_sim.checkpoints.source import (
-    files_beside_weights,
+    copy_beside_weights,
     find_tensors,
     read_config,
     read_tensors,
@@ -76,8 +75,7 @@ def smooth(source: Path, directory: Path, *, texts: Sequence[Sequence[int]], pro
     if already_there(directory, recipe):
         return directory
     with new_directory(directory, recipe) as draft:
-        for name in files_beside_weights(source):
-            shutil.copyfile(source / name, draft / name)
+        copy_beside_weights(source, draft)
         write_json(draft / "config.json", config)
         report("calibrate", 0, 1)
         largest = _largest_inputs(source, texts)

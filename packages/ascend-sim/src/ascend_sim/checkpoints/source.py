@@ -2,12 +2,13 @@
 """The checkpoint that another one is made of: a folder as Hugging Face transformers writes it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from ascend_sim.checkpoints.folder import module, sha256
 
-__all__ = ["files_beside_weights", "find_tensors", "read_config", "read_tensors", "source_sha256"]
+__all__ = ["copy_beside_weights", "find_tensors", "read_config", "read_tensors", "source_sha256"]
 
 _BESIDE_WEIGHTS = (
     "generation_config.json",
@@ -32,8 +33,13 @@ def read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def files_beside_weights(source: Path) -> list[str]:
-    """Names of the files that a new checkpoint takes over unchanged: the tokenizer's, and the defaults of generation."""
+def copy_beside_weights(source: Path, directory: Path) -> None:
+    """Copy what a new checkpoint takes over unchanged: the tokenizer's files, and the defaults of generation."""
+    for name in _files_beside_weights(source):
+        shutil.copyfile(source / name, directory / name)
+
+
+def _files_beside_weights(source: Path) -> list[str]:
     return [name for name in _BESIDE_WEIGHTS if (source / name).is_file()]
 
 
@@ -65,5 +71,5 @@ def read_tensors(source: Path, weight_files: dict[str, str], names: list[str]) -
 
 def source_sha256(source: Path, weight_files: dict[str, str]) -> str:
     """SHA-256 of everything in ``source`` that a new checkpoint depends on."""
-    names = {"config.json", *files_beside_weights(source), *weight_files.values()}
+    names = {"config.json", *_files_beside_weights(source), *weight_files.values()}
     return sha256(*(source / name for name in sorted(names)))

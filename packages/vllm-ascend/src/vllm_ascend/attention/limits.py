@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the attention kernels take of a model, checked before worker processes start. No vLLM here."""
+"""What the attention kernels take of a model and its cache. No vLLM here."""
 
 from __future__ import annotations
 
-__all__ = ["check_latent"]
+__all__ = ["check_cache_dtype", "check_latent"]
 
 LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def check_cache_dtype(kv_cache_dtype: str) -> None:
+    """Raise ValueError for a KV cache of another dtype than the model's float one."""
+    if kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; vllm-ascend supports auto, float16, bfloat16")
 
 
 def check_latent(text_config: object, heads: int) -> None:
