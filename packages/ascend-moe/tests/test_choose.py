@@ -6,10 +6,10 @@ from itertools import product
 
 import pytest
 
-from ascend_moe import CommMethod, Deployment, Soc, choose_method, mc2_buffer_bytes
+from ascend_moe import CommMethod, DispatchConfig, Soc, choose_method, mc2_buffer_bytes
 
 GATHER, ALL_TO_ALL, MC2 = CommMethod.ALL_GATHER, CommMethod.ALL_TO_ALL_V, CommMethod.MC2
-BASE = Deployment(
+BASE = DispatchConfig(
     soc=Soc.A3, ep_size=16, tp_size=4, world_size=16, experts_per_rank=16, top_k=8, max_captured_tokens=256
 )
 
@@ -40,7 +40,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("soc", "ep", "experts", "world", "top_k", "tokens", "method"), TABLE)
 def test_rows_of_the_table(soc, ep, experts, world, top_k, tokens, method):
-    deployment = Deployment(
+    config = DispatchConfig(
         soc=Soc(soc),
         ep_size=ep,
         tp_size=1,
@@ -49,7 +49,7 @@ def test_rows_of_the_table(soc, ep, experts, world, top_k, tokens, method):
         top_k=top_k,
         max_captured_tokens=256,
     )
-    assert choose_method(deployment, tokens) is method
+    assert choose_method(config, tokens) is method
 
 
 def by_the_table(soc, ep, experts, world, top_k, within):
@@ -65,7 +65,7 @@ def test_every_combination_around_the_limits():
     seen = set()
     for soc, ep, replicas, experts, top_k, tp in sizes:
         world = max(ep * replicas, tp)
-        deployment = Deployment(
+        config = DispatchConfig(
             soc=soc,
             ep_size=ep,
             tp_size=tp,
@@ -77,7 +77,7 @@ def test_every_combination_around_the_limits():
         capacity = {1: 101, 2: 102, 4: 104}[tp]
         for tokens in (0, 1, capacity - 1, capacity, capacity + 1, 10 * capacity):
             want = by_the_table(soc.value, ep, experts, world, top_k, tokens <= capacity)
-            assert choose_method(deployment, tokens) is want, (deployment, tokens)
+            assert choose_method(config, tokens) is want, (config, tokens)
             seen.add((soc, want))
     # All that a chip can be given, and nothing else.
     assert seen == {
@@ -112,7 +112,7 @@ def test_capacity(captured, tp, capacity):
         ({"tp_size": 5}, "tp_size=5 must divide world_size=16"),
     ],
 )
-def test_a_deployment_says_what_is_wrong_with_it(change, message):
+def test_a_config_says_what_is_wrong_with_it(change, message):
     with pytest.raises(ValueError, match=message):
         replace(BASE, **change)
 
@@ -140,8 +140,8 @@ def test_an_unknown_device_is_named():
 
 def test_mc2_buffer_of_deepseek_v3():
     """Worked by hand: H 7168, 256 experts on 32 ranks, 128 tokens a rank: rows of 14848 bytes there, 14336 back, both twice."""
-    deployment = Deployment(
+    config = DispatchConfig(
         soc=Soc.A3, ep_size=32, tp_size=1, world_size=32, experts_per_rank=8, top_k=8, max_captured_tokens=128
     )
-    assert mc2_buffer_bytes(deployment, 7168) == 2 * 128 * (8 * 32 * 14848 + 8 * 14336)
-    assert mc2_buffer_bytes(deployment, 7168, tokens=1) == 2 * (8 * 32 * 14848 + 8 * 14336)
+    assert mc2_buffer_bytes(config, 7168) == 2 * 128 * (8 * 32 * 14848 + 8 * 14336)
+    assert mc2_buffer_bytes(config, 7168, tokens=1) == 2 * (8 * 32 * 14848 + 8 * 14336)

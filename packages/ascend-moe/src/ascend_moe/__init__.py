@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-experts layers: routing, dispatch and combine over expert parallel ranks, grouped and shared experts."""
 
-from ascend_moe.choose import CommMethod, Deployment, Soc, choose_method, mc2_buffer_bytes
+from ascend_moe.choose import CommMethod, DispatchConfig, Soc, choose_method, mc2_buffer_bytes
 from ascend_moe.dispatch import Dispatched, Dispatcher, make_dispatcher
 from ascend_moe.env import MoeEnv
 from ascend_moe.experts import Activation, Experts, FloatExperts, Gate
@@ -24,7 +24,7 @@ from ascend_moe.shared import SharedExperts, SharedMode
 __all__ = [
     "Activation",
     "CommMethod",
-    "Deployment",
+    "DispatchConfig",
     "Dispatched",
     "Dispatcher",
     "Experts",

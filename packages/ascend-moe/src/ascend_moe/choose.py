@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["CommMethod", "Deployment", "Soc", "choose_method", "mc2_buffer_bytes"]
+__all__ = ["CommMethod", "DispatchConfig", "Soc", "choose_method", "mc2_buffer_bytes"]
 
 # What MC2's kernels take, on every SoC and on A2 alone.
 _MC2_TOKENS_PER_RANK = 512
@@ -52,7 +52,7 @@ class CommMethod(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
+class DispatchConfig:
     """What the choice depends on and does not change between steps.
 
     Args:
@@ -96,13 +96,13 @@ class Deployment:
         return min(per_rank, _MC2_TOKENS_PER_RANK) * self.tp_size
 
 
-def choose_method(deployment: Deployment, tokens: int) -> CommMethod:
+def choose_method(config: DispatchConfig, tokens: int) -> CommMethod:
     """The communication method of a step.
 
     All ranks of the expert parallel group must ask with the same `tokens`, or they wait for each other for ever.
 
     Args:
-        deployment: what does not change between steps.
+        config: what does not change between steps.
         tokens: tokens of the step before they are sliced over TP, the largest count of all DP ranks.
 
     Raises:
@@ -112,34 +112,34 @@ def choose_method(deployment: Deployment, tokens: int) -> CommMethod:
     """
     if tokens < 0:
         raise ValueError(f"tokens={tokens} must be at least 0")
-    if deployment.ep_size == 1 or deployment.soc is Soc.P310:
+    if config.ep_size == 1 or config.soc is Soc.P310:
         return CommMethod.ALL_GATHER
-    fits_mc2 = tokens <= deployment.mc2_capacity
-    if deployment.soc is Soc.A2:
-        few_experts = deployment.experts_per_rank <= _A2_MC2_EXPERTS_PER_RANK
-        big_enough = deployment.ep_size >= _A2_MC2_LEAST_EP
+    fits_mc2 = tokens <= config.mc2_capacity
+    if config.soc is Soc.A2:
+        few_experts = config.experts_per_rank <= _A2_MC2_EXPERTS_PER_RANK
+        big_enough = config.ep_size >= _A2_MC2_LEAST_EP
         return CommMethod.MC2 if few_experts and big_enough and fits_mc2 else CommMethod.ALL_GATHER
     if fits_mc2:  # A5 asks for a world of more than one rank as well, which an EP size above 1 implies
         return CommMethod.MC2
-    if deployment.soc is Soc.A5 and deployment.world_size <= deployment.top_k:
+    if config.soc is Soc.A5 and config.world_size <= config.top_k:
         return CommMethod.ALL_GATHER
     return CommMethod.ALL_TO_ALL_V
 
 
-def mc2_buffer_bytes(deployment: Deployment, hidden: int, tokens: int | None = None) -> int:
+def mc2_buffer_bytes(config: DispatchConfig, hidden: int, tokens: int | None = None) -> int:
     """The bytes that an HCCL buffer must have for MC2's kernels: `HCCL_BUFFSIZE` is to be as many MB or more.
 
     Args:
-        deployment: the sizes.
+        config: the sizes.
         hidden: H.
         tokens: the most tokens of a rank. None: those of `mc2_capacity`.
 
     Source: CANN's documentation of `aclnnMoeDistributeDispatchV2`, on HCCL_BUFFSIZE.
     """
     if tokens is None:
-        tokens = deployment.mc2_capacity // deployment.tp_size
-    sent = deployment.experts_per_rank * deployment.ep_size * _aligned(_aligned(2 * hidden, 32) + 64, 512)
-    returned = deployment.top_k * _aligned(2 * hidden, 512)
+        tokens = config.mc2_capacity // config.tp_size
+    sent = config.experts_per_rank * config.ep_size * _aligned(_aligned(2 * hidden, 32) + 64, 512)
+    returned = config.top_k * _aligned(2 * hidden, 512)
     return 2 * tokens * (sent + returned)
 
 

@@ -41,7 +41,7 @@ class ExpertGroups:
 
 def sizes(
     deployment: Deployment, *, slots_per_rank: int, soc: Soc, max_num_seqs: int, hccl_buffsize_mb: int
-) -> ascend_moe.Deployment:
+) -> ascend_moe.DispatchConfig:
     """What the choice of a communication method depends on, with `slots_per_rank` experts on each rank, replicas among them.
 
     Raises:
@@ -53,7 +53,7 @@ def sizes(
         and model.hidden <= _MC2_HIDDEN
         and model.hidden % _MC2_HIDDEN_MULTIPLE == 0
     )
-    chosen_by = ascend_moe.Deployment(
+    chosen_by = ascend_moe.DispatchConfig(
         soc=soc,
         ep_size=ranks,
         tp_size=top.tensor_parallel,
@@ -71,7 +71,7 @@ def sizes(
     return chosen_by
 
 
-def uses_mc2(chosen_by: ascend_moe.Deployment) -> bool:
+def uses_mc2(chosen_by: ascend_moe.DispatchConfig) -> bool:
     """Whether some step will take MC2."""
     return choose_method(chosen_by, 1) is CommMethod.MC2
 
@@ -85,7 +85,7 @@ class LayerComm:
         sums_later: whether the model sums the layer's output over TP itself, so that only partial sums may be returned.
     """
 
-    def __init__(self, env: MoeEnv, chosen_by: ascend_moe.Deployment, sums_later: bool) -> None:
+    def __init__(self, env: MoeEnv, chosen_by: ascend_moe.DispatchConfig, sums_later: bool) -> None:
         """Build what every method needs, in the same order on all ranks."""
         self._chosen_by = replace(chosen_by, ep_size=1) if sums_later else chosen_by
         methods = [CommMethod.ALL_GATHER]
@@ -115,7 +115,7 @@ class Experts:
         placement: Placement,
         deployment: Deployment,
         groups: ExpertGroups,
-        chosen_by: ascend_moe.Deployment,
+        chosen_by: ascend_moe.DispatchConfig,
     ) -> None:
         """Choose this rank's part of the placement."""
         self.config = config
