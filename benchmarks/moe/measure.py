@@ -85,7 +85,7 @@ class Rank:
         return TorchGroup(made) if self.rank < size else None
 
     def env(self, setup: Setup, num_slots: int) -> MoeEnv:
-        """Groups of a layout that is all DP or all TP."""
+        """Groups of ranks that are all data parallel or all tensor parallel."""
         everyone, alone = self._ep[setup.ranks], Solo(self.rank)
         return MoeEnv(
             ep=everyone,

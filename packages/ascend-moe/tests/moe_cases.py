@@ -35,7 +35,7 @@ from ascend_moe import (
 )
 
 H, I, E = 64, 64, 8  # noqa: E741
-LAYOUTS = ((2, 1, 2), (2, 2, 1), (4, 2, 2), (4, 4, 1), (8, 4, 2), (8, 1, 8))
+SIZES = ((2, 1, 2), (2, 2, 1), (4, 2, 2), (4, 4, 1), (8, 4, 2), (8, 1, 8))
 """Ranks, data parallel size, tensor parallel size."""
 
 METHODS = GATHER, EXCHANGE, MC2 = CommMethod.ALL_GATHER, CommMethod.ALL_TO_ALL_V, CommMethod.MC2
@@ -103,24 +103,24 @@ def expected_load(slots_TK: list[list[int]], num_slots: int) -> list[int]:
 
 
 class Rank:
-    """This process in one layout: its tokens, its slots and their experts, and what the result has to be."""
+    """This process among the ranks of one set of parallel sizes: its tokens, its slots and their experts, and what the result has to be."""
 
     def __init__(
         self,
         world: Any,
-        layout: tuple[int, int, int],
+        sizes: tuple[int, int, int],
         method: CommMethod,
         *,
         sequence: bool = False,
         where: Replicas = IN_ORDER,
         soc: Soc = Soc.A3,
     ) -> None:
-        size, dp, self.tp = layout
+        size, dp, self.tp = sizes
         self.world, self.method, self.sequence = world, method, sequence
         self.owners, self.owner = (size, world.rank) if sequence else (dp, world.rank // self.tp)
         self.where = where
         self.num_slots = len(self.where.slots)
-        self.env = world.env(*layout, self.num_slots, sequence_parallel=sequence, soc=soc)
+        self.env = world.env(*sizes, self.num_slots, sequence_parallel=sequence, soc=soc)
         self.comm = make_comm(method, self.env)
         start = world.rank * self.env.slots_per_rank
         self.held = list(self.where.slots[start : start + self.env.slots_per_rank])
@@ -174,10 +174,10 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
         assert error <= tolerance * max(1.0, expected.abs().max().item()), f"off by {error}"
 
 
-def equals_dense(world: Any, layout: tuple[int, int, int], method: CommMethod, sequence: bool) -> None:
-    """One method over one layout: every traffic, with and without redundant slots, the replica chosen by token."""
+def equals_dense(world: Any, sizes: tuple[int, int, int], method: CommMethod, sequence: bool) -> None:
+    """One method over one set of parallel sizes: every traffic, with and without redundant slots, the replica chosen by token."""
     for redundant in (0, 8):
-        rank = Rank(world, layout, method, sequence=sequence, where=replicas(E, redundant))
+        rank = Rank(world, sizes, method, sequence=sequence, where=replicas(E, redundant))
         table = rank.where.table(rows=5)
         used: set[int] = set()
         for name, traffic in rank.traffics.items():
@@ -195,16 +195,16 @@ def equals_dense(world: Any, layout: tuple[int, int, int], method: CommMethod, s
         assert used == set(range(E + redundant)), f"slots without a token: {set(range(E + redundant)) - used}"
 
 
-def kernels_of_a2(world: Any, layout: tuple[int, int, int], method: CommMethod) -> None:
+def kernels_of_a2(world: Any, sizes: tuple[int, int, int], method: CommMethod) -> None:
     """A2's kernels of MC2 take other arguments."""
-    rank = Rank(world, layout, method, soc=Soc.A2)
+    rank = Rank(world, sizes, method, soc=Soc.A2)
     for traffic in rank.traffics.values():
         rank.check(rank.forward(traffic), traffic)
 
 
-def replica_by_rank(world: Any, layout: tuple[int, int, int], method: CommMethod) -> None:
+def replica_by_rank(world: Any, sizes: tuple[int, int, int], method: CommMethod) -> None:
     """`log2phy`: each rank sends to replicas of its own choice."""
-    rank = Rank(world, layout, method, where=replicas(E, 8))
+    rank = Rank(world, sizes, method, where=replicas(E, 8))
     traffic = rank.traffics["even"]
     output = rank.forward(traffic, log2phy=rank.put(rank.where.log2phy(world.rank)))
     rank.check(output, traffic)
@@ -216,9 +216,9 @@ def replica_by_rank(world: Any, layout: tuple[int, int, int], method: CommMethod
     assert rank.total_load(output) == expected_load(slots, 16)
 
 
-def padding_reaches_nobody(world: Any, layout: tuple[int, int, int], method: CommMethod, sequence: bool) -> None:
+def padding_reaches_nobody(world: Any, sizes: tuple[int, int, int], method: CommMethod, sequence: bool) -> None:
     """Padding made by the caller holds NaN: it changes no token, is in no count, and goes to no expert."""
-    rank = Rank(world, layout, method, sequence=sequence)
+    rank = Rank(world, sizes, method, sequence=sequence)
     spec = RoutingSpec(top_k=2, scoring="sigmoid", renormalise=True)
     padded, real = 9, [3, 9, 0, 5, 8, 1, 9, 2][: rank.owners]
     x, logits = normal(rank.owners, padded, H, seed=30), normal(rank.owners, padded, E, seed=31)
@@ -239,9 +239,9 @@ def padding_reaches_nobody(world: Any, layout: tuple[int, int, int], method: Com
     assert rank.total_load(output) == expected_load(ids, E)
 
 
-def nan_stays_with_its_token(world: Any, layout: tuple[int, int, int], method: CommMethod) -> None:
+def nan_stays_with_its_token(world: Any, sizes: tuple[int, int, int], method: CommMethod) -> None:
     """One request gone wrong spoils no other one's tokens."""
-    rank = Rank(world, layout, method)
+    rank = Rank(world, sizes, method)
     traffic = rank.traffics["even"]
     for bad in range(sum(traffic.counts)):
         x = hidden(traffic)
@@ -254,9 +254,9 @@ def nan_stays_with_its_token(world: Any, layout: tuple[int, int, int], method: C
         close(result.nan_to_num(), dense.nan_to_num())
 
 
-def selected_elsewhere(world: Any, layout: tuple[int, int, int], method: CommMethod, sequence: bool) -> None:
-    """Weights and slots from another router, `forward_selected`, equal `experts_forward`, bit for bit."""
-    rank = Rank(world, layout, method, sequence=sequence)
+def selected_elsewhere(world: Any, sizes: tuple[int, int, int], method: CommMethod, sequence: bool) -> None:
+    """Weights and slots from another router: `forward_selected` equals `experts_forward`, bit for bit."""
+    rank = Rank(world, sizes, method, sequence=sequence)
     traffic = rank.traffics["ragged"]
     x, logits = rank.tokens(traffic)
     routed = select_experts(logits, traffic.spec)
@@ -267,9 +267,9 @@ def selected_elsewhere(world: Any, layout: tuple[int, int, int], method: CommMet
     assert type(given) is type(whole)
 
 
-def shared_experts(world: Any, layout: tuple[int, int, int], method: CommMethod, sequence: bool) -> None:
-    """The shared MLP in each mode, on the current stream and beside."""
-    rank = Rank(world, layout, method, sequence=sequence)
+def shared_experts(world: Any, sizes: tuple[int, int, int], method: CommMethod, sequence: bool) -> None:
+    """The shared MLP in each mode, on the current stream and on a second one."""
+    rank = Rank(world, sizes, method, sequence=sequence)
     weight = rank.put(SHARED)
     shard = torch.zeros_like(weight)  # without the rows of the other TP ranks: a partial product
     rows = slice(world.rank % rank.tp * H // rank.tp, (world.rank % rank.tp + 1) * H // rank.tp)
@@ -293,9 +293,9 @@ def shared_experts(world: Any, layout: tuple[int, int, int], method: CommMethod,
         assert sum(passed) <= longest, "more than the own tokens"
 
 
-def w8a8(world: Any, layout: tuple[int, int, int], method: CommMethod, dtype: torch.dtype) -> None:
+def w8a8(world: Any, sizes: tuple[int, int, int], method: CommMethod, dtype: torch.dtype) -> None:
     """int8 experts against the layer of their dequantised weights in float64: off by two roundings to 8 bits."""
-    rank = Rank(world, layout, method)
+    rank = Rank(world, sizes, method)
     (q13, s13), (q2, s2) = quantise_weights(W13), quantise_weights(W2)
     if dtype == torch.bfloat16:
         s2 = s2.bfloat16()
@@ -338,9 +338,9 @@ class Waits(TorchDispatchMode):
         return result
 
 
-def host_waits_once_at_most(world: Any, layout: tuple[int, int, int], method: CommMethod) -> None:
+def host_waits_once_at_most(world: Any, sizes: tuple[int, int, int], method: CommMethod) -> None:
     """Only all-to-all-v asks the device for numbers, once a layer."""
-    rank = Rank(world, layout, method, where=replicas(E, 8))
+    rank = Rank(world, sizes, method, where=replicas(E, 8))
     table = rank.put(rank.where.table(rows=3))
     with Waits() as waits:
         torch.ones(1, device=world.device).tolist()
@@ -351,9 +351,9 @@ def host_waits_once_at_most(world: Any, layout: tuple[int, int, int], method: Co
         assert len(waits.found) == (1 if method is EXCHANGE else 0), waits.found
 
 
-def bfloat16(world: Any, layout: tuple[int, int, int], method: CommMethod) -> None:
+def bfloat16(world: Any, sizes: tuple[int, int, int], method: CommMethod) -> None:
     """In bfloat16 the kernels check all that their documentation asks for; off by the rounding of 8 bits of mantissa."""
-    rank = Rank(world, layout, method)
+    rank = Rank(world, sizes, method)
     experts = FloatExperts(w13=rank.experts.w13.bfloat16(), w2=rank.experts.w2.bfloat16())
     for name, traffic in rank.traffics.items():
         x, logits = rank.tokens(traffic, torch.bfloat16)
@@ -369,10 +369,10 @@ def bfloat16(world: Any, layout: tuple[int, int, int], method: CommMethod) -> No
             raise
 
 
-def without_expert_parallelism(world: Any, layout: tuple[int, int, int]) -> None:
+def without_expert_parallelism(world: Any, sizes: tuple[int, int, int]) -> None:
     """Every rank has a shard of every expert: its columns of gate and up, its rows of down."""
-    rank = Rank(world, layout, GATHER)
-    size = layout[0]
+    rank = Rank(world, sizes, GATHER)
+    size = sizes[0]
     comm = make_comm(GATHER, replace(rank.env, ep=Solo(world.rank), mc2=None))
     part = slice(world.rank * I // size, (world.rank + 1) * I // size)
     w13 = torch.cat([W13[:, :, part], W13[:, :, I:][:, :, part]], dim=2)
@@ -385,18 +385,18 @@ def without_expert_parallelism(world: Any, layout: tuple[int, int, int]) -> None
             raise
 
 
-def label(layout: tuple[int, int, int], method: CommMethod | None = None, sequence: bool = False) -> str:
-    size, dp, tp = layout
+def label(sizes: tuple[int, int, int], method: CommMethod | None = None, sequence: bool = False) -> str:
+    size, dp, tp = sizes
     how = "" if method is None else f"{method.value} "
     return f"{how}{'sequence ' if sequence else ''}{size} ranks DP{dp} TP{tp}"
 
 
-def on(layout: tuple[int, int, int], case: Callable[..., None], **options: Any) -> Callable[[Any], None]:
-    """The case on the ranks of a layout; the others have nothing to do."""
+def on(sizes: tuple[int, int, int], case: Callable[..., None], **options: Any) -> Callable[[Any], None]:
+    """The case on the first `sizes[0]` ranks; the others skip it."""
 
     def run(world: Any) -> None:
-        if world.rank < layout[0]:
-            case(world, layout=layout, **options)
+        if world.rank < sizes[0]:
+            case(world, sizes=sizes, **options)
 
     return run
 
@@ -404,26 +404,26 @@ def on(layout: tuple[int, int, int], case: Callable[..., None], **options: Any) 
 def all_cases() -> dict[str, Callable[[Any], None]]:
     """Every case by name, small worlds first."""
     cases: dict[str, Callable[[Any], None]] = {}
-    for layout, method, sequence in product(LAYOUTS, METHODS, (False, True)):
-        where = label(layout, method, sequence)
+    for sizes, method, sequence in product(SIZES, METHODS, (False, True)):
+        where = label(sizes, method, sequence)
         wanted = {"dense": equals_dense}
-        if layout in ((2, 1, 2), (4, 2, 2), (8, 4, 2)):
+        if sizes in ((2, 1, 2), (4, 2, 2), (8, 4, 2)):
             wanted["padding"] = padding_reaches_nobody
-        if layout == (4, 2, 2):
+        if sizes == (4, 2, 2):
             wanted |= {"selected": selected_elsewhere, "shared": shared_experts}
         for name, case in wanted.items():
-            cases[f"{name}: {where}"] = on(layout, case, method=method, sequence=sequence)
-    for layout, method in product(LAYOUTS, (EXCHANGE, MC2)):
-        cases[f"by rank: {label(layout, method)}"] = on(layout, replica_by_rank, method=method)
-    for layout, method in product(((2, 2, 1), (4, 2, 2), (8, 1, 8)), METHODS):
-        cases[f"w8a8: {label(layout, method)}"] = on(layout, w8a8, method=method, dtype=torch.float32)
+            cases[f"{name}: {where}"] = on(sizes, case, method=method, sequence=sequence)
+    for sizes, method in product(SIZES, (EXCHANGE, MC2)):
+        cases[f"by rank: {label(sizes, method)}"] = on(sizes, replica_by_rank, method=method)
+    for sizes, method in product(((2, 2, 1), (4, 2, 2), (8, 1, 8)), METHODS):
+        cases[f"w8a8: {label(sizes, method)}"] = on(sizes, w8a8, method=method, dtype=torch.float32)
     cases[f"A2: {label((4, 2, 2), MC2)}"] = on((4, 2, 2), kernels_of_a2, method=MC2)
-    for layout, method in product(((2, 2, 1), (4, 2, 2)), METHODS):
-        cases[f"NaN: {label(layout, method)}"] = on(layout, nan_stays_with_its_token, method=method)
+    for sizes, method in product(((2, 2, 1), (4, 2, 2)), METHODS):
+        cases[f"NaN: {label(sizes, method)}"] = on(sizes, nan_stays_with_its_token, method=method)
     for method in METHODS:
         cases[f"waits: {label((4, 2, 2), method)}"] = on((4, 2, 2), host_waits_once_at_most, method=method)
-    for layout in ((2, 1, 2), (4, 2, 2)):
-        cases[f"without EP: {label(layout)}"] = on(layout, without_expert_parallelism)
+    for sizes in ((2, 1, 2), (4, 2, 2)):
+        cases[f"without EP: {label(sizes)}"] = on(sizes, without_expert_parallelism)
     return cases
 
 

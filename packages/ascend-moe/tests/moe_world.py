@@ -29,14 +29,14 @@ LIMIT = 240  # seconds for everything
 
 
 class World:
-    """This process's place among the others, and the groups of every layout."""
+    """This process's place among the others, and the groups of every set of parallel sizes."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.device = torch.device("npu", rank)
         self._groups: dict[tuple[int, ...], CommGroup | None] = {}  # None: made, and this rank is not in it
         self._mc2: dict[int, CommGroup | None] = {}
-        for size, _, tp in moe_cases.LAYOUTS:
+        for size, _, tp in moe_cases.SIZES:
             rows = [list(range(start, start + tp)) for start in range(0, size, tp)]
             columns = [list(range(start, size, tp)) for start in range(tp)]
             for ranks in (*rows, *columns, list(range(size))):
@@ -53,7 +53,7 @@ class World:
         return TorchGroup(made) if self.rank in ranks else None
 
     def env(self, size: int, dp: int, tp: int, num_slots: int, **options: object) -> MoeEnv:
-        """The environment of this rank in a layout of `size` = dp * tp ranks."""
+        """The environment of this rank among `size` = dp * tp ranks."""
         here = self.rank // tp, self.rank % tp
         return MoeEnv(
             ep=self._groups[tuple(range(size))],

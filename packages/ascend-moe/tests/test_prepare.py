@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts without communication: who gets which tokens, what is padding, what is refused."""
+"""Token distributions without communication: which tokens each rank gets, which rows are padding, which arguments are refused."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from ascend_comm import Solo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ascend_moe import CommMethod, MoeEnv, make_layout
+from ascend_moe import CommMethod, MoeEnv, make_token_distribution
 from ascend_moe.prepare import EqualSlices, GatherOverDp, GatherSequence, SliceOverTp
 
 
 class Ranks(Solo):
-    """A group that only knows its size: for what must not communicate."""
+    """A group with a size and no communication: for calls that must not communicate."""
 
     def __init__(self, world_size: int, rank_in_group: int = 0) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def tokens_of(prepared) -> list[int]:
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 9), st.lists(st.integers(0, 40), min_size=1, max_size=4), st.booleans())
-def test_slices_part_the_tokens(tp, counts, equal):
+def test_each_token_is_in_one_slice(tp, counts, equal):
     kind = EqualSlices if equal else SliceOverTp
     sizes = set()
     for count in counts:
@@ -59,29 +59,29 @@ def test_slices_part_the_tokens(tp, counts, equal):
 
 
 @pytest.mark.parametrize("kind", [EqualSlices, SliceOverTp])
-def test_the_callers_mask_is_cut_along(kind):
+def test_the_callers_mask_is_sliced_with_the_tokens(kind):
     hidden = torch.arange(1.0, 8.0).unsqueeze(1)
     mask = torch.arange(7) < 4
     parts = [kind(Ranks(3, rank)).prepare(hidden, (hidden,), tokens=None, mask=mask) for rank in range(3)]
     assert [part.mask.tolist() for part in parts] == [[True] * 3, [True, False, False], [False] * 3]
 
 
-def test_alone_nothing_is_copied_or_sent():
+def test_a_single_rank_copies_and_sends_nothing():
     hidden = torch.ones(3, 2)
-    for layout in (GatherOverDp(Solo(), Solo()), SliceOverTp(Solo()), EqualSlices(Solo())):
-        prepared = layout.prepare(hidden, (hidden,), tokens=None, mask=None)
+    for distribution in (GatherOverDp(Solo(), Solo()), SliceOverTp(Solo()), EqualSlices(Solo())):
+        prepared = distribution.prepare(hidden, (hidden,), tokens=None, mask=None)
         assert prepared.hidden.data_ptr() == hidden.data_ptr()
         assert prepared.mask is None
-        assert layout.finalize(hidden, prepared) is not None
-        assert torch.equal(layout.finalize(hidden, prepared), hidden)
+        assert distribution.finalize(hidden, prepared) is not None
+        assert torch.equal(distribution.finalize(hidden, prepared), hidden)
 
 
 def test_no_token_anywhere_sends_nothing():
-    for layout in (GatherOverDp(Ranks(2), Solo()), GatherSequence(Ranks(2)), SliceOverTp(Ranks(2))):
+    for distribution in (GatherOverDp(Ranks(2), Solo()), GatherSequence(Ranks(2)), SliceOverTp(Ranks(2))):
         none = torch.ones(0, 2)
-        prepared = layout.prepare(none, (none,), tokens=None, mask=None)
+        prepared = distribution.prepare(none, (none,), tokens=None, mask=None)
         assert len(prepared.hidden) == 0
-        assert len(layout.finalize(none, prepared)) == 0
+        assert len(distribution.finalize(none, prepared)) == 0
 
 
 @pytest.mark.parametrize(
@@ -95,19 +95,19 @@ def test_no_token_anywhere_sends_nothing():
         (CommMethod.MC2, True, EqualSlices),
     ],
 )
-def test_the_layout_of_each_method(method, sequence, kind):
+def test_the_token_distribution_of_each_method(method, sequence, kind):
     env = MoeEnv(ep=Ranks(4), tp=Ranks(2), dp=Ranks(2), num_slots=8, sequence_parallel=sequence)
-    layout = make_layout(method, env)
-    assert type(layout) is kind
-    assert layout.output_is_reduced is (kind is not GatherOverDp)
-    if isinstance(layout, SliceOverTp):
+    distribution = make_token_distribution(method, env)
+    assert type(distribution) is kind
+    assert distribution.output_is_reduced is (kind is not GatherOverDp)
+    if isinstance(distribution, SliceOverTp):
         rows = 5 if sequence else 3
         five = torch.ones(5, 2)
-        assert len(layout.prepare(five, (), tokens=(5,), mask=None).hidden) == rows
+        assert len(distribution.prepare(five, (), tokens=(5,), mask=None).hidden) == rows
 
 
 @pytest.mark.parametrize(
-    ("layout", "tokens", "message"),
+    ("distribution", "tokens", "message"),
     [
         (
             GatherOverDp(Ranks(2), Solo()),
@@ -116,13 +116,17 @@ def test_the_layout_of_each_method(method, sequence, kind):
         ),
         (GatherOverDp(Ranks(2), Solo()), (2, 3), r"tokens=\[2, 3\] must be"),
         (GatherSequence(Ranks(2)), (3, -1), r"tokens=\[3, -1\] must be"),
-        (EqualSlices(Ranks(2)), (2, 2), r"tokens=\[2, 2\] must be counts of at least 0, the 3 here among them"),
+        (
+            EqualSlices(Ranks(2)),
+            (2, 2),
+            r"tokens=\[2, 2\] must be counts of at least 0, and include the 3 tokens of this rank",
+        ),
         (EqualSlices(Ranks(2)), (3, -1), r"tokens=\[3, -1\] must be"),
     ],
 )
-def test_counts_that_do_not_fit(layout, tokens, message):
+def test_counts_that_do_not_fit(distribution, tokens, message):
     with pytest.raises(ValueError, match=message):
-        layout.prepare(torch.ones(3, 2), (), tokens=tokens, mask=None)
+        distribution.prepare(torch.ones(3, 2), (), tokens=tokens, mask=None)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +134,8 @@ def test_counts_that_do_not_fit(layout, tokens, message):
     [
         ({"num_slots": 0}, "num_slots=0 must be a positive multiple of the 4 ranks of ep"),
         ({"num_slots": 9}, "num_slots=9 must be a positive multiple"),
-        ({"tp": Ranks(4)}, r"ep has 4 ranks and must have those of tp times those of dp, 4 \* 2"),
-        ({"mc2": Ranks(2)}, r"mc2 of ranks \[0, 1\] must have those of ep, \[0, 1, 2, 3\]"),
+        ({"tp": Ranks(4)}, r"ep has 4 ranks and must have as many as tp times dp, 4 \* 2"),
+        ({"mc2": Ranks(2)}, r"mc2 of ranks \[0, 1\] must have the ranks of ep, \[0, 1, 2, 3\]"),
     ],
 )
 def test_an_environment_says_what_is_wrong_with_it(change, message):

@@ -16,7 +16,7 @@ from ascend_moe.layer import (
     reduced,
 )
 from ascend_moe.load import counts_to_cumsum, cumsum_to_counts, slot_load
-from ascend_moe.prepare import Layout, Prepared, make_layout
+from ascend_moe.prepare import Prepared, TokenDistribution, make_token_distribution
 from ascend_moe.quant import W8A8Experts, quantise_weights
 from ascend_moe.routing import GroupScore, RoutingSpec, Scoring, select_experts, to_physical
 from ascend_moe.shared import SharedExperts, SharedMode
@@ -31,7 +31,6 @@ __all__ = [
     "FloatExperts",
     "Gate",
     "GroupScore",
-    "Layout",
     "MoeComm",
     "MoeEnv",
     "MoeOutput",
@@ -43,6 +42,7 @@ __all__ = [
     "SharedExperts",
     "SharedMode",
     "Soc",
+    "TokenDistribution",
     "W8A8Experts",
     "choose_method",
     "counts_to_cumsum",
@@ -51,7 +51,7 @@ __all__ = [
     "forward_selected",
     "make_comm",
     "make_dispatcher",
-    "make_layout",
+    "make_token_distribution",
     "mc2_buffer_bytes",
     "quantise_weights",
     "reduced",

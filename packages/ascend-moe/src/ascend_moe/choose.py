@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which communication carries tokens to their experts and back: a table over SoC, sizes and the step's tokens."""
+"""The choice of a communication method for a step: a table over the chip, the parallel sizes and the step's tokens."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 __all__ = ["CommMethod", "DispatchConfig", "Soc", "choose_method", "mc2_buffer_bytes"]
 
-# What MC2's kernels take, on every SoC and on A2 alone.
+# Limits of MC2's kernels: the first on every chip, the other two on A2 only.
 _MC2_TOKENS_PER_RANK = 512
 _A2_MC2_EXPERTS_PER_RANK = 24
 _A2_MC2_LEAST_EP = 16
 
 
 class Soc(Enum):
-    """Families of Ascend chips, as far as communication differs."""
+    """Families of Ascend chips between which communication differs."""
 
     A2 = "A2"
     A3 = "A3"
@@ -41,9 +41,9 @@ _DEVICE_NAMES = {"Ascend910B": Soc.A2, "Ascend910_93": Soc.A3, "Ascend950": Soc.
 class CommMethod(Enum):
     """How tokens reach their experts.
 
-    ALL_GATHER: every rank gets all tokens and computes its experts' share. ALL_TO_ALL_V: tokens are sent to the ranks
-    of their experts; the host waits once for the sizes. MC2: dispatch and combine kernels that communicate themselves,
-    with buffers of a fixed size.
+    ALL_GATHER: every rank receives all tokens and computes its own experts' share of each. ALL_TO_ALL_V: tokens are sent
+    to the ranks of their experts; the host waits once for the sizes. MC2: fused kernels that communicate and compute, with
+    buffers of a fixed size.
     """
 
     ALL_GATHER = "all-gather"
@@ -53,7 +53,7 @@ class CommMethod(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchConfig:
-    """What the choice depends on and does not change between steps.
+    """What the choice of a communication method depends on, except the tokens of the step.
 
     Args:
         soc: the chip.
@@ -62,7 +62,7 @@ class DispatchConfig:
         world_size: all ranks of the run, a multiple of ep_size and of tp_size.
         experts_per_rank: physical slots of a rank, replicas included.
         top_k: experts per token.
-        max_captured_tokens: tokens of the largest batch captured as a graph. 0: none is, so MC2 has no capacity.
+        max_captured_tokens: tokens of the largest batch that is captured as a graph. 0: none is captured, so MC2 has no capacity.
 
     Raises:
         ValueError: a size below what is allowed, or a world that is no multiple of the others.
@@ -99,11 +99,12 @@ class DispatchConfig:
 def choose_method(config: DispatchConfig, tokens: int) -> CommMethod:
     """The communication method of a step.
 
-    All ranks of the expert parallel group must ask with the same `tokens`, or they wait for each other for ever.
+    All ranks of the expert parallel group must call it with the same `tokens`; otherwise they may choose different methods and
+    wait for each other forever.
 
     Args:
-        config: what does not change between steps.
-        tokens: tokens of the step before they are sliced over TP, the largest count of all DP ranks.
+        config: the chip and the sizes, which do not change between steps.
+        tokens: tokens of the step before they are sliced over TP; the largest count among DP ranks.
 
     Raises:
         ValueError: `tokens` is below 0.
@@ -119,7 +120,7 @@ def choose_method(config: DispatchConfig, tokens: int) -> CommMethod:
         few_experts = config.experts_per_rank <= _A2_MC2_EXPERTS_PER_RANK
         big_enough = config.ep_size >= _A2_MC2_LEAST_EP
         return CommMethod.MC2 if few_experts and big_enough and fits_mc2 else CommMethod.ALL_GATHER
-    if fits_mc2:  # A5 asks for a world of more than one rank as well, which an EP size above 1 implies
+    if fits_mc2:  # A5 also requires a world of more than one rank, which an EP size above 1 implies
         return CommMethod.MC2
     if config.soc is Soc.A5 and config.world_size <= config.top_k:
         return CommMethod.ALL_GATHER
@@ -127,7 +128,7 @@ def choose_method(config: DispatchConfig, tokens: int) -> CommMethod:
 
 
 def mc2_buffer_bytes(config: DispatchConfig, hidden: int, tokens: int | None = None) -> int:
-    """The bytes that an HCCL buffer must have for MC2's kernels: `HCCL_BUFFSIZE` is to be as many MB or more.
+    """The bytes that an HCCL buffer must have for MC2's kernels; `HCCL_BUFFSIZE`, in MB, must be at least that.
 
     Args:
         config: the sizes.

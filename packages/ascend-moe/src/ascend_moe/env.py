@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`MoeEnv`: the ranks and slots that do not change in a run."""
+"""`MoeEnv`: the groups and the number of slots, which do not change in a run."""
 
 from dataclasses import dataclass, field
 
@@ -12,16 +12,16 @@ __all__ = ["MoeEnv"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeEnv:
-    """Who shares the experts of a layer, and how its tokens lie before it.
+    """The groups over which a layer's experts are shared and over which its tokens are distributed before it.
 
     Args:
         ep: the ranks that share the slots, in the order of their slots: rank r has slots r * L to (r + 1) * L - 1. vLLM's
             order, data parallel rank times TP size plus TP rank. `Solo()` without expert parallelism.
         num_slots: S, physical slots of all ranks of `ep`: logical experts and their redundant replicas.
-        tp: ranks with the same tokens.
-        dp: ranks with different tokens and the same TP rank.
-        mc2: a communicator of the ranks of `ep` that nothing but MC2's kernels uses; None: MC2 cannot be had.
-        soc: the chip; MC2's kernels take other arguments on each.
+        tp: the ranks that have the same tokens as this one.
+        dp: the ranks of the same TP rank in each data parallel replica; each has different tokens.
+        mc2: a second communicator of the ranks of `ep`, used by MC2's kernels only; None: MC2 is not available.
+        soc: the chip; the arguments of MC2's kernels depend on it.
         sequence_parallel: each rank of `ep` already has tokens of its own, and `tp` plays no part.
 
     Raises:
@@ -43,11 +43,11 @@ class MoeEnv:
             raise ValueError(f"num_slots={self.num_slots} must be a positive multiple of the {ranks} ranks of ep")
         if ranks > 1 and self.tp.world_size * self.dp.world_size != ranks:
             raise ValueError(
-                f"ep has {ranks} ranks and must have those of tp times those of dp, "
+                f"ep has {ranks} ranks and must have as many as tp times dp, "
                 f"{self.tp.world_size} * {self.dp.world_size}"
             )
         if self.mc2 is not None and list(self.mc2.ranks) != list(self.ep.ranks):
-            raise ValueError(f"mc2 of ranks {list(self.mc2.ranks)} must have those of ep, {list(self.ep.ranks)}")
+            raise ValueError(f"mc2 of ranks {list(self.mc2.ranks)} must have the ranks of ep, {list(self.ep.ranks)}")
 
     @property
     def slots_per_rank(self) -> int:
@@ -56,5 +56,5 @@ class MoeEnv:
 
     @property
     def token_sharing_group(self) -> CommGroup:
-        """The ranks that have the same tokens and so may split them: `tp`, or under sequence parallelism nobody else."""
+        """The ranks that have the same tokens and may slice them: `tp`; under sequence parallelism this rank alone."""
         return Solo(self.ep.ranks[self.ep.rank_in_group]) if self.sequence_parallel else self.tp

@@ -21,19 +21,21 @@ Gate: TypeAlias = Literal["silu", "gelu", "gelu_tanh"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
-    """What is between the two products: `gate(g) * u`, g the left half of the columns and u the right one.
+    """The activation between the two products: `gate(g) * u`, g the left half of the columns and u the right one.
 
-    With a limit, `g * sigmoid(alpha * g) * (u + up_bias)` where g is at most `limit` and u between -limit and limit.
-    GPT-OSS: `limit=7.0, alpha=1.702, up_bias=1.0, interleaved=True`. DeepSeek-V4: `limit=10.0`.
+    With a limit (clipped SwiGLU) it is `g * sigmoid(alpha * g) * (u + up_bias)`, after g was clipped to at most `limit` and
+    u to -limit .. limit. GPT-OSS: `limit=7.0, alpha=1.702, up_bias=1.0, interleaved=True`. DeepSeek-V4: `limit=10.0`.
+    The vLLM plugin does not use clipped SwiGLU: it refuses models with a limit.
 
     Args:
         gate: SiLU, or GELU by the error function or by tanh.
-        limit: None: nothing is clipped.
-        alpha, up_bias: as above.
-        interleaved: g is the even columns and u the odd ones.
+        gate: the function of g.
+        limit: the bound of clipped SwiGLU. None: nothing is clipped.
+        alpha, up_bias: constants of clipped SwiGLU.
+        interleaved: g is the even columns and u the odd ones. Only with a limit.
 
     Raises:
-        ValueError: an unknown gate, or what there is only together with a limit and SiLU.
+        ValueError: an unknown gate, `alpha`, `up_bias` or `interleaved` without a limit, or a limit with another gate than SiLU.
     """
 
     gate: Gate = "silu"
@@ -43,7 +45,7 @@ class Activation:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
-        """Check that a kernel computes this."""
+        """Check that there is a kernel for this combination."""
         if self.gate not in get_args(Gate):
             raise ValueError(f"gate={self.gate!r} must be one of {', '.join(get_args(Gate))}")
         if self.limit is None:
@@ -63,7 +65,7 @@ class Activation:
 
     @property
     def is_swiglu(self) -> bool:
-        """Whether it is plain SwiGLU, which kernels fuse with more."""
+        """Whether it is plain SwiGLU, for which there are fused kernels."""
         return self.gate == "silu" and self.limit is None
 
 
@@ -71,14 +73,14 @@ class Experts(Protocol):
     """A rank's experts, in whatever number format."""
 
     quantised: ClassVar[bool]
-    """Whether they take int8 rows with scales."""
+    """Whether `forward` takes int8 rows with scales."""
 
     @property
     def num_slots(self) -> int:
         """L."""
 
     def forward(self, dispatched: Dispatched, dtype: torch.dtype) -> Tensor:
-        """`[A, H]` of `dtype`, row i through the expert of its slot. Rows that hold nothing give anything."""
+        """`[A, H]` of `dtype`: each row after the expert of its slot. Rows after the last counted one are undefined."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +88,7 @@ class FloatExperts:
     """Experts in the layer's own dtype.
 
     Args:
-        w13: `[L, H, 2I]`: gate and up projections beside each other.
+        w13: `[L, H, 2I]`: gate and up projections, concatenated along the last axis.
         w2: `[L, I, H]`: down projections.
         activation: between them.
 

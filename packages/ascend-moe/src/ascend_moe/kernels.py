@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every NPU kernel that ascend-moe calls, imported on first use. The only file of this package that names torch_npu.
 
-Legend: T tokens, K experts per token, H hidden, I intermediate, L slots of this rank, A rows sorted by slot. Kernels are
-not run on no rows at all: what they would return is known.
+Legend: T tokens, K experts per token, H hidden, I intermediate, L slots of this rank, A rows sorted by slot. Where an input
+has no rows, no kernel is launched, and the empty result is made here.
 """
 
 from importlib import import_module
@@ -33,7 +33,7 @@ _COUNTS = 1  # group_list_type and expert_tokens_num_type: rows of each group, n
 
 
 def _npu() -> Any:
-    """torch_npu, or RuntimeError with what to do."""
+    """Import torch_npu. RuntimeError, with the command that installs it, where it is missing."""
     try:
         return import_module("torch_npu")
     except ModuleNotFoundError as error:
@@ -55,7 +55,7 @@ def gating_top_k(
 ) -> tuple[Tensor, Tensor]:
     """Weights float32 `[T, K]` and ids int32 `[T, K]` of float32 logits `[T, E]`, T > 0, and bias `[E]`.
 
-    Softmax scores are left as they are, sigmoid scores are divided by their sum; then both are multiplied by `scale`.
+    Sigmoid scores are divided by their sum over the chosen experts, softmax scores are not; then both are multiplied by `scale`.
     """
     weights, ids, _ = _npu().npu_moe_gating_top_k(
         logits,
@@ -82,7 +82,7 @@ class RoutedRows(NamedTuple):
 
 
 class SentRows(NamedTuple):
-    """What `mc2_dispatch` returns. What is not named here is for `mc2_combine` alone, and differs between chips."""
+    """What `mc2_dispatch` returns. `assist`, `received` and `expand_scales` are inputs of `mc2_combine`; their contents differ between chips."""
 
     rows: Tensor
     scales: Tensor
@@ -108,16 +108,16 @@ def init_routing(
     Args:
         x: `[T, H]`, T > 0.
         ids: int32 `[T, K]`, values in 0..num_slots-1.
-        scales: float32 `[T]` where x is int8, to be copied along.
-        rows: A, at most T * K and at least the copies that there are.
-        num_slots: slots in all.
-        first, last: the slots to copy for.
+        scales: float32 `[T]` where x is int8; they are copied with their rows.
+        rows: A, at most T * K and at least the number of copies.
+        num_slots: slots of all ranks.
+        first, last: the slots of this rank, first..last-1.
         quantise: turn the rows into int8, each with its own scale.
 
     Returns:
         rows `[A, H]`, of which the first `counts.sum()` are written; row_index int32 `[T * K]`: the row of token t's
         j-th expert at `t * K + j`, -1 where its slot is elsewhere; counts int64 `[last - first]`; scales float32 `[A]`,
-        written where there are any.
+        written where `quantise` or where `scales` was given.
     """
     found = _npu().npu_moe_init_routing_v2(
         x,
@@ -163,13 +163,13 @@ def unpermute(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Ten
 def grouped_matmul(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """Multiply the rows of slot l by `weights[l]`: rows `[A, n]`, weights `[L, n, m]`, counts int64 `[L]` -> `[A, m]`.
 
-    Rows behind `counts.sum()` of the result are not written.
+    Rows of the result from `counts.sum()` on are not written.
     """
     return _grouped(rows, weights, counts)
 
 
 def grouped_matmul_int32(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-    """`grouped_matmul` of int8 by int8, summed in int32 and left so."""
+    """`grouped_matmul` of int8 by int8; the result is the int32 sum."""
     return _grouped(rows, weights, counts, output_dtype=torch.int32)
 
 
@@ -203,9 +203,9 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def clipped_swiglu(x: Tensor, *, limit: float, alpha: float, up_bias: float, interleaved: bool) -> Tensor:
-    """`g * sigmoid(alpha * g) * (u + up_bias)`, g at most `limit` and u within it; x `[A, 2I]`.
+    """`g * sigmoid(alpha * g) * (u + up_bias)`, after g was clipped to at most `limit` and u to -limit .. limit; x `[A, 2I]`.
 
-    Interleaved: the even columns are g and the odd ones u; else the halves are.
+    Interleaved: g is the even columns and u the odd ones; otherwise g is the left half and u the right one.
     """
     result: Tensor = _npu().npu_clipped_swiglu(x, alpha=alpha, limit=limit, bias=up_bias, interleaved=interleaved)
     return result
@@ -226,7 +226,7 @@ def dequant_swiglu_quant(x: Tensor, weight_scale: Tensor, row_scale: Tensor, cou
         x: int32 `[A, 2I]`.
         weight_scale: float32 `[L, 2I]`.
         row_scale: float32 `[A]`.
-        counts: int64 `[L]`; rows behind their sum are not written.
+        counts: int64 `[L]`; rows from their sum on are not written.
 
     Returns:
         int8 `[A, I]` and float32 `[A]`.
@@ -243,12 +243,12 @@ def dequant_swiglu_quant(x: Tensor, weight_scale: Tensor, row_scale: Tensor, cou
 
 
 def mc2_dispatch(x: Tensor, ids: Tensor, group: dict[str, Any], *, quantise: bool, **options: Any) -> SentRows:
-    """Send each token to the ranks of its slots, quantised on the way if asked for.
+    """Send each token to the ranks of its slots, quantised before it is sent if `quantise`.
 
     Args:
         x: `[T, H]`, T > 0 and the same on all ranks.
         ids: int32 `[T, K]`.
-        group: the arguments that say which ranks and slots there are, the same for `mc2_combine`.
+        group: the arguments that describe ranks and slots, the same for `mc2_combine`.
         quantise: send int8 rows and their scales.
         options: `x_active_mask` bool `[T]`, True before False; on A2 `expert_scales` float32 `[T, K]`.
     """

@@ -16,9 +16,9 @@ from ascend_moe.choose import CommMethod
 from ascend_moe.dispatch import Dispatcher, make_dispatcher
 from ascend_moe.env import MoeEnv
 from ascend_moe.experts import Experts
-from ascend_moe.prepare import Layout, Prepared, make_layout
+from ascend_moe.prepare import Prepared, TokenDistribution, make_token_distribution
 from ascend_moe.routing import RoutingSpec, select_experts
-from ascend_moe.shared import SharedExperts, start_beside
+from ascend_moe.shared import SharedExperts, start_on
 
 __all__ = ["MoeComm", "MoeOutput", "Partial", "Reduced", "experts_forward", "forward_selected", "make_comm", "reduced"]
 
@@ -29,7 +29,7 @@ class Reduced:
 
     Attributes:
         hidden: `[n, H]`.
-        load: int64 `[L]`: tokens that each slot of this rank got from all ranks, padding left out.
+        load: int64 `[L]`: tokens that each slot of this rank received from all ranks, without padding.
     """
 
     hidden: Tensor
@@ -38,7 +38,7 @@ class Reduced:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Partial:
-    """A result that is one TP rank's share: the sum over TP is due, once. Attributes as of `Reduced`."""
+    """A result that is one TP rank's partial sum: the caller sums it over TP, once. It has the attributes of `Reduced`."""
 
     hidden: Tensor
     load: Tensor
@@ -53,18 +53,18 @@ class MoeComm:
 
     Attributes:
         env: the groups.
-        layout: what is done before routing and after combine.
-        dispatcher: what is done around the experts.
+        distribution: which tokens this rank routes; its `finalize` returns the result to the layer's own tokens.
+        dispatcher: sends tokens to the ranks of their experts, and sums the results.
     """
 
     env: MoeEnv
-    layout: Layout
+    distribution: TokenDistribution
     dispatcher: Dispatcher
 
     @property
     def output_is_reduced(self) -> bool:
-        """Whether layers over it return `Reduced` (or else `Partial`), always."""
-        return self.layout.output_is_reduced
+        """Whether every layer that uses it returns `Reduced`; otherwise every layer returns `Partial`."""
+        return self.distribution.output_is_reduced
 
 
 def make_comm(method: CommMethod, env: MoeEnv) -> MoeComm:
@@ -74,7 +74,7 @@ def make_comm(method: CommMethod, env: MoeEnv) -> MoeComm:
         ValueError: MC2 without `env.mc2`.
         RuntimeError: MC2 over one rank, or not over HCCL.
     """
-    return MoeComm(env=env, layout=make_layout(method, env), dispatcher=make_dispatcher(method, env))
+    return MoeComm(env=env, distribution=make_token_distribution(method, env), dispatcher=make_dispatcher(method, env))
 
 
 def experts_forward(
@@ -93,6 +93,8 @@ def experts_forward(
 ) -> MoeOutput:
     """The layer's output for this rank's tokens. All ranks of the EP group call it together, each for its own tokens.
 
+    The vLLM plugin does not use this function (vLLM's router has chosen before): it calls `forward_selected`.
+
     Args:
         hidden: `[n, H]`, on the NPU.
         logits: `[n, E]`, of the layer's router.
@@ -101,7 +103,7 @@ def experts_forward(
         comm: the method, from `make_comm`.
         log2phy: int32 `[E]`, the slot of each expert for the tokens of this rank.
         routing_table: int32 `[P, E]`, the same by token position. All ranks have the same.
-        tokens: n of every DP rank, or under sequence parallelism of every EP rank. None: as many everywhere.
+        tokens: n of every DP rank, or under sequence parallelism of every EP rank. None: all have n.
         mask: bool `[n]`, False for padding that the caller has made; real tokens come first.
         shared: an MLP for all tokens, whose result is added.
 
@@ -132,14 +134,14 @@ def forward_selected(
     mask: Tensor | None = None,
     shared: SharedExperts | None = None,
 ) -> MoeOutput:
-    """`experts_forward` for a router that is elsewhere.
+    """`experts_forward` for a router outside of this package. This is what the vLLM plugin calls.
 
     Args:
         hidden: `[n, H]`, on the NPU.
         weights: float32 `[n, K]`.
         ids: int32 `[n, K]`, physical slots. With all-gather, TP ranks give the same for the tokens that they share.
 
-    The rest is as in `experts_forward`.
+    The other arguments are those of `experts_forward`.
     """
 
     def given(weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +151,7 @@ def forward_selected(
 
 
 def reduced(output: MoeOutput, tp: CommGroup) -> Tensor:
-    """`[n, H]`: the output, summed over TP if that is due."""
+    """`[n, H]`: the output, summed over TP if it is `Partial`. The vLLM plugin does not use it: vLLM's runner does the sum."""
     return output.hidden if isinstance(output, Reduced) else tp.all_reduce(output.hidden)
 
 
@@ -164,7 +166,7 @@ def _forward(
     mask: Tensor | None,
     shared: SharedExperts | None,
 ) -> MoeOutput:
-    """The layer with `select`, which makes weights and ids of what `prepare` has made of `routed`."""
+    """The whole layer. `select` returns weights and ids, given the tensors `routed` after `prepare`."""
     if experts.num_slots != comm.env.slots_per_rank:
         raise ValueError(
             f"experts has {experts.num_slots} slots, must have {comm.env.slots_per_rank}: "
@@ -172,18 +174,18 @@ def _forward(
         )
     if shared is not None and shared.mode == "tensor_parallel" and comm.env.sequence_parallel:
         raise ValueError("shared.mode='tensor_parallel' must be 'replicated' under sequence parallelism")
-    prepared = comm.layout.prepare(hidden, routed, tokens=tokens, mask=mask)
+    prepared = comm.distribution.prepare(hidden, routed, tokens=tokens, mask=mask)
     wait = None if shared is None else _start_shared(shared, hidden, prepared)
     weights, ids = select(*prepared.routed)
     dispatched = comm.dispatcher.dispatch(prepared.hidden, weights, ids, mask=prepared.mask, quantise=experts.quantised)
     rows = experts.forward(dispatched, hidden.dtype)
     out = comm.dispatcher.combine(rows, dispatched)
     if wait is None or shared is None:
-        result = comm.layout.finalize(out, prepared)
+        result = comm.distribution.finalize(out, prepared)
     elif shared.mode == "replicated":
-        result = comm.layout.finalize(out, prepared, wait())
+        result = comm.distribution.finalize(out, prepared, wait())
     else:
-        result = comm.layout.finalize(out, prepared)
+        result = comm.distribution.finalize(out, prepared)
         part = wait()
         result = result + (comm.env.tp.all_reduce(part) if comm.output_is_reduced else part)
     kind = Reduced if comm.output_is_reduced else Partial
@@ -191,6 +193,6 @@ def _forward(
 
 
 def _start_shared(shared: SharedExperts, hidden: Tensor, prepared: Prepared) -> Callable[[], Tensor]:
-    """Start the shared MLP on the tokens that this rank has to pass through it."""
+    """Start the shared MLP on the tokens that are this rank's in its mode."""
     x = hidden[prepared.own] if shared.mode == "replicated" else hidden
-    return start_beside(shared.stream, shared.mlp, x) if len(x) else lambda: x
+    return start_on(shared.stream, shared.mlp, x) if len(x) else lambda: x

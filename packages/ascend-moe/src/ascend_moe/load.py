@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens each expert slot got, and the two forms of a grouped matmul's `group_list`.
+"""How many tokens each expert slot received, and the two forms of a grouped matmul's `group_list`.
 
 Legend: T tokens, K experts per token, S physical slots.
 """
@@ -11,7 +11,7 @@ __all__ = ["counts_to_cumsum", "cumsum_to_counts", "slot_load"]
 
 
 def slot_load(ids: Tensor, num_slots: int, mask: Tensor | None = None) -> Tensor:
-    """Count the tokens of every physical slot. The shape does not depend on values, so the host waits for nothing.
+    """Count the tokens of every physical slot. The shape does not depend on values, so the host does not wait for the device.
 
     Args:
         ids: int32 or int64 `[T, K]`, the slots of each token, in 0..num_slots-1 for tokens that count.
@@ -42,13 +42,15 @@ def slot_load(ids: Tensor, num_slots: int, mask: Tensor | None = None) -> Tensor
 
 
 def counts_to_cumsum(counts: Tensor) -> Tensor:
-    """A `group_list` of type 1 (rows of each group) as one of type 0 (where each group ends).
+    """A `group_list` of type 1 (rows of each group) converted to type 0 (the row after the last one of each group).
+
+    The vLLM plugin does not use this function, nor `cumsum_to_counts`: kernels are called with type 1.
 
     Args:
         counts: int32 or int64 `[S]`.
 
     Returns:
-        int64 `[S]`, its last entry all rows.
+        int64 `[S]`; its last entry is the number of rows.
 
     Raises:
         ValueError: a wrong shape or dtype.
@@ -61,7 +63,7 @@ def cumsum_to_counts(cumsum: Tensor) -> Tensor:
     """The inverse of `counts_to_cumsum`.
 
     Args:
-        cumsum: int32 or int64 `[S]`, not descending.
+        cumsum: int32 or int64 `[S]`, in ascending order; equal entries are allowed.
 
     Returns:
         int64 `[S]`.

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens a dispatcher sees on each rank (`prepare`), and how its result becomes that of the layer's own tokens (`finalize`).
 
-| layout | prepare | finalize | result |
+Each class is one distribution of tokens over ranks, as a dispatcher needs it:
+
+| token distribution | prepare | finalize | result |
 |---|---|---|---|
-| `GatherOverDp` | pad to the most tokens of a DP rank, all-gather over DP | reduce-scatter over DP, cut | a partial sum over TP |
-| `GatherSequence` | all-gather over EP, unpad | pad, reduce-scatter over EP, cut | reduced |
-| `SliceOverTp` | pad to a multiple of TP, take the own slice | all-gather over TP, cut | reduced |
-| `EqualSlices` | the same of the most tokens of any rank, at least one | the same | reduced |
+| `GatherOverDp` | pad to the most tokens of a DP rank, all-gather over DP | reduce-scatter over DP, remove padding | a partial sum over TP |
+| `GatherSequence` | pad, all-gather over EP, remove padding | pad, reduce-scatter over EP, remove padding | reduced |
+| `SliceOverTp` | pad to a multiple of TP, take this rank's slice | all-gather over TP, remove padding | reduced |
+| `EqualSlices` | as `SliceOverTp`, but slices of one size on all ranks and at least one token | as `SliceOverTp` | reduced |
 
 Legend: n tokens of the layer on this rank, T tokens of the dispatcher, H hidden.
 """
@@ -23,7 +25,15 @@ from torch import Tensor
 from ascend_moe.choose import CommMethod
 from ascend_moe.env import MoeEnv
 
-__all__ = ["EqualSlices", "GatherOverDp", "GatherSequence", "Layout", "Prepared", "SliceOverTp", "make_layout"]
+__all__ = [
+    "EqualSlices",
+    "GatherOverDp",
+    "GatherSequence",
+    "Prepared",
+    "SliceOverTp",
+    "TokenDistribution",
+    "make_token_distribution",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +44,8 @@ class Prepared:
         hidden: `[T, H]`.
         routed: what belongs to each token: logits, or weights and ids; each `[T, ...]`.
         mask: bool `[T]`, False for padding; None: no padding.
-        own: the part of the layer's n tokens that no other rank has, or that this rank takes of those it shares.
-        counts: real tokens of each rank that was gathered from.
+        own: the range of the layer's n tokens that this rank alone is responsible for: its slice of the tokens that TP ranks share.
+        counts: real tokens of each rank whose tokens were gathered; where nothing was gathered, n alone.
         tokens: n.
     """
 
@@ -47,22 +57,22 @@ class Prepared:
     tokens: int
 
 
-class Layout(ABC):
-    """How tokens lie on the ranks while a dispatcher has them."""
+class TokenDistribution(ABC):
+    """Which tokens each rank passes to its dispatcher, and the way back to the layer's own tokens."""
 
     output_is_reduced: ClassVar[bool]
-    """Whether `finalize` gives the whole sum. If not, the caller sums over TP."""
+    """Whether `finalize` returns the complete sum. If not, the caller sums over TP."""
 
     @abstractmethod
     def prepare(
         self, hidden: Tensor, routed: Sequence[Tensor], *, tokens: Sequence[int] | None, mask: Tensor | None
     ) -> Prepared:
-        """Lay the tokens out. All ranks call it together, and agree on `tokens` and on whether there is a mask.
+        """Bring the tokens to the ranks that dispatch them. All ranks call it together, with the same `tokens`, and all with a mask or all without.
 
         Args:
             hidden: `[n, H]`.
-            routed: what goes with each token, `[n, ...]` each.
-            tokens: n of every DP rank, or under sequence parallelism of every EP rank. None: as many everywhere.
+            routed: the tensors that belong to the tokens, `[n, ...]` each: logits, or weights and ids.
+            tokens: n of every DP rank, or under sequence parallelism of every EP rank. None: all have n.
             mask: bool `[n]`, False for padding that the caller has made. Real tokens come first.
 
         Raises:
@@ -71,7 +81,7 @@ class Layout(ABC):
 
     @abstractmethod
     def finalize(self, out: Tensor, prepared: Prepared, own_part: Tensor | None = None) -> Tensor:
-        """From the dispatcher's result `[T, H]` that of the layer's tokens, `[n, H]`.
+        """Turn the dispatcher's result `[T, H]` into that of the layer's own tokens, `[n, H]`.
 
         Args:
             out: as `Dispatcher.combine` returns it. It may be overwritten.
@@ -80,19 +90,19 @@ class Layout(ABC):
         """
 
 
-class GatherOverDp(Layout):
+class GatherOverDp(TokenDistribution):
     """Every rank gets the tokens of all DP ranks."""
 
     output_is_reduced = False
 
     def __init__(self, dp: CommGroup, tp: CommGroup) -> None:
-        """Note the groups."""
+        """Store the groups."""
         self._dp, self._tp = dp, tp
 
     def prepare(
         self, hidden: Tensor, routed: Sequence[Tensor], *, tokens: Sequence[int] | None, mask: Tensor | None
     ) -> Prepared:
-        """See `Layout`. T is DP ranks times the most tokens of one."""
+        """See `TokenDistribution`. T is DP ranks times the most tokens of one."""
         own = _slice_of(self._tp, len(hidden), _share(len(hidden), self._tp))
         counts = _counts(self._dp, len(hidden), tokens)
         given = (hidden, *routed)
@@ -104,7 +114,7 @@ class GatherOverDp(Layout):
         return Prepared(hidden=given[0], routed=given[1:], mask=mask, own=own, counts=counts, tokens=len(hidden))
 
     def finalize(self, out: Tensor, prepared: Prepared, own_part: Tensor | None = None) -> Tensor:
-        """See `Layout`. `own_part` is added on one TP rank for each token, so that the sum over TP has it once."""
+        """See `TokenDistribution`. `own_part` is added on one TP rank for each token, so that the sum over TP has it once."""
         if self._dp.world_size > 1 and len(out):
             out = self._dp.reduce_scatter(out, 0)
         out = out[: prepared.tokens]
@@ -113,19 +123,19 @@ class GatherOverDp(Layout):
         return out
 
 
-class GatherSequence(Layout):
+class GatherSequence(TokenDistribution):
     """Under sequence parallelism: every rank gets the tokens of all EP ranks."""
 
     output_is_reduced = True
 
     def __init__(self, ep: CommGroup) -> None:
-        """Note the group."""
+        """Store the group."""
         self._ep = ep
 
     def prepare(
         self, hidden: Tensor, routed: Sequence[Tensor], *, tokens: Sequence[int] | None, mask: Tensor | None
     ) -> Prepared:
-        """See `Layout`. T is the tokens of all EP ranks."""
+        """See `TokenDistribution`. T is the tokens of all EP ranks."""
         counts = _counts(self._ep, len(hidden), tokens)
         most = max(counts)
         gathered = [_unpad(_gather(self._ep, each, most), counts, most) for each in (hidden, *routed)]
@@ -141,7 +151,7 @@ class GatherSequence(Layout):
         )
 
     def finalize(self, out: Tensor, prepared: Prepared, own_part: Tensor | None = None) -> Tensor:
-        """See `Layout`."""
+        """See `TokenDistribution`."""
         most = max(prepared.counts)
         if len(out) != most * len(prepared.counts):
             out = torch.cat([_pad(part, most) for part in out.split_with_sizes(prepared.counts)])
@@ -151,24 +161,24 @@ class GatherSequence(Layout):
         return out if own_part is None else out.add_(own_part)
 
 
-class SliceOverTp(Layout):
+class SliceOverTp(TokenDistribution):
     """Each TP rank takes its slice of the tokens that they share; DP ranks may have different numbers."""
 
     output_is_reduced = True
 
     def __init__(self, tp: CommGroup) -> None:
-        """Note the group."""
+        """Store the group."""
         self._tp = tp
 
     def prepare(
         self, hidden: Tensor, routed: Sequence[Tensor], *, tokens: Sequence[int] | None, mask: Tensor | None
     ) -> Prepared:
-        """See `Layout`. T is the padded number of tokens over TP ranks."""
+        """See `TokenDistribution`. T is the padded number of tokens over TP ranks."""
         rows = _share(len(hidden), self._tp)
         return _sliced(self._tp, hidden, routed, mask, rows, masked=False)
 
     def finalize(self, out: Tensor, prepared: Prepared, own_part: Tensor | None = None) -> Tensor:
-        """See `Layout`."""
+        """See `TokenDistribution`."""
         if own_part is not None:
             out[: len(own_part)] += own_part
         if self._tp.world_size > 1 and len(out):
@@ -177,22 +187,24 @@ class SliceOverTp(Layout):
 
 
 class EqualSlices(SliceOverTp):
-    """`SliceOverTp` with slices of one size on all ranks, for kernels that need it."""
+    """`SliceOverTp` with slices of one size on all ranks, which MC2's kernels need."""
 
     def prepare(
         self, hidden: Tensor, routed: Sequence[Tensor], *, tokens: Sequence[int] | None, mask: Tensor | None
     ) -> Prepared:
-        """See `Layout`. T is at least 1. There is a mask on all ranks or on none."""
+        """See `TokenDistribution`. T is at least 1. There is a mask on all ranks or on none."""
         counts = tuple(tokens) if tokens is not None else (len(hidden),)
         if max(counts) < len(hidden) or min(counts) < 0:
-            raise ValueError(f"tokens={list(counts)} must be counts of at least 0, the {len(hidden)} here among them")
+            raise ValueError(
+                f"tokens={list(counts)} must be counts of at least 0, and include the {len(hidden)} tokens of this rank"
+            )
         rows = max(1, _share(max(counts), self._tp))
         padded = min(counts) < rows * self._tp.world_size
         return _sliced(self._tp, hidden, routed, mask, rows, masked=padded)
 
 
-def make_layout(method: CommMethod, env: MoeEnv) -> Layout:
-    """The layout that a method's dispatcher needs, over the groups of `env`."""
+def make_token_distribution(method: CommMethod, env: MoeEnv) -> TokenDistribution:
+    """The distribution of tokens that a method's dispatcher needs, over the groups of `env`."""
     if method is CommMethod.ALL_GATHER:
         return GatherSequence(env.ep) if env.sequence_parallel else GatherOverDp(env.dp, env.tp)
     slices = EqualSlices if method is CommMethod.MC2 else SliceOverTp
@@ -212,12 +224,12 @@ def _counts(group: CommGroup, here: int, tokens: Sequence[int] | None) -> tuple[
 
 
 def _share(count: int, tp: CommGroup) -> int:
-    """Tokens of a TP rank when `count` are padded to a multiple of TP."""
+    """Tokens of each TP rank when `count` tokens are padded to a multiple of TP."""
     return -(-count // tp.world_size)
 
 
 def _slice_of(tp: CommGroup, count: int, rows: int) -> slice:
-    """The real tokens among the `rows` that are this TP rank's."""
+    """The range of the `count` tokens that this TP rank has, at most `rows` of them."""
     start = min(count, tp.rank_in_group * rows)
     return slice(start, min(count, start + rows))
 
@@ -225,7 +237,7 @@ def _slice_of(tp: CommGroup, count: int, rows: int) -> slice:
 def _sliced(
     tp: CommGroup, hidden: Tensor, routed: Sequence[Tensor], mask: Tensor | None, rows: int, *, masked: bool
 ) -> Prepared:
-    """This TP rank's `rows` tokens, padded with zeros; with a mask where they are, or where `masked` asks for one."""
+    """This TP rank's `rows` tokens, padded with zeros; with a mask if any is padding, or if `masked`."""
     own = _slice_of(tp, len(hidden), rows)
     real = own.stop - own.start
     if mask is not None:
@@ -243,17 +255,17 @@ def _sliced(
 
 
 def _pad(x: Tensor, rows: int) -> Tensor:
-    """`x` with zeros behind it, `rows` in all."""
+    """`x` padded with rows of zeros to `rows` rows."""
     return x if len(x) == rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
 def _gather(group: CommGroup, x: Tensor, rows: int) -> Tensor:
-    """The ranks' tensors, each padded to `rows`, behind each other. Nothing is sent where there are none."""
+    """The ranks' tensors, each padded to `rows` rows, concatenated in rank order. With `rows` 0 nothing is sent."""
     return group.all_gather(_pad(x, rows), 0) if rows else x
 
 
 def _unpad(x: Tensor, counts: Sequence[int], most: int) -> Tensor:
-    """The first `counts[i]` of the i-th `most` rows."""
+    """Remove the padding of `_gather`: of rank i's `most` rows, keep the first `counts[i]`."""
     if min(counts) == most:
         return x
     return torch.cat([x[start * most : start * most + count] for start, count in enumerate(counts)])

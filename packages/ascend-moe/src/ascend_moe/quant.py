@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""W8A8 dynamic: int8 weights with a scale for each output channel, int8 rows with a scale each.
+"""W8A8 dynamic: int8 weights with a scale for each output channel, int8 rows with a scale for each row.
 
 Legend: A rows sorted by slot, L slots of this rank, H hidden, I intermediate.
 """
@@ -26,7 +26,7 @@ class W8A8Experts:
         w13_scale: float32 `[L, 2I]`.
         w2: int8 `[L, I, H]`.
         w2_scale: `[L, H]`, bfloat16 for a layer in bfloat16, else float32: what the kernel takes.
-        activation: between the products. All but plain SwiGLU take two kernels more.
+        activation: between the products. All but plain SwiGLU take two more kernels.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -95,6 +95,8 @@ def quantise_weights(weights: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         weights: float `[L, in, out]`.
+
+    The vLLM plugin does not use this function: its checkpoints are quantised already.
 
     Returns:
         int8 `[L, in, out]` and float32 `[L, out]`: weight times scale is the original, within half a scale. A channel

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which experts a token goes to, and with which weight: `RoutingSpec` and `select_experts`.
 
-On an NPU one kernel does it where it can, elsewhere plain torch.
+On an NPU one kernel computes both where there is one for the spec (`_kernel_routes`); otherwise plain torch does.
 
 Legend: T tokens, E logical experts, G groups of experts, K experts per token (top k), P rows of a routing table.
 """
@@ -21,7 +21,7 @@ __all__ = ["GroupScore", "RoutingSpec", "Scoring", "select_experts", "to_physica
 Scoring: TypeAlias = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 GroupScore: TypeAlias = Literal["top2_sum", "max"]
 
-_EPSILON = 1e-20  # keeps a token whose scores all underflow to 0 from dividing by 0; float32 sums do not notice it
+_EPSILON = 1e-20  # so that a token whose scores all underflow to 0 is not divided by 0; too small to change any other float32 sum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,13 +30,13 @@ class RoutingSpec:
 
     Args:
         top_k: experts per token.
-        scoring: what turns logits into scores.
+        scoring: the function from logits to scores. The vLLM plugin does not use `sqrtsoftplus` (DeepSeek-V4).
         renormalise: divide the weights of a token by their sum.
         groups: groups of equally many consecutive experts. 1: ungrouped.
         top_groups: groups a token may choose its experts from.
         group_score: how a group is scored: the sum of its two best experts (DeepSeek-V3, GLM4-MoE) or its best
-            (DeepSeek-V2). Must be given where top_groups < groups; else it has no effect.
-        bias: whether the choice of experts adds a bias to the scores (`e_score_correction_bias`). Weights never do.
+            (DeepSeek-V2). It must be given where top_groups < groups, and has no effect otherwise.
+        bias: whether a bias (`e_score_correction_bias`) is added to the scores for the choice of experts. It is never in the weights.
         routed_scaling_factor: multiplies the weights once, after renormalisation. A model layer that routes with this
             factor must not scale its output again.
 
@@ -54,7 +54,7 @@ class RoutingSpec:
     routed_scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check what does not need the number of experts."""
+        """Check all that does not depend on the number of experts."""
         for name, value in (("top_k", self.top_k), ("groups", self.groups), ("top_groups", self.top_groups)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -76,14 +76,14 @@ class RoutingSpec:
 
     @property
     def limits_groups(self) -> bool:
-        """Whether some groups are closed to a token."""
+        """Whether a token may choose from some groups only."""
         return self.top_groups < self.groups
 
     def check_experts(self, num_experts: int) -> None:
-        """Check that a layer of `num_experts` logical experts can be routed so.
+        """Check that the spec fits a layer of `num_experts` logical experts.
 
         Raises:
-            ValueError: experts do not split into the groups, or there are fewer open to a token than it needs.
+            ValueError: the groups do not divide the experts, or a token may choose from fewer experts than `top_k`.
         """
         if num_experts % self.groups:
             raise ValueError(f"groups={self.groups} must divide the {num_experts} experts")
@@ -108,17 +108,18 @@ def select_experts(
     """Choose the experts of every token.
 
     Scores are computed in float32 whatever the logits' dtype. Experts are chosen by score plus bias, in descending
-    order of it; equal ones as `torch.topk` takes them, which is what the models' own code does. Weights are the scores
-    without bias, renormalised, then scaled once. Values are not looked at, so the host waits for nothing: NaN logits or
-    a map that names slots which do not exist give rubbish, not an error.
+    order of that sum; ties are broken as `torch.topk` breaks them, as in the models' own code. Weights are the scores
+    without bias, renormalised, then scaled once. Values are not checked, so that the host does not wait for the device:
+    NaN logits, or a map with slots that do not exist, give undefined results and no error.
 
-    This is the one place where logical ids become physical ones. Where every rank computes on all tokens (all-gather),
-    all ranks must choose the same replica of an expert: take a `routing_table`, or the same `log2phy` everywhere.
+    This function and `to_physical` are the only places where logical ids become physical ones. Where every rank routes
+    all tokens (all-gather), all ranks must choose the same replica of an expert: pass a `routing_table`, or the same
+    `log2phy` on all ranks.
 
     Args:
         logits: the router's output, float `[T, E]`.
         spec: how to route.
-        bias: float `[E]`, exactly where `spec.bias` says so.
+        bias: float `[E]` if `spec.bias`, otherwise None.
         log2phy: int32 `[E]`, the physical slot that serves each logical expert.
         routing_table: int32 `[P, E]`, the same by token: the token at position t uses row `t % P`.
 
@@ -126,8 +127,8 @@ def select_experts(
         weights float32 `[T, K]` and ids int32 `[T, K]`: physical slots where a map is given, else logical experts.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, two maps, a bias without `spec.bias` or the other way round, or a
-            spec that does not fit E.
+        ValueError: a wrong shape, dtype or device, two maps, a bias without `spec.bias`, `spec.bias` without a bias, or
+            a spec that does not fit E.
 
     Source: the routers of Mixtral, Qwen3-MoE, DeepSeek-V2, -V3, -V4 and GLM4-MoE in Hugging Face transformers.
     """
@@ -140,7 +141,7 @@ def select_experts(
 
 
 def to_physical(ids: Tensor, *, log2phy: Tensor | None = None, routing_table: Tensor | None = None) -> Tensor:
-    """The slots of chosen experts, for a router that is elsewhere. `select_experts` does the same by itself.
+    """The physical slots of chosen experts, for a router outside of this package. `select_experts` includes this step.
 
     Args:
         ids: int32 or int64 `[T, K]`, logical experts in 0..E-1.
@@ -148,7 +149,7 @@ def to_physical(ids: Tensor, *, log2phy: Tensor | None = None, routing_table: Te
         routing_table: as in `select_experts`.
 
     Returns:
-        int32 `[T, K]`; the ids themselves where there is no map.
+        int32 `[T, K]`; without a map the ids themselves.
 
     Raises:
         ValueError: two maps, or one of a wrong shape or dtype.
@@ -165,11 +166,11 @@ def to_physical(ids: Tensor, *, log2phy: Tensor | None = None, routing_table: Te
 
 
 def _kernel_routes(logits: Tensor, spec: RoutingSpec) -> bool:
-    """Whether there is one NPU kernel for all of it. Its limits are those of its documentation."""
+    """Whether one NPU kernel computes all of it. The limits are from the kernel's documentation."""
     tokens, num_experts = logits.shape
     if logits.device.type != "npu" or not tokens or spec.scoring == "sqrtsoftplus":
         return False
-    if spec.scoring == "sigmoid" and not spec.renormalise:  # the kernel always does, with sigmoid
+    if spec.scoring == "sigmoid" and not spec.renormalise:  # with sigmoid the kernel always renormalises
         return False
     groups = spec.groups if spec.limits_groups else 1
     per_group = num_experts // groups
@@ -177,7 +178,7 @@ def _kernel_routes(logits: Tensor, spec: RoutingSpec) -> bool:
 
 
 def _by_kernel(logits_TE: Tensor, spec: RoutingSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights and ids by the kernel; the renormalisation of softmax scores comes after it."""
+    """Weights and ids by the kernel; softmax scores are renormalised after it."""
     softmax_sums = spec.scoring == "softmax" and spec.renormalise
     weights_TK, ids_TK = kernels.gating_top_k(
         logits_TE,
@@ -203,7 +204,7 @@ def _by_operators(logits_TE: Tensor, spec: RoutingSpec, bias: Tensor | None) -> 
 
 
 def _normalised(weights_TK: Tensor, spec: RoutingSpec) -> Tensor:
-    """The weights of chosen experts, divided by their sum and scaled as the spec says."""
+    """The weights of chosen experts, renormalised and scaled as the spec says."""
     if spec.renormalise:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + _EPSILON)
     if spec.routed_scaling_factor != 1.0:
@@ -223,7 +224,7 @@ def _scores(logits_TE: Tensor, scoring: Scoring) -> Tensor:
 def _close_groups(choice_TE: Tensor, spec: RoutingSpec) -> Tensor:
     """`choice_TE` with -inf in all but the best `spec.top_groups` groups of each token.
 
-    Not 0: a biased score may be below 0, and a closed expert would beat it.
+    -inf and not 0: a biased score may be below 0, and an expert of a closed group would then be chosen before it.
     """
     tokens, num_experts = choice_TE.shape
     choice_TGe = choice_TE.reshape(tokens, spec.groups, num_experts // spec.groups)
@@ -237,7 +238,7 @@ def _close_groups(choice_TE: Tensor, spec: RoutingSpec) -> Tensor:
 
 
 def _check_inputs(logits: Tensor, spec: RoutingSpec, bias: Tensor | None) -> None:
-    """Raise ValueError unless the logits are a float matrix that the spec fits, and the bias is there if it must be."""
+    """Raise ValueError unless the logits are a float matrix that the spec fits, and the bias is given exactly if `spec.bias`."""
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"logits of {_describe(logits)} must be a float tensor [tokens, experts]")
     num_experts = logits.shape[1]
@@ -254,10 +255,10 @@ def _check_inputs(logits: Tensor, spec: RoutingSpec, bias: Tensor | None) -> Non
 
 
 def _check_maps(log2phy: Tensor | None, routing_table: Tensor | None, num_experts: int, device: torch.device) -> None:
-    """Raise ValueError unless at most one map is given, and that one fits."""
+    """Raise ValueError unless at most one map is given, and it fits."""
     if log2phy is not None and routing_table is not None:
         raise ValueError(
-            f"log2phy of {_describe(log2phy)} must be None where routing_table is given: ids are mapped once"
+            f"log2phy of {_describe(log2phy)} must be None where routing_table is given: only one map can be applied"
         )
     for name, given, axes in (("log2phy", log2phy, 1), ("routing_table", routing_table, 2)):
         if given is None:
@@ -269,5 +270,5 @@ def _check_maps(log2phy: Tensor | None, routing_table: Tensor | None, num_expert
 
 
 def _describe(tensor: Tensor) -> str:
-    """What an error says of a tensor."""
+    """Dtype, shape and device of a tensor, for error messages."""
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All ranks have the same tokens; each computes its own slots' share. Nothing is sent here: see `prepare.py`."""
+"""All ranks have the same tokens; each computes its own slots' share. `prepare.py` gathers the tokens; this file sends nothing."""
 
 from dataclasses import dataclass
 
@@ -21,20 +21,21 @@ class _Gathered(Dispatched):
 class AllGatherDispatcher(Dispatcher):
     """Every rank of the EP group calls with the same tokens, weights and ids, and gets the sum over its own slots.
 
-    So ids must not depend on the rank: a replica is chosen by token, or an expert is computed twice and another never.
+    Ids must not depend on the rank. If ranks chose different replicas for one token, its expert would be computed twice, or
+    on no rank.
     """
 
     method = CommMethod.ALL_GATHER
 
     def __init__(self, env: MoeEnv) -> None:
-        """Note which slots are this rank's."""
+        """Store the range of this rank's slots."""
         self._num_slots = env.num_slots
         self._slots = LocalSlots(env)
 
     def dispatch(
         self, x: Tensor, weights: Tensor, ids: Tensor, *, mask: Tensor | None = None, quantise: bool = False
     ) -> Dispatched:
-        """See `Dispatcher`. A is T * K; how many of those rows are written, the host never learns."""
+        """See `Dispatcher`. A is T * K; how many of these rows are written is known on the device only."""
         check_routed(x, weights, ids, mask)
         local = self._slots.sort(x, weights, without_padding(ids, mask, self._num_slots), quantise=quantise)
         return _Gathered(rows=local.rows, counts=local.counts, scales=local.scales, local=local)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each rank sends its own tokens to the ranks of their slots. The host waits once, for how many go where.
+"""Each rank sends its own tokens to the ranks of their slots. The host waits once, for the numbers of rows to send and receive.
 
-A token goes once to each rank that has some of its slots, however many, and one sum comes back from there.
+A token is sent once to each rank that has one or more of its slots, and that rank returns one sum for it.
 
 Legend: T tokens of this rank, K experts per token, R ranks, H hidden, S slots of all ranks, B tokens received.
 """
@@ -25,18 +25,18 @@ __all__ = ["AllToAllDispatcher"]
 class _Exchanged(Dispatched):
     local: LocalRows
     index: Tensor  # int32 [T * K]: the row that was sent for this token to the rank of this expert
-    counted: Tensor  # bool [T, K]: the first expert on each rank, which takes the rank's sum
+    counted: Tensor  # bool [T, K]: the first of the token's experts on each rank, which stands for that rank's sum
     sent: list[int]
     received: list[int]
 
 
 class AllToAllDispatcher(Dispatcher):
-    """The ranks have different tokens, as many as they like."""
+    """The ranks have different tokens, and may have different numbers of them."""
 
     method = CommMethod.ALL_TO_ALL_V
 
     def __init__(self, env: MoeEnv) -> None:
-        """Note the group and its slots."""
+        """Store the group and the range of this rank's slots."""
         self._ep = env.ep
         self._num_slots = env.num_slots
         self._slots_per_rank = env.slots_per_rank
@@ -54,7 +54,7 @@ class AllToAllDispatcher(Dispatcher):
         target_TK = torch.where(counted_TK, owner_TK, ranks)
         sent, received, written = self._exchange_sizes(owner_TK, target_TK)
 
-        # Sorted by target; what is not sent lies behind. Ids and weights travel as one int32 tensor.
+        # Sorted by target rank; rows that are not sent come last. Ids and weights are sent as one int32 tensor.
         rows, order = kernels.permute(x, target_TK)
         rows = rows[: sum(sent)]
         token_of_row = _inverse(order)[: sum(sent)] // top_k
@@ -87,29 +87,30 @@ class AllToAllDispatcher(Dispatcher):
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
         """See `Dispatcher`. The result is complete; that of padding is undefined.
 
-        An expert on a rank whose sum another one takes has weight 0 on that same sum: no other token's NaN reaches it.
+        Of several experts on one rank only the first has weight 1; the others have weight 0 on the same sum, so that no other
+        token's NaN is multiplied in.
         """
         if not isinstance(dispatched, _Exchanged):
             raise TypeError(f"dispatched is a {type(dispatched).__name__}, not from {type(self).__name__}.dispatch")
         sums = self._slots.sum(rows, dispatched.local)
         sums = self._ep.all_to_all(sums, dispatched.sent, dispatched.received)
-        if not len(sums):  # no token here, or nothing but padding
+        if not len(sums):  # no token on this rank, or only padding
             return sums.new_zeros(len(dispatched.counted), sums.shape[1])
-        index = dispatched.index.clamp(max=len(sums) - 1)  # padding has no row
+        index = dispatched.index.clamp(max=len(sums) - 1)  # padding was not sent
         return kernels.unpermute(sums, index, dispatched.counted.to(sums.dtype))
 
     def _exchange_sizes(self, owner_TK: Tensor, target_TK: Tensor) -> tuple[list[int], list[int], int]:
-        """Tokens to send to and receive from each rank, and the rows that these make for the slots here."""
+        """Tokens to send to and to receive from each rank, and the number of rows of this rank's slots."""
         ranks = self._ep.world_size
-        both_TK = torch.cat([target_TK, owner_TK + (ranks + 1)], dim=1)  # counted at once
+        both_TK = torch.cat([target_TK, owner_TK + (ranks + 1)], dim=1)  # one count for both
         mine_R2 = slot_load(both_TK, 2 * (ranks + 1)).view(2, ranks + 1).t()[:ranks]
         theirs_R2 = self._ep.all_to_all(mine_R2)
-        sizes = torch.cat([mine_R2, theirs_R2], dim=1).tolist()  # the only wait
+        sizes = torch.cat([mine_R2, theirs_R2], dim=1).tolist()  # the only time the host waits
         return [size[0] for size in sizes], [size[2] for size in sizes], sum(size[3] for size in sizes)
 
 
 def _first_equal(ids_TK: Tensor) -> Tensor:
-    """int64 `[T, K]`: the first place in each row that has the same id."""
+    """int64 `[T, K]`: for each id, the first position in its row with the same id."""
     top_k = ids_TK.shape[1]
     from_the_end = torch.arange(top_k, 0, -1, dtype=torch.int32, device=ids_TK.device)
     equal_TKK = ids_TK.unsqueeze(2) == ids_TK.unsqueeze(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dispatcher is: tokens to the ranks of their experts (`dispatch`), results back and summed (`combine`).
+"""The interface of dispatchers: `dispatch` sends tokens to the ranks of their experts, `combine` returns and sums the results.
 
 Legend: T tokens of this rank, K experts per token, H hidden, S slots of all ranks, L slots of this rank, A rows of this
 rank's slots.
@@ -19,10 +19,10 @@ __all__ = ["Dispatched", "Dispatcher", "check_routed", "without_padding"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatched:
-    """Rows for this rank's slots. Each dispatcher adds what its `combine` needs; nothing is kept elsewhere.
+    """Rows for this rank's slots. A dispatcher's own subclass adds what its `combine` needs, so that dispatchers keep no state.
 
     Attributes:
-        rows: `[A, H]`, sorted by slot. Only the first `counts.sum()` hold anything.
+        rows: `[A, H]`, sorted by slot. Only the first `counts.sum()` rows are written.
         counts: int64 `[L]`, rows of each slot: a grouped matmul's `group_list` of type 1, and the slots' load.
         scales: float32 `[A]` where the rows are int8, else None: row times scale is the token.
     """
@@ -33,7 +33,7 @@ class Dispatched:
 
 
 class Dispatcher(ABC):
-    """One way for tokens to reach their experts. It has no state but its groups: layers may share it."""
+    """One communication method. It has no state except its groups, so layers may share it."""
 
     method: ClassVar[CommMethod]
 
@@ -41,14 +41,14 @@ class Dispatcher(ABC):
     def dispatch(
         self, x: Tensor, weights: Tensor, ids: Tensor, *, mask: Tensor | None = None, quantise: bool = False
     ) -> Dispatched:
-        """Bring tokens to the ranks of their slots. All ranks of the EP group call it together.
+        """Send tokens to the ranks of their slots. All ranks of the EP group call it together.
 
         Args:
-            x: `[T, H]`. Whether the ranks have the same tokens, or equally many, depends on the method.
-            weights: float32 `[T, K]`, for `combine`.
-            ids: int32 `[T, K]`, physical slots in 0..S-1, different ones in a row.
-            mask: bool `[T]`, False for padding, which reaches no expert and is in no count. None: all are real.
-            quantise: deliver int8 rows with scales.
+            x: `[T, H]`. Whether all ranks must have the same tokens, or equally many, depends on the method.
+            weights: float32 `[T, K]`, used in `combine`.
+            ids: int32 `[T, K]`, physical slots in 0..S-1, no slot twice in a row.
+            mask: bool `[T]`, False for padding, which is sent to no expert and not counted. None: all are real.
+            quantise: return int8 rows with scales.
 
         Raises:
             ValueError: a wrong shape, dtype or device.
@@ -56,14 +56,14 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """Bring results back: `[T, H]`, for each token the sum of its experts' rows times their weights.
+        """Return the results to their tokens: `[T, H]`, for each token the sum of its experts' rows times their weights.
 
         Args:
             rows: `[A, H]`, the experts' results in the order of `dispatched.rows`. Its last row may be overwritten.
             dispatched: what `dispatch` of the same dispatcher returned.
 
         Raises:
-            TypeError: `dispatched` is another dispatcher's.
+            TypeError: `dispatched` is from another dispatcher.
         """
 
 
@@ -84,5 +84,5 @@ def check_routed(x: Tensor, weights: Tensor, ids: Tensor, mask: Tensor | None) -
 
 
 def without_padding(ids: Tensor, mask: Tensor | None, num_slots: int) -> Tensor:
-    """`ids` with padding sent to slot `num_slots`, which nobody has and which sorts behind all others."""
+    """`ids` with the slot `num_slots` for padding. No rank has that slot, and it sorts after all others."""
     return ids if mask is None else torch.where(mask.unsqueeze(1), ids, num_slots)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that lie on this rank, sorted by its slots, and the results of these slots summed for each token.
+"""Tokens of this rank sorted by its slots, and the results of these slots summed for each token.
 
 Legend: T tokens here, K experts per token, H hidden, L slots of this rank, A rows sorted by slot.
 """
@@ -23,7 +23,7 @@ class LocalRows:
         rows: `[A, H]`, the first `counts.sum()` of them written.
         counts: int64 `[L]`.
         scales: float32 `[A]` where the rows are int8, else None.
-        index: int32 `[T * K]`, the row of each token's each expert, -1 where that is elsewhere.
+        index: int32 `[T * K]`, for each token and each of its experts the row, -1 where that expert is on another rank.
         weights: float32 `[T, K]`.
     """
 
@@ -38,7 +38,7 @@ class LocalSlots:
     """The slots of one rank."""
 
     def __init__(self, env: MoeEnv) -> None:
-        """Note which they are."""
+        """Store the range of this rank's slots."""
         self._num_slots = env.num_slots
         self._first = env.ep.rank_in_group * env.slots_per_rank
         self._last = self._first + env.slots_per_rank
@@ -53,14 +53,14 @@ class LocalSlots:
         quantise: bool = False,
         scales: Tensor | None = None,
     ) -> LocalRows:
-        """Copy each token once for each of its slots that is here.
+        """Copy each token once for each of its slots on this rank.
 
         Args:
             x: `[T, H]`.
             weights: float32 `[T, K]`.
-            ids: int32 `[T, K]` in 0..S, S (which nobody has) for what is to be left out.
-            rows: A. None: T * K, which always suffices.
-            quantise: make the rows int8.
+            ids: int32 `[T, K]` in 0..S; S, which no rank has, for padding.
+            rows: A, at least the number of copies. None: T * K, which is always enough.
+            quantise: return int8 rows with scales.
             scales: float32 `[T]` where x is int8 already.
         """
         if not len(x):
@@ -88,10 +88,10 @@ class LocalSlots:
         )
 
     def sum(self, rows: Tensor, sorted_rows: LocalRows) -> Tensor:
-        """`[T, H]`: for each token the results of its slots here, `rows` `[A, H]`, times their weights.
+        """`[T, H]`: for each token the sum of its slots' results on this rank, `rows` `[A, H]`, times their weights.
 
-        Where a token's expert is elsewhere, it takes the last row with weight 0. That row is then an unwritten one, so it
-        is overwritten by zeros first: 0 times what lies in it might be NaN.
+        For an expert on another rank the last row is used with weight 0. That row has not been written then, and 0 times
+        its contents might be NaN, so it is set to zeros first.
         """
         if not len(rows):
             return rows.new_zeros(len(sorted_rows.weights), rows.shape[1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MC2: kernels that communicate themselves, through buffers of a fixed size. The host waits for nothing."""
+"""MC2: fused kernels that communicate through buffers of a fixed size. The host does not wait for the device."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ class _Sent(Dispatched):
 
 
 class Mc2Dispatcher(Dispatcher):
-    """The ranks have different tokens, equally many and at least one; padding comes after real tokens.
+    """The ranks have different tokens, equally many and at least one; padding comes after the real tokens.
 
     Raises:
         ValueError: `env.mc2` is None.
@@ -33,7 +33,7 @@ class Mc2Dispatcher(Dispatcher):
     method = CommMethod.MC2
 
     def __init__(self, env: MoeEnv) -> None:
-        """Ask for the communicator's name, which creates it."""
+        """Store the kernels' arguments. Asking for the communicator's name creates the communicator."""
         if env.mc2 is None:
             raise ValueError("mc2=None must be a communicator of its own for MC2's kernels, over the ranks of ep")
         name = env.mc2.comm_name()
@@ -53,7 +53,7 @@ class Mc2Dispatcher(Dispatcher):
     def dispatch(
         self, x: Tensor, weights: Tensor, ids: Tensor, *, mask: Tensor | None = None, quantise: bool = False
     ) -> Dispatched:
-        """See `Dispatcher`. A is T * EP ranks * min(L, K), whatever is written.
+        """See `Dispatcher`. A is T * EP ranks * min(L, K), however many rows are written.
 
         Raises:
             ValueError: there is no token.
@@ -81,6 +81,6 @@ class Mc2Dispatcher(Dispatcher):
             raise TypeError(f"dispatched is a {type(dispatched).__name__}, not from {type(self).__name__}.dispatch")
         sent = dispatched.kernel
         options: dict[str, Any] = {"x_active_mask": dispatched.mask}
-        if self._soc is Soc.A2:  # where dispatch has sent the weights along
+        if self._soc is Soc.A2:  # on A2 dispatch has sent the weights
             options["expand_scales"] = sent.expand_scales
         return kernels.mc2_combine(rows, dispatched.ids, dispatched.weights, sent, self._group, **options)
