@@ -130,7 +130,7 @@ def _maps(timed: Timed) -> Iterator[Measure]:
     load = WORKLOADS[1].make(0)
     old = eplb.rebalance(load, ranks=32, slots=288).placement
     new = eplb.rebalance(WORKLOADS[1].make(1), ranks=32, slots=288).placement
-    topology = eplb.Topology(ranks=32, nodes=4)
+    cluster = eplb.Cluster(ranks=32, nodes=4)
     classic, spent = timed(lambda: eplb.log2phy_all(old))
     yield Measure(name="log2phy, 32 ranks of 58 layers", found=spent, unit="ms", target=10, smaller=True)
     plan, spent = timed(lambda: eplb.transfer_plan(old, new, nodes=4))
@@ -140,7 +140,7 @@ def _maps(timed: Timed) -> Iterator[Measure]:
     eplb.verify_transfers(old, new, batches)
     name = f"its {len(batches)} batches of at most 8 sent and 8 received, verified"
     yield Measure(name=name, found=spent, unit="ms", smaller=True)
-    balanced, spent = timed(lambda: eplb.log2phy_balanced(old, load, topology))
+    balanced, spent = timed(lambda: eplb.log2phy_balanced(old, load, cluster))
     yield Measure(name="log2phy_balanced, 32 ranks of 58 layers", found=spent, unit="ms", smaller=True)
     for name, table in (("classic", classic), ("balanced", balanced)):
         received = eplb.received_loads(old, table, load)

@@ -112,8 +112,8 @@ def test_balanced_map_is_never_worse(seed, nodes, tensor_parallel):
     placement, load = random_placement(seed)
     nodes = nodes if placement.ranks % nodes == 0 else 1
     tp = placement.ranks if tensor_parallel else 1
-    topology = eplb.Topology(ranks=placement.ranks, nodes=nodes, tp_size=tp)
-    found = eplb.log2phy_balanced(placement, load, topology)
+    cluster = eplb.Cluster(ranks=placement.ranks, nodes=nodes, tp_size=tp)
+    found = eplb.log2phy_balanced(placement, load, cluster)
     assert found.dtype == np.int32
     classic = eplb.log2phy_all(placement, tp)
     mine, theirs = (eplb.received_loads(placement, table, load).max(axis=1) for table in (found, classic))
@@ -140,7 +140,7 @@ def test_received_loads_against_loops():
 def test_balanced_map_prefers_the_own_rank_then_the_node():
     placement = eplb.spread(num_experts=8, ranks=8, redundant=24)
     load = np.ones((1, 8))
-    found = eplb.log2phy_balanced(placement, load, eplb.Topology(ranks=8, nodes=2))
+    found = eplb.log2phy_balanced(placement, load, eplb.Cluster(ranks=8, nodes=2))
     own = eplb.expert_map_all(placement)
     for rank in range(8):
         for expert in np.flatnonzero(own[rank, 0] >= 0):
@@ -161,7 +161,7 @@ def test_balanced_map_evens_out_the_known_bad_case():
     load[0, 0] = 12.0
     used = np.unique(eplb.log2phy_all(placement, 4)[:, 0, 0])
     assert len(used) == 7
-    found = eplb.log2phy_balanced(placement, load, eplb.Topology(ranks=16, tp_size=4))
+    found = eplb.log2phy_balanced(placement, load, eplb.Cluster(ranks=16, tp_size=4))
     assert len(np.unique(found[:, 0, 0])) == 12
 
 
@@ -174,14 +174,14 @@ def test_errors():
         with pytest.raises(TypeError, match="rank must be an integer"):
             eplb.expert_map(GOLDEN, wrong)
     with pytest.raises(TypeError, match="nodes must be an integer"):
-        eplb.Topology(ranks=4, nodes=2.0)
+        eplb.Cluster(ranks=4, nodes=2.0)
     with pytest.raises(ValueError, match="tp_size=3 must divide the 2 ranks"):
         eplb.log2phy_all(GOLDEN, 3)
     with pytest.raises(ValueError, match="rows=0"):
         eplb.routing_table(GOLDEN, 0)
-    with pytest.raises(ValueError, match=r"topology.ranks=4, but the placement has 2"):
-        eplb.log2phy_balanced(GOLDEN, np.ones((1, 8)), eplb.Topology(ranks=4))
+    with pytest.raises(ValueError, match=r"cluster.ranks=4, but the placement has 2"):
+        eplb.log2phy_balanced(GOLDEN, np.ones((1, 8)), eplb.Cluster(ranks=4))
     with pytest.raises(ValueError, match="nodes=3 must divide ranks=4"):
-        eplb.Topology(ranks=4, nodes=3)
+        eplb.Cluster(ranks=4, nodes=3)
     order, start, count = replica_table(GOLDEN)
     assert order[0, start[0, 2] : start[0, 2] + count[0, 2]].tolist() == [1, 9]

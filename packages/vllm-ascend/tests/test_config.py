@@ -11,7 +11,7 @@ from ascend_linear import MoeLayers
 from vllm_ascend import envs
 from vllm_ascend.config import AscendConfig, FinegrainedTP
 from vllm_ascend.deployment import Deployment, Model
-from vllm_ascend.layout import check, group_config, planned_env
+from vllm_ascend.rules import check, group_config, planned_env
 
 DENSE = Model(vocabulary=1000, dense_width=128, attention_width=256)
 MOE = Model(moe=MoeLayers(routed_experts=8), vocabulary=1000, dense_width=128, attention_width=256)

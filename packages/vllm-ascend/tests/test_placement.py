@@ -13,7 +13,7 @@ from ascend_linear import MoeLayers
 from vllm_ascend.config import AscendConfig, EplbConfig
 from vllm_ascend.deployment import Deployment, Model
 from vllm_ascend.eplb.placement import ExpertPlacement, placement_of
-from vllm_ascend.layout import check
+from vllm_ascend.rules import check
 
 MODEL = Model(moe=MoeLayers(routed_experts=8), moe_layer_ids=(1, 2, 4), experts_per_token=2)
 DEPLOYMENT = Deployment(topology=Topology(4, 2, 1, 1, 2), data_parallel_asked=2, model=MODEL, expert_parallel=True)

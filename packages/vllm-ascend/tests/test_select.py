@@ -9,7 +9,7 @@ from ascend_comm import Topology
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment, Model
 from vllm_ascend.layers.select import select
-from vllm_ascend.layout import planned_env
+from vllm_ascend.rules import planned_env
 
 SPLIT = planned_env(AscendConfig(enable_flashcomm1=True), Deployment(topology=Topology(2, 1, 1, 1, 2)))
 MOE = Model(moe=al.MoeLayers(routed_experts=4), dense_width=64)

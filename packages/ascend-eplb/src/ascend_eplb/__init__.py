@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Expert placement for mixture-of-experts serving: placements, maps, balancing, migration. Needs NumPy alone."""
 
+from ascend_eplb.cluster import Cluster
 from ascend_eplb.dispatch import log2phy_balanced, received_loads
 from ascend_eplb.formats import load_placement, read_loads, save_placement, select_layers, write_loads
 from ascend_eplb.load import LoadWindow, decayed_load, logical_load, mean_load, merge_ranks, peak_load
@@ -15,16 +16,15 @@ from ascend_eplb.policies.deepseek import deepseek_assignment
 from ascend_eplb.policies.registry import policy_names
 from ascend_eplb.schedule import transfer_batches, verify_transfers
 from ascend_eplb.simulate import Score, simulate
-from ascend_eplb.topology import Topology
 
 __all__ = [
+    "Cluster",
     "LoadWindow",
     "Placement",
     "Plan",
     "Policy",
     "Problem",
     "Score",
-    "Topology",
     "TransferPlan",
     "align_slots",
     "balancedness",

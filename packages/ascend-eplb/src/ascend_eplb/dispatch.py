@@ -13,24 +13,24 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ascend_eplb.cluster import Cluster
 from ascend_eplb.maps import log2phy_all, replica_table
 from ascend_eplb.metrics import FloatArray, as_load
 from ascend_eplb.placement import IntArray, Placement
-from ascend_eplb.topology import Topology
 
 __all__ = ["log2phy_balanced", "received_loads"]
 
 
-def log2phy_balanced(placement: Placement, loads: ArrayLike, topology: Topology) -> IntArray:
+def log2phy_balanced(placement: Placement, loads: ArrayLike, cluster: Cluster) -> IntArray:
     """int32 `[R, L, E]`: the replica (physical id) each rank sends its tokens to, balanced for `loads`.
 
-    Never worse than the classic rule (`log2phy_all(placement, topology.tp_size)`): in no layer is the greatest
+    Never worse than the classic rule (`log2phy_all(placement, cluster.tp_size)`): in no layer is the greatest
     `received_loads` above the classic one. Within that, a rank uses a replica of its own, else one in its node.
 
     Args:
         placement: where the replicas are.
         loads: `[L, E]` tokens per logical expert, taken as evenly spread over the source ranks.
-        topology: ranks and nodes; its ranks must be the placement's.
+        cluster: ranks and nodes; its ranks must be the placement's.
 
     Raises:
         TypeError, ValueError: loads that are no load of this placement, or another number of ranks.
@@ -39,14 +39,14 @@ def log2phy_balanced(placement: Placement, loads: ArrayLike, topology: Topology)
 
     Source: this project; steepest descent on whole quotas, then an assignment by distance.
     """
-    if topology.ranks != placement.ranks:
-        raise ValueError(f"topology.ranks={topology.ranks}, but the placement has {placement.ranks}")
+    if cluster.ranks != placement.ranks:
+        raise ValueError(f"cluster.ranks={cluster.ranks}, but the placement has {placement.ranks}")
     load_LE = as_load(loads, num_experts=placement.num_experts, layers=placement.layers)
     order_LS, start_LE, count_LE = replica_table(placement)
     quota_LS = _classic_quotas(order_LS, start_LE, count_LE, placement.ranks)
     _even_out(placement, load_LE, order_LS, quota_LS)
-    chosen = _assign(placement, topology, (order_LS, start_LE, count_LE), quota_LS)
-    classic = log2phy_all(placement, topology.tp_size)
+    chosen = _assign(placement, cluster, (order_LS, start_LE, count_LE), quota_LS)
+    classic = log2phy_all(placement, cluster.tp_size)
     worse_L = received_loads(placement, chosen, load_LE).max(axis=1) > received_loads(placement, classic, load_LE).max(
         axis=1
     ) * (1 + 1e-12)
@@ -125,11 +125,11 @@ def _sum_by_rank(value_LS: FloatArray, rank_LS: NDArray[np.signedinteger], ranks
 
 
 def _assign(
-    placement: Placement, topology: Topology, table: tuple[IntArray, IntArray, IntArray], quota_LS: IntArray
+    placement: Placement, cluster: Cluster, table: tuple[IntArray, IntArray, IntArray], quota_LS: IntArray
 ) -> IntArray:
     """`[R, L, E]`: sources to replicas within the quotas: the own rank first, then the node, then the rest."""
     order_LS, start_LE, count_LE = table
-    ranks, node_R = placement.ranks, topology.node_of()
+    ranks, node_R = placement.ranks, cluster.node_of()
     single_LE = np.take_along_axis(order_LS, start_LE, axis=1)
     chosen_RLE = np.repeat(single_LE[None], ranks, axis=0)
     shared_layer, shared_expert = np.nonzero(count_LE > 1)

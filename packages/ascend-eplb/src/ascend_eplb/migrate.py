@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ascend_eplb.cluster import Cluster
 from ascend_eplb.maps import replica_table
 from ascend_eplb.placement import IntArray, Placement
-from ascend_eplb.topology import Topology
 
 __all__ = ["TransferPlan", "align_slots", "relabel_ranks", "transfer_plan"]
 
@@ -99,7 +99,7 @@ def relabel_ranks(old: Placement, new: Placement, *, nodes: int = 1) -> Placemen
     Source: the assignment problem, by greedy choice and exchanges of two.
     """
     _check_alike(old, new)
-    Topology(ranks=old.ranks, nodes=nodes)  # which checks them
+    Cluster(ranks=old.ranks, nodes=nodes)  # which checks them
     overlap_LRQ = _overlap(old, new)
     source_LR = _match(overlap_LRQ, nodes)
     kept_L = np.take_along_axis(overlap_LRQ, source_LR[:, :, None], axis=2).sum(axis=(1, 2))
@@ -128,7 +128,7 @@ def transfer_plan(old: Placement, new: Placement, *, nodes: int = 1) -> Transfer
     Source: this project.
     """
     _check_alike(old, new)
-    topology = Topology(ranks=old.ranks, nodes=nodes)
+    cluster = Cluster(ranks=old.ranks, nodes=nodes)
     layer, rank, slot = np.nonzero(old.physical_to_logical != new.physical_to_logical)
     expert = new.physical_to_logical[layer, rank, slot]
     order_LS, start_LE, count_LE = replica_table(old)
@@ -138,7 +138,7 @@ def transfer_plan(old: Placement, new: Placement, *, nodes: int = 1) -> Transfer
     column_MC = np.minimum(start_M[:, None] + turn_C, old.slots - 1)
     physical_MC = order_LS[layer[:, None], column_MC]
     holder_MC = physical_MC // old.slots_per_rank
-    node_R = topology.node_of()
+    node_R = cluster.node_of()
     cost_MC = 2 - (node_R[holder_MC] == node_R[rank][:, None]) - (holder_MC == rank[:, None]).astype(np.int64)
     cost_MC = np.where(turn_C < count_M[:, None], cost_MC, 3)
     candidate_MC = cost_MC == cost_MC.min(axis=1, keepdims=True)
@@ -152,7 +152,7 @@ def transfer_plan(old: Placement, new: Placement, *, nodes: int = 1) -> Transfer
         source_slot=source_slot.astype(np.int32),
         target_rank=rank.astype(np.int32),
         target_slot=slot.astype(np.int32),
-        ranks_per_node=topology.ranks_per_node,
+        ranks_per_node=cluster.ranks_per_node,
     )
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AscendConfig: this plugin's options, given as `--additional-config '{...}'`, under the names that the public plugin uses.
 
-Here each value is checked on its own. What options ask of each other, of the parallel sizes and of the model is checked in `layout`.
+Here each value is checked on its own. What options ask of each other, of the parallel sizes and of the model is checked in `rules`.
 """
 
 from __future__ import annotations

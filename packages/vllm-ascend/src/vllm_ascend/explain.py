@@ -17,8 +17,8 @@ from ascend_linear import CustomLinearOp, LinearEnv, get_replicated_op, layer_in
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment, Model
 from vllm_ascend.layers.select import select
-from vllm_ascend.layout import check, group_config, planned_env
 from vllm_ascend.models import Config, Linear, layers_of, stage_layers
+from vllm_ascend.rules import check, group_config, planned_env
 
 __all__ = ["BYTES", "Explained", "explain", "merged"]
 

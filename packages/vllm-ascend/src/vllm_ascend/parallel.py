@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_tp_group
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
-from vllm_ascend import envs, experts, layout
+from vllm_ascend import envs, experts, rules
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
@@ -109,7 +109,7 @@ def start(vllm_config: Any) -> Parallel:
             hccl_buffsize_mb=buffsize_mb,
         )
     mc2 = chosen_by is not None and experts.uses_mc2(chosen_by)
-    wanted = layout.group_config(config, deployment, buffsize_mb, mc2=mc2)
+    wanted = rules.group_config(config, deployment, buffsize_mb, mc2=mc2)
     seconds = parallel.distributed_timeout_seconds
     groups = GroupSet(
         wanted,
@@ -117,7 +117,7 @@ def start(vllm_config: Any) -> Parallel:
         free_memory=torch.npu.mem_get_info()[0] if wanted.families() else None,
         timeout=timedelta(seconds=seconds) if seconds else None,
     )
-    env = layout.linear_env(
+    env = rules.linear_env(
         config, deployment, tp=wrap(get_tp_group()), groups=groups, dp_rank=parallel.data_parallel_rank
     )
     shared = None

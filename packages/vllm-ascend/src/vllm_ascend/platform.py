@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
-from vllm_ascend import compat, envs, layout
+from vllm_ascend import compat, envs, rules
 from vllm_ascend.attention import limits
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
@@ -111,7 +111,7 @@ class AscendPlatform(Platform):
                 "leave --speculative-config out"
             )
         if vllm_config.model_config is not None:
-            layout.check(config, Deployment.of(vllm_config))
+            rules.check(config, Deployment.of(vllm_config))
             if vllm_config.model_config.use_mla:
                 if vllm_config.kv_transfer_config is not None:
                     raise ValueError(

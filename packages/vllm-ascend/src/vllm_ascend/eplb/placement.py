@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from ascend_eplb import (
+    Cluster,
     Placement,
-    Topology,
     checkpoint,
     expert_map,
     load_placement,
@@ -156,7 +156,7 @@ class ExpertPlacement:
         """Choose replicas for all layers at once."""
         self.placement = placement
         self._layout, self._layer_ids, self._rank, self._replica = layout, moe_layer_ids, rank, replica
-        self._topology = Topology(ranks=placement.ranks, tp_size=tp_size if placement.ranks % tp_size == 0 else 1)
+        self._cluster = Cluster(ranks=placement.ranks, tp_size=tp_size if placement.ranks % tp_size == 0 else 1)
         self._nearest = self._nearest_replicas(placement)
 
     def layer(self, decoder_layer: int, num_experts: int) -> LayerSlots:
@@ -175,7 +175,7 @@ class ExpertPlacement:
 
     def _nearest_replicas(self, placement: Placement) -> IntArray:
         even = np.ones((placement.layers, placement.num_experts))
-        return np.asarray(log2phy_balanced(placement, even, self._topology)[self._rank])
+        return np.asarray(log2phy_balanced(placement, even, self._cluster)[self._rank])
 
     def _slots(self, one: Placement, nearest: IntArray) -> LayerSlots:
         is_identity = not one.redundant and np.array_equal(nearest, np.arange(one.num_experts))

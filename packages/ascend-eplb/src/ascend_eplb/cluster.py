@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ranks sit in nodes."""
+"""How ranks are distributed over nodes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Topology"]
+__all__ = ["Cluster"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Topology:
+class Cluster:
     """Ranks 0..R-1 in equal contiguous nodes.
 
     Args:
