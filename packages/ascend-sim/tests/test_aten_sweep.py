@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from sim_bounds import unit_roundoff
 from torch.utils import _pytree as pytree
 
 pytest.importorskip("expecttest", reason="torch's database of operators needs it: pip install 'ascend-sim[test]'")
@@ -101,7 +102,9 @@ def test_the_npu_computes_what_the_cpu_computes(op):
             assert ours.shape == theirs.shape
             assert ours.dtype == theirs.dtype
             if op.name not in RANDOM:
-                tolerance = {"rtol": 0.0, "atol": 0.0} if theirs.element_size() == 1 else {"rtol": 1e-4, "atol": 1e-4}
-                torch.testing.assert_close(ours.cpu(), theirs, **tolerance, equal_nan=True)
+                # The same algorithm; only the order of sums may differ. A result that keeps half of its digits is the same.
+                floating = (theirs.dtype.is_floating_point or theirs.dtype.is_complex) and theirs.element_size() > 1
+                half = unit_roundoff(theirs.dtype) ** 0.5 if floating else 0.0
+                torch.testing.assert_close(ours.cpu(), theirs, rtol=half, atol=half, equal_nan=True)
         elif op.name not in RANDOM:
             assert ours == theirs
