@@ -90,7 +90,12 @@ def test_the_npu_computes_what_the_cpu_computes(op):
     if op.formatted_name in EXCEPTIONS:
         pytest.skip(EXCEPTIONS[op.formatted_name])
     sample = first_sample(op)
-    expected, expected_flags, expected_gradients = run(op, sample, to_cpu)
+    try:
+        expected, expected_flags, expected_gradients = run(op, sample, to_cpu)
+    except RuntimeError as error:
+        if "could not create a primitive" not in str(error):
+            raise
+        pytest.skip("oneDNN has no such operator on this processor")
     actual, actual_flags, gradients = run(op, sample, to_npu)
     assert actual_flags == expected_flags
     assert len(gradients) == len(expected_gradients)
