@@ -110,8 +110,14 @@ def test_buffer_sizes():
         ({"topology": DP_4, "lmhead_tp": -1}, "lmhead_tp=-1: must be at least 0"),
         ({"topology": DP_2_TP_4, "otp": 2}, "otp=2: cannot be used with tensor_parallel=4, which must be 1"),
         ({"topology": DP_4, "otp": 2, "flashcomm2": 2}, "flashcomm2=2: cannot be used with otp=2: both cut o_proj"),
-        ({"topology": TP_8, "flashcomm2": 8}, r"flashcomm2=8: must divide tensor_parallel=8 and be smaller.*\[1, 2, 4\]"),
-        ({"topology": TP_8, "flashcomm2": 2, "kv_role": "consumer"}, "flashcomm2=2: cannot be used on a decode-only node, kv_role='consumer'"),
+        (
+            {"topology": TP_8, "flashcomm2": 8},
+            r"flashcomm2=8: must divide tensor_parallel=8 and be smaller.*\[1, 2, 4\]",
+        ),
+        (
+            {"topology": TP_8, "flashcomm2": 2, "kv_role": "consumer"},
+            "flashcomm2=2: cannot be used on a decode-only node, kv_role='consumer'",
+        ),
         (
             {"topology": TP_8, "flashcomm2": 2, "layer_sharding": ("o_proj", "q_b_proj")},
             r"must be \('o_proj',\) with flashcomm2=2",

@@ -231,7 +231,10 @@ def test_coordinates_and_global_ranks_are_positions_in_the_rank_array(top, data)
         (lambda: Topology(0), "world_size=0: must be at least 1"),
         (lambda: Topology(4, tensor_parallel=0), "tensor_parallel=0"),
         (lambda: Topology(4, pipeline_parallel=-1), "pipeline_parallel=-1"),
-        (lambda: Topology(12, 2, 2, 1, 2), "world_size=12: must be a multiple of 8, the product of data_parallel=2, pipeline_parallel=2"),
+        (
+            lambda: Topology(12, 2, 2, 1, 2),
+            "world_size=12: must be a multiple of 8, the product of data_parallel=2, pipeline_parallel=2",
+        ),
         (lambda: Topology(4, data_parallel=4).fine_grained(3), r"k=3: .*data_parallel=4.*\[1, 2, 4\]"),
         (lambda: Topology(4, data_parallel=4).fine_grained(0), "k=0: must be at least 1"),
         (lambda: TP_8.flashcomm2(3), r"k=3: .*tensor_parallel=8.*\[1, 2, 4\]"),

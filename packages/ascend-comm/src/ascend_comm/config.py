@@ -77,7 +77,9 @@ class GroupConfig:
                 raise TypeError(f"{field}={getattr(self, field)!r}: must be a tuple of names")
         for name in self.parallel:
             if name not in _PARALLEL:
-                raise InvalidValueError("parallel", self.parallel, f"must have no other names than {', '.join(_PARALLEL)}")
+                raise InvalidValueError(
+                    "parallel", self.parallel, f"must have no other names than {', '.join(_PARALLEL)}"
+                )
         if self.kv_role not in _ROLES:
             raise InvalidValueError("kv_role", self.kv_role, f"must be one of {', '.join(_ROLES)}")
         check_size("hccl_buffsize_mb", self.hccl_buffsize_mb)

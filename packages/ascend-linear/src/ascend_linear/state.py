@@ -114,14 +114,11 @@ class LinearEnv:
 
     def _check_fusion(self, tp: int) -> None:
         if self.enable_matmul_allreduce:
-            if self.enable_flashcomm1 or self.flashcomm2_odp is not None:
-                raise InvalidValueError(
-                    "enable_matmul_allreduce",
-                    True,
-                    "cannot be used with {enable_flashcomm1} and {flashcomm2_odp}: FlashComm1 and FlashComm2 replace the all-reduce",
-                    enable_flashcomm1=self.enable_flashcomm1,
-                    flashcomm2_odp=_ranks(self.flashcomm2_odp),
-                )
+            replaced = {"enable_flashcomm1": self.enable_flashcomm1, "flashcomm2_odp": _ranks(self.flashcomm2_odp)}
+            for option, value in replaced.items():
+                if value:
+                    rule = f"cannot be used with {{{option}}}, which replaces the all-reduce; turn one of the two off"
+                    raise InvalidValueError("enable_matmul_allreduce", True, rule, **{option: value})
             if tp not in _MATMUL_ALLREDUCE_RANKS:
                 raise InvalidValueError(
                     "enable_matmul_allreduce", True, f"needs {{tp}} to be one of {_MATMUL_ALLREDUCE_RANKS}", tp=tp
