@@ -14,7 +14,7 @@ with warnings.catch_warnings():  # torch_npu's own sources warn while they are c
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside the tests
 
-from engine_processes import data_parallel, processes_of_session, rendezvous, start_engines, wait_for_engines
+from engine_processes import EngineServers, data_parallel, processes_of_session, rendezvous, wait_for_engines
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -63,19 +63,27 @@ def prompts(smollm2):
     ]
 
 
+@pytest.fixture(scope="session")
+def engine_servers(tmp_path_factory):
+    """Where jobs are started."""
+    servers = EngineServers(tmp_path_factory.mktemp("servers"))
+    yield servers
+    servers.close()
+
+
 @pytest.fixture
-def run_engines(tmp_path):
+def run_engines(tmp_path, engine_servers):
     """Run a job of `run_engine.py`; returns its results."""
 
     def run(job, **env):
         folder = tmp_path / "engines"
-        return wait_for_engines([start_engines(job, folder, env)], [folder])[0]
+        return wait_for_engines([engine_servers.start_engines(job, folder, env)], [folder])[0]
 
     return run
 
 
 @pytest.fixture
-def run_replicas(tmp_path):
+def run_replicas(tmp_path, engine_servers):
     """Run one job of `run_engine.py` for each data parallel rank, side by side; returns the results of each."""
 
     def run(jobs, **env):
@@ -84,7 +92,8 @@ def run_replicas(tmp_path):
         processes = []
         for rank, (job, folder) in enumerate(zip(jobs, folders, strict=True)):
             job = [engine | {"rendezvous": store.port} for engine, store in zip(job, stores, strict=True)]
-            processes.append(start_engines(job, folder, env | data_parallel(rank, len(jobs))))
+            environment = env | data_parallel(rank, len(jobs))
+            processes.append(engine_servers.start_engines(job, folder, environment))
         return wait_for_engines(processes, folders)
 
     return run

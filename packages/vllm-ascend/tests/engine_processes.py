@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,12 +36,12 @@ def processes_of_session(session):
     return sorted(found)
 
 
-def start(command, said, env):
+def start(command, said, env, **options):
     """A process in a session of its own that appends what it prints to the file `said`."""
     with said.open("a") as handle:
         return subprocess.Popen(
-            command, env=os.environ | ENVIRONMENT | env, stdout=handle, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
+            command, env=os.environ | ENVIRONMENT | env, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True,
+            **options,
         )  # fmt: skip
 
 
@@ -105,13 +106,89 @@ def wait(processes, said, limit=LIMIT):
     assert all(process.returncode == 0 for process in processes), "\n\n".join(map(what_it_said, said))
 
 
-def start_engines(job, folder, env):
-    """`run_engine.py` as `start` starts it. Its workers are forked, for to import takes longer than to run; `test_serve` spawns them as users do."""
-    folder.mkdir(exist_ok=True)
-    (folder / "job.json").write_text(json.dumps(job))
-    settings = {"ASCEND_SIM_STRICT": "0", "OMP_NUM_THREADS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
-    command = [sys.executable, str(HERE / "run_engine.py"), str(folder / "job.json"), str(folder / "result.json")]
-    return start(command, folder / "said.txt", settings | env)
+class Forked:
+    """A job that an `EngineServer` has forked, with what the functions of this module use of `subprocess.Popen`."""
+
+    def __init__(self, server, pid):
+        self.server, self.pid, self.returncode = server, pid, None
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = self.server.ask({"poll": self.pid})
+        return self.returncode
+
+    def wait(self):
+        while self.poll() is None:
+            time.sleep(0.05)
+
+
+class EngineServer:
+    """A running `engine_server.py`."""
+
+    def __init__(self, said, env):
+        self.said = said
+        self.socket, other = socket.socketpair()
+        with other:
+            command = [sys.executable, str(HERE / "engine_server.py"), str(other.fileno())]
+            self.process = start(command, said, env, pass_fds=[other.fileno()])
+        self.socket.settimeout(LIMIT)
+        self.lines = self.socket.makefile("rw")
+
+    def ask(self, request):
+        """The answer to a request."""
+        try:
+            self.lines.write(json.dumps(request) + "\n")
+            self.lines.flush()
+            answer = self.lines.readline()
+        except TimeoutError:
+            end_with_stacks(self.process, self.said)
+            answer = ""
+        except BrokenPipeError:
+            answer = ""
+        assert answer, what_it_said(self.said)
+        return json.loads(answer)
+
+    def close(self):
+        self.lines.close()
+        self.socket.close()
+        end(self.process)
+
+
+class EngineServers:
+    """The servers of a test session: one for each setting of the simulated NPU, which a process reads once."""
+
+    def __init__(self, folder):
+        self.folder, self.servers = folder, {}
+
+    def start(self, module, arguments, said, env):
+        """`module.main(*arguments)` in a session of its own, which appends what it prints to the file `said`.
+
+        Workers are forked and have one thread each; `test_serve` starts them as users do.
+        """
+        env = {"ASCEND_SIM_STRICT": "0", "OMP_NUM_THREADS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"} | env
+        simulated = {name: value for name, value in env.items() if name.startswith(("ASCEND_SIM", "OMP"))}
+        key = tuple(sorted(simulated.items()))
+        if key not in self.servers:
+            self.servers[key] = EngineServer(self.folder / f"server{len(self.servers)}.txt", simulated)
+        server = self.servers[key]
+        request = {
+            "module": module,
+            "arguments": [str(argument) for argument in arguments],
+            "said": str(said),
+            "env": env,
+        }
+        said.touch()
+        return Forked(server, server.ask(request))
+
+    def start_engines(self, job, folder, env):
+        """`run_engine.py` with a job, whose files lie in the folder."""
+        folder.mkdir(exist_ok=True)
+        (folder / "job.json").write_text(json.dumps(job))
+        return self.start("run_engine", [folder / "job.json", folder / "result.json"], folder / "said.txt", env)
+
+    def close(self):
+        for server in self.servers.values():
+            server.close()
 
 
 def wait_for_engines(processes, folders):

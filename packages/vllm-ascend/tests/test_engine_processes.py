@@ -61,3 +61,16 @@ def test_each_rendezvous_has_a_port_of_its_own():
     stores = [rendezvous() for _ in range(3)]
     assert len({store.port for store in stores}) == 3
     assert data_parallel(1, 2)["VLLM_DP_RANK"] == "1"
+
+
+def test_a_forked_job_ends_as_a_process_of_its_own(tmp_path, engine_servers):
+    """Its exit code, its output, its session; a second one knows nothing of the first."""
+    (tmp_path / "unused.json").write_text("[]")
+    said = [tmp_path / "works.txt", tmp_path / "fails.txt"]
+    works = engine_servers.start("run_engine", [tmp_path / "unused.json", tmp_path / "result.json"], said[0], {})
+    wait([works], said[:1])
+    assert (tmp_path / "result.json").read_text() == "[]"
+    fails = engine_servers.start("run_engine", [tmp_path / "missing.json", tmp_path / "result.json"], said[1], {})
+    with pytest.raises(AssertionError, match=r"FileNotFoundError.*missing.json"):
+        wait([fails], said[1:])
+    assert (works.returncode, fails.returncode) == (0, 1)

@@ -4,19 +4,16 @@
 import json
 import os
 import signal
-import sys
 import time
 
 import pytest
 from engine_processes import (
-    HERE,
     LIMIT,
     data_parallel,
     end,
     end_with_stacks,
     processes_of_session,
     rendezvous,
-    start,
     what_it_said,
 )
 
@@ -45,13 +42,12 @@ def folder(tmp_path_factory):
 class Run:
     """`run_long.py` in a session of its own."""
 
-    def __init__(self, folder, said, env, **engine):
+    def __init__(self, engine_servers, folder, said, env, **engine):
         job = said.with_suffix(".json")
         job.write_text(json.dumps(ENGINE | {"model": str(folder)} | engine))
-        settings = {"ASCEND_SIM_STRICT": "1", "OMP_NUM_THREADS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
-        settings |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+        settings = {"ASCEND_SIM_STRICT": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
         self.said = said
-        self.process = start([sys.executable, str(HERE / "run_long.py"), str(job)], said, settings | env)
+        self.process = engine_servers.start("run_long", [job], said, settings | env)
 
     def until(self, reached):
         """The first true value of `reached()`. All stacks are printed if it takes too long."""
@@ -86,8 +82,8 @@ class Run:
 
 
 @pytest.mark.parametrize("soc", ["Ascend910B3", "Ascend910_9391"], ids=["all-gather", "mc2"])
-def test_a_killed_worker_ends_its_engine(folder, tmp_path, soc):
-    run = Run(folder, tmp_path / "said.txt", {"ASCEND_SIM_SOC": soc}, tensor_parallel_size=2)
+def test_a_killed_worker_ends_its_engine(engine_servers, folder, tmp_path, soc):
+    run = Run(engine_servers, folder, tmp_path / "said.txt", {"ASCEND_SIM_SOC": soc}, tensor_parallel_size=2)
     try:
         os.kill(run.workers()[1], signal.SIGKILL)
         run.assert_it_ends_with_an_error()
@@ -95,10 +91,11 @@ def test_a_killed_worker_ends_its_engine(folder, tmp_path, soc):
         end(run.process)
 
 
-def test_a_killed_replica_ends_the_others(folder, tmp_path):
+def test_a_killed_replica_ends_the_others(engine_servers, folder, tmp_path):
     store = rendezvous()
     runs = [
-        Run(folder, tmp_path / f"said{rank}.txt", data_parallel(rank, 2), rendezvous=store.port) for rank in range(2)
+        Run(engine_servers, folder, tmp_path / f"said{rank}.txt", data_parallel(rank, 2), rendezvous=store.port)
+        for rank in range(2)
     ]
     try:
         for run in runs:
