@@ -76,8 +76,6 @@ def models_of_each_family():
 @pytest.fixture(scope="module")
 def families(tmp_path_factory, hugging_face):
     """Name -> folder, prompts and Hugging Face's tokens of each model."""
-    import torch
-
     shared = [(5 * i * i + 3) % 500 for i in range(140)]
     prompts = [[*shared, 7, 9], [(13 * i * i + 5) % 500 for i in range(125)], [(17 * i * i + 1) % 500 for i in range(200)],
                [(11 * i * i + 2) % 500 for i in range(33)], [*shared, 8]]  # fmt: skip
