@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ascend_eplb.limits import MOST_LOADS, check_limit
 from ascend_eplb.placement import Placement
 
 __all__ = [
@@ -52,7 +53,7 @@ def checked_numbers(value: ArrayLike, name: str, axes: tuple[str, ...]) -> Float
 
     Raises:
         TypeError: not numbers.
-        ValueError: wrong axes, or a value that is NaN, negative or too large; names its place.
+        ValueError: wrong axes, more than 2**28 numbers, or a value that is NaN, negative or too large; names its place.
     """
     wanted = f"[{', '.join(axis + 's' for axis in axes)}]"
     try:
@@ -63,6 +64,7 @@ def checked_numbers(value: ArrayLike, name: str, axes: tuple[str, ...]) -> Float
         raise TypeError(f"{name} must be numbers with the axes {wanted}, not {array.dtype}")
     if array.ndim != len(axes) or 0 in array.shape:
         raise ValueError(f"{name} must have the axes {wanted}, not shape {array.shape}")
+    check_limit(f"{name} of shape {array.shape}", array.size, MOST_LOADS, "numbers")
     wrong = ~((array >= 0) & (array <= MOST_LOAD))
     if wrong.any():
         index = tuple(np.argwhere(wrong)[0])
