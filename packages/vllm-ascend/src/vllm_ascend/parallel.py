@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from ascend_comm import CommGroup, GroupSet, Solo, Topology, wrap
 from ascend_linear import LinearEnv, PrefetchConfig, StepState, WeightPrefetcher, plan_step
-from ascend_moe import Soc
 from torch import Tensor
 from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_tp_group
 from vllm.forward_context import get_forward_context, is_forward_context_available
@@ -19,7 +18,7 @@ from vllm_ascend import envs, experts, rules
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
-from vllm_ascend.experts import ExpertGroups, Experts
+from vllm_ascend.experts import ExpertGroups, MoeContext
 
 __all__ = ["Parallel", "close", "current", "forward_context", "start", "step"]
 
@@ -36,18 +35,18 @@ class Parallel:
         env: what linear ops are told.
         groups: the groups beside vLLM's own.
         max_num_seqs: requests of a step at most.
-        experts: what MoE layers share; None for a dense model.
+        moe: what MoE layers share; None for a dense model.
     """
 
     def __init__(
-        self, config: AscendConfig, env: LinearEnv, groups: GroupSet, max_num_seqs: int, experts: Experts | None = None
+        self, config: AscendConfig, env: LinearEnv, groups: GroupSet, max_num_seqs: int, moe: MoeContext | None = None
     ) -> None:
-        """Note them."""
+        """Store them, and create the prefetcher of weights where one is wanted."""
         self.config = config
         self.env = env
         self.groups = groups
         self.max_num_seqs = max_num_seqs
-        self.experts = experts
+        self.moe = moe
         self.last_step = _UNSPLIT
         ratios = config.weight_prefetch_config
         self.prefetcher = (
@@ -97,18 +96,16 @@ def start(vllm_config: Any) -> Parallel:
     parallel = vllm_config.parallel_config
     deployment = _in_actual_world(Deployment.of(vllm_config))
     max_num_seqs, buffsize_mb = vllm_config.scheduler_config.max_num_seqs, envs.hccl_buffsize_mb()
-    placed = chosen_by = None
+    placed = dispatch = None
     if deployment.model.moe.routed_experts:
         placed = placement_of(config.eplb_config, deployment)
-        chosen_by = experts.sizes(
-            deployment,
-            slots_per_rank=placed.slots_per_rank,
-            # Alone there is no choice, whatever the chip.
-            soc=Soc.of(torch.npu.get_device_name()) if deployment.expert_ranks > 1 else Soc.A2,
-            max_num_seqs=max_num_seqs,
-            hccl_buffsize_mb=buffsize_mb,
-        )
-    mc2 = chosen_by is not None and experts.uses_mc2(chosen_by)
+        device_name, slots = torch.npu.get_device_name(0), placed.slots_per_rank
+        known = {"slots_per_rank": slots, "device_name": device_name, "max_num_seqs": max_num_seqs}
+        # Checked before the workers started as well; the variable may have another value on the host of this worker.
+        for finding in experts.broken(deployment, hccl_buffsize_mb=buffsize_mb, **known):
+            raise ValueError(finding)
+        dispatch = experts.dispatch_config(deployment, **known)
+    mc2 = dispatch is not None and experts.uses_mc2(dispatch)
     wanted = rules.group_config(config, deployment, buffsize_mb, mc2=mc2)
     seconds = parallel.distributed_timeout_seconds
     groups = GroupSet(
@@ -120,12 +117,12 @@ def start(vllm_config: Any) -> Parallel:
     env = rules.linear_env(
         config, deployment, tp=wrap(get_tp_group()), groups=groups, dp_rank=parallel.data_parallel_rank
     )
-    shared = None
-    if placed is not None and chosen_by is not None:
+    moe = None
+    if placed is not None and dispatch is not None:
         ep = wrap(get_ep_group()) if deployment.expert_parallel else Solo()
         over = ExpertGroups(ep=ep, tp=env.tp, dp=wrap(get_dp_group()), mc2=groups["mc2"] if mc2 else None)
-        shared = Experts(config.eplb_config, placed, deployment, over, chosen_by)
-    _current = Parallel(config, env, groups, max_num_seqs, shared)
+        moe = MoeContext(config.eplb_config, placed, deployment, over, dispatch)
+    _current = Parallel(config, env, groups, max_num_seqs, moe)
     return _current
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import NoReturn, cast
 
 from ascend_comm import CommGroup, GroupConfig, group_of
 from ascend_linear import LayerShard, LinearEnv
 
-from vllm_ascend.config import AscendConfig
+from vllm_ascend.config import AscendConfig, FinegrainedTP
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb import placement
+from vllm_ascend.findings import found_by, refuse
 
-__all__ = ["check", "group_config", "linear_env", "planned_env"]
+__all__ = ["broken", "check", "group_config", "linear_env", "planned_env"]
 
 # What the libraries' messages call a thing -> what the user calls it.
 _IN_USERS_WORDS = {
@@ -55,12 +56,26 @@ def check(config: AscendConfig, deployment: Deployment) -> None:
     """Check every rule between the options, the parallel sizes and the model.
 
     Raises:
-        ValueError: the first rule that is broken, naming the option, its value and what is allowed.
+        ValueError: all rules that are broken, each naming the option, its value and what is allowed.
     """
-    for broken in _broken_rules(config, deployment):
-        raise ValueError(broken)
-    planned_env(config, deployment)
-    placement.check(config.eplb_config, deployment)
+    refuse(broken(config, deployment))
+
+
+def broken(config: AscendConfig, deployment: Deployment) -> Iterator[str]:
+    """One finding for each rule that is broken; of those that ascend-comm and ascend-linear have, the first, if it is about another option."""
+    found = list(_broken_rules(config, deployment))
+    yield from found
+    named = {option for finding in found for option in _options_in(finding)}
+    for finding in found_by(lambda: planned_env(config, deployment)):
+        if not named & _options_in(finding):
+            yield finding
+    yield from placement.broken(config.eplb_config, deployment)
+
+
+def _options_in(finding: str) -> set[str]:
+    """The options for linear layers that a message names."""
+    names = {field.name for options in (AscendConfig, FinegrainedTP) for field in fields(options)}
+    return names & set(re.findall(r"\w+", finding))
 
 
 def group_config(

@@ -28,23 +28,23 @@ from ascend_eplb.placement import IntArray
 
 from vllm_ascend.config import EplbConfig
 from vllm_ascend.deployment import Deployment
+from vllm_ascend.findings import found_by
 
-__all__ = ["ExpertPlacement", "LayerSlots", "check", "placement_of"]
+__all__ = ["ExpertPlacement", "LayerSlots", "broken", "placement_of"]
 
 _LAYOUTS = {"spread": spread, "checkpoint": checkpoint}
 _MOST_TABLE_ROWS = 64
 
 
-def check(config: EplbConfig, deployment: Deployment) -> None:
-    """Check every rule of `eplb_config`, the map file among them.
+def broken(config: EplbConfig, deployment: Deployment) -> Iterator[str]:
+    """One finding for each rule of `eplb_config` that is broken, naming the option, its value and what is allowed.
 
-    Raises:
-        ValueError: the first rule that is broken, naming the option, its value and what is allowed.
+    The placement itself, and with it the map file, is checked where nothing else is wrong.
     """
-    for broken in _broken_rules(config, deployment):
-        raise ValueError(broken)
-    if deployment.model.moe.routed_experts:
-        placement_of(config, deployment)
+    found = list(_broken_rules(config, deployment))
+    yield from found
+    if deployment.model.moe.routed_experts and not found:
+        yield from found_by(lambda: placement_of(config, deployment))
 
 
 def placement_of(config: EplbConfig, deployment: Deployment) -> Placement:

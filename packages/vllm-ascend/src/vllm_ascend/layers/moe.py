@@ -76,19 +76,19 @@ class AscendRoutedExperts(RoutedExperts):
                 does not have.
         """
         shared = parallel.current()
-        if shared is None or shared.experts is None:
+        if shared is None or shared.moe is None:
             raise ValueError(
                 f"{layer_name}: a MoE layer in a model whose config names no number of experts is not supported by vllm-ascend"
             )
-        self.slots = shared.experts.slots(extract_layer_index(layer_name), moe_config.num_logical_experts)
+        self.slots = shared.moe.slots(extract_layer_index(layer_name), moe_config.num_logical_experts)
         moe_config.num_local_experts = self.slots.placed.slots_per_rank
         super().__init__(layer_name, params_dtype, moe_config, *args, **kwargs)
         if not isinstance(self.quant_method, HasExperts):
             raise ValueError(
                 f"{layer_name}: experts quantised as {type(self.quant_method).__name__} are not supported by vllm-ascend"
             )
-        self._over = shared.experts.groups
-        self._comm = shared.experts.comm(
+        self._over = shared.moe.groups
+        self._comm = shared.moe.comm(
             self.slots.num_slots,
             sequence_parallel=moe_config.is_sequence_parallel,
             sums_later=moe_config.skip_final_all_reduce,
@@ -98,7 +98,7 @@ class AscendRoutedExperts(RoutedExperts):
         maps = {"log2phy": self.slots.log2phy, "routing_table": self.slots.routing_table}
         for name, given in maps.items():
             self.register_buffer(name, None if given is None else torch.tensor(given, device=device), persistent=False)
-        records = bool(shared.experts.config.expert_load_record_path)
+        records = bool(shared.moe.options.expert_load_record_path)
         load = torch.zeros(self.local_num_experts, dtype=torch.int64, device=device) if records else None
         self.register_buffer("load", load, persistent=False)
 
@@ -273,11 +273,11 @@ def load_recorder(model: nn.Module) -> LoadRecorder | None:
         if isinstance(module, AscendRoutedExperts) and module.load is not None
     ]
     shared = parallel.current()
-    if not counted or shared is None or shared.experts is None:
+    if not counted or shared is None or shared.moe is None:
         return None
-    groups = shared.experts.groups
+    groups = shared.moe.groups
     return LoadRecorder(
-        shared.experts.config,
+        shared.moe.options,
         [layer.slots.placed for layer, _ in counted],
         [load for _, load in counted],
         groups.ep,
