@@ -65,12 +65,14 @@ def checked_numbers(value: ArrayLike, name: str, axes: tuple[str, ...]) -> Float
     if array.ndim != len(axes) or 0 in array.shape:
         raise ValueError(f"{name} must have the axes {wanted}, not shape {array.shape}")
     check_limit(f"{name} of shape {array.shape}", array.size, MOST_LOADS, "numbers")
-    wrong = ~((array >= 0) & (array <= MOST_LOAD))
+    with np.errstate(over="ignore"):  # of a longer type than float64: infinite, and so refused
+        numbers = array.astype(np.float64)
+    wrong = ~((numbers >= 0) & (numbers <= MOST_LOAD))
     if wrong.any():
         index = tuple(np.argwhere(wrong)[0])
         place = ", ".join(f"{axis} {number}" for axis, number in zip(axes, index, strict=True))
         raise ValueError(f"load of {place} is {array[index]}; it must be from 0 to {MOST_LOAD:g}")
-    return array.astype(np.float64)
+    return numbers
 
 
 def rank_loads(placement: Placement, load: ArrayLike) -> FloatArray:
