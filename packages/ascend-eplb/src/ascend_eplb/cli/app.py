@@ -49,7 +49,7 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         status = _run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # rich exits where a pipe is closed
         discard(sys.stdout)
         return 1
     except OSError as error:

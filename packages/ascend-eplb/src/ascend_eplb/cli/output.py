@@ -45,7 +45,7 @@ def _is_same_file(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)
     except OSError:  # one does not exist, or cannot be looked at
-        return one.resolve() == other.resolve()
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def discard(stream: TextIO) -> None:
