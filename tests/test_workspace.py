@@ -143,3 +143,45 @@ def test_each_promised_python_has_a_session():
         if package.name in constants["ON_OTHER_PYTHONS"]:
             minors += [int(other.split(".")[1]) for other in constants["OTHER_PYTHONS"]]
         assert project(package)["requires-python"] == f">=3.{min(minors)},<3.{max(minors) + 1}", package.name
+
+
+def called(node: ast.Call) -> str:
+    """The dotted name of what is called."""
+    return ast.unparse(node.func)
+
+
+def test_no_source_takes_code_out_of_data():
+    """What SECURITY.md promises of pickles, YAML, evaluated text and shells."""
+    forbidden = {
+        "eval",
+        "exec",
+        "os.system",
+        "os.popen",
+        "torch.load",
+        "yaml.load",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+    }
+    wrong = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                wrong += [
+                    f"{place}: import of {name}"
+                    for name in names
+                    if name.split(".")[0] in ("pickle", "marshal", "shelve", "dill")
+                ]
+            if not isinstance(node, ast.Call):
+                continue
+            options = {option.arg: option.value for option in node.keywords}
+            if called(node) in forbidden or called(node).endswith(".load_pickle"):
+                wrong.append(f"{place}: {called(node)}")
+            if (
+                called(node) in ("np.load", "numpy.load")
+                and ast.unparse(options.get("allow_pickle", ast.Constant(None))) != "False"
+            ):
+                wrong.append(f"{place}: {called(node)} without allow_pickle=False")
+            wrong += [f"{place}: {name}" for name in ("shell", "trust_remote_code") if name in options]
+    assert wrong == []
