@@ -16,6 +16,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 HERE = Path(__file__).parent
 # A safety net against hangs, many times what any test takes on two busy cores; no test asserts how long anything takes.
 LIMIT = 1800
@@ -54,11 +56,13 @@ def end(process):
 
 
 def end_with_stacks(process, said):
-    """As `end`, but each process of the session first appends the stacks of its threads to the file `said`.
+    """Each process of the session appends the stacks of its threads to the file `said`, and ends.
 
     All are stopped before the first is asked, so that none shows what it does about another's end.
     """
     session = processes_of_session(process.pid)
+    with said.open("a") as handle:
+        handle.write(f"\n{STACKS}\n")
     for pid in session:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
@@ -82,6 +86,23 @@ def what_it_said(said):
     return f"{said}:\n{before[-6000:]}{marker}{stacks[:40_000]}"
 
 
+def until(reached, process, said):
+    """The first true value of `reached()`. When the limit strikes first, the session of the process ends with all stacks, and the test fails."""
+    ends = time.monotonic() + LIMIT
+    while not (found := reached()):
+        if time.monotonic() >= ends:
+            end_with_stacks(process, said)
+            raise AssertionError(what_it_said(said))
+        time.sleep(0.2)
+    return found
+
+
+def listening_port(process):
+    """The TCP port that a process listens on, for a server that was told to take any (0); None before it listens."""
+    connections = psutil.Process(process.pid).net_connections("tcp")
+    return next((entry.laddr.port for entry in connections if entry.status == psutil.CONN_LISTEN), None)
+
+
 def wait(processes, said, limit=LIMIT):
     """Wait for the ends of processes that `start` returned; the first that fails ends all, and so does the limit, with all stacks.
 
@@ -95,8 +116,6 @@ def wait(processes, said, limit=LIMIT):
         while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
             if time.monotonic() >= ends:
                 for process, file in zip(processes, said, strict=True):
-                    with file.open("a") as handle:
-                        handle.write(f"\n{STACKS}\n")
                     end_with_stacks(process, file)
                 break
             time.sleep(0.2)

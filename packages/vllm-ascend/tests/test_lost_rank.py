@@ -4,16 +4,14 @@
 import json
 import os
 import signal
-import time
 
 import pytest
 from engine_processes import (
-    LIMIT,
     data_parallel,
     end,
-    end_with_stacks,
     processes_of_session,
     rendezvous,
+    until,
     what_it_said,
 )
 
@@ -50,17 +48,7 @@ class Run:
         self.process = engine_servers.start("run_long", [job], said, settings | env)
 
     def until(self, reached):
-        """The first true value of `reached()`. All stacks are printed if it takes too long."""
-        ends = time.monotonic() + LIMIT
-        while not (found := reached()):
-            if time.monotonic() >= ends:
-                self.fail()
-            time.sleep(0.2)
-        return found
-
-    def fail(self):
-        end_with_stacks(self.process, self.said)
-        raise AssertionError(what_it_said(self.said))
+        return until(reached, self.process, self.said)
 
     def workers(self):
         """Process ids, as soon as it has generated something."""
