@@ -22,6 +22,7 @@ class Model:
         moe: which layers are MoE layers; `moe.routed_experts` is 0 for a dense model.
         latent_attention: whether attention runs as multi-head latent attention (MLA).
         unknown_selectors: keys of its config that seem to choose MoE layers and are not known here, so that `moe` may be wrong.
+        decoder_layers: how many decoder layers it has; 0 where unknown.
         experts_per_token: routed experts that a token passes; 0 where unknown.
         shared_experts: whether its MoE layers have shared experts.
         multimodal: whether it embeds more than tokens.
@@ -35,6 +36,7 @@ class Model:
 
     moe: MoeLayers = field(default_factory=MoeLayers)
     unknown_selectors: tuple[str, ...] = ()
+    decoder_layers: int = 0
     experts_per_token: int = 0
     latent_attention: bool = False
     shared_experts: bool = False
@@ -67,6 +69,7 @@ class Model:
         read = {
             "moe": MoeLayers(routed_experts=routed_experts(config), layers=frozenset(moe_layers(config)) or None),
             "unknown_selectors": unknown_selectors(config),
+            "decoder_layers": number("num_hidden_layers"),
             "experts_per_token": number("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"),
             "hidden": number("hidden_size"),
             "shared_experts": bool(get("n_shared_experts", "shared_expert_intermediate_size", default=0)),
