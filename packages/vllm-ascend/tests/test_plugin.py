@@ -143,26 +143,6 @@ def test_slot_mapping_follows_the_block_table():
     assert slots.tolist() == [4 * 16 + 14, 4 * 16 + 15, 9 * 16, 7 * 16, 5 * 16 + 1, -1, -1, -1]
 
 
-def test_v2_runner_is_refused(monkeypatch):
-    from types import SimpleNamespace
-
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    from vllm_ascend.platform import AscendPlatform
-
-    with pytest.raises(ValueError, match="V1 model runner only"):
-        AscendPlatform.check_and_update_config(SimpleNamespace(additional_config={}))
-
-
-def test_speculative_decoding_is_refused():
-    from types import SimpleNamespace
-
-    from vllm_ascend.platform import AscendPlatform
-
-    wanted = SimpleNamespace(additional_config={}, speculative_config=SimpleNamespace(method="ngram"))
-    with pytest.raises(ValueError, match=r"speculative decoding \(method 'ngram'\) is not supported"):
-        AscendPlatform.check_and_update_config(wanted)
-
-
 def test_an_error_without_words_is_a_reason_too(monkeypatch):
     from vllm_ascend import doctor
 
