@@ -155,11 +155,12 @@ def test_an_error_without_words_is_a_reason_too(monkeypatch):
 
 def test_prompt_logprobs_are_refused_where_the_lm_head_is_shared(monkeypatch):
     from vllm import PoolingParams, SamplingParams
+    from vllm.exceptions import VLLMValidationError
     from vllm_ascend.platform import AscendPlatform
 
     AscendPlatform.validate_request({}, SamplingParams(prompt_logprobs=1))
     monkeypatch.setattr(AscendPlatform, "lmhead_is_shared", True)
     AscendPlatform.validate_request({}, SamplingParams(logprobs=1))
     AscendPlatform.validate_request({}, PoolingParams())
-    with pytest.raises(ValueError, match="prompt_logprobs=0: must be None with finegrained_tp_config"):
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs, or echo with logprobs.* are not available with"):
         AscendPlatform.validate_request({}, SamplingParams(prompt_logprobs=0))

@@ -113,13 +113,20 @@ class AscendPlatform(Platform):
 
     @classmethod
     def validate_request(cls, processed_inputs: Any, params: SamplingParams | PoolingParams) -> None:
-        """ValueError for a request whose logits would be computed apart from the step in which other ranks wait for them."""
+        """Refuse a request whose logits would be computed apart from the step in which other ranks wait for them.
+
+        Raises:
+            VLLMValidationError: the request cannot be served; the server answers 400 with the message, and 500 without one for any other error.
+        """
+        from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import SamplingParams
 
         if cls.lmhead_is_shared and isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
-            raise ValueError(
-                f"prompt_logprobs={params.prompt_logprobs}: must be None with finegrained_tp_config.lmhead_tensor_parallel_size, "
-                "for the ranks that share the LM head meet once a step"
+            raise VLLMValidationError(
+                "log-probabilities of the prompt (prompt_logprobs, or echo with logprobs) are not available with "
+                "finegrained_tp_config.lmhead_tensor_parallel_size: the ranks that share the LM head compute it once a step",
+                parameter="prompt_logprobs",
+                value=params.prompt_logprobs,
             )
 
     @classmethod
