@@ -162,5 +162,5 @@ def test_prompt_logprobs_are_refused_where_the_lm_head_is_shared(monkeypatch):
     monkeypatch.setattr(AscendPlatform, "lmhead_is_shared", True)
     AscendPlatform.validate_request({}, SamplingParams(logprobs=1))
     AscendPlatform.validate_request({}, PoolingParams())
-    with pytest.raises(VLLMValidationError, match="prompt_logprobs, or echo with logprobs.* are not available with"):
+    with pytest.raises(VLLMValidationError, match=r"prompt_logprobs, or echo with logprobs.* are not available with"):
         AscendPlatform.validate_request({}, SamplingParams(prompt_logprobs=0))

@@ -119,7 +119,7 @@ def test_a_refused_request_gets_its_reason(server):
     ask = {"model": "smollm2", "prompt": "Once upon a time", "max_tokens": 2}
     for more in ({"extra_body": {"prompt_logprobs": 0}}, {"echo": True, "logprobs": 1}):
         with pytest.raises(
-            openai.BadRequestError, match="log-probabilities of the prompt .* are not available"
+            openai.BadRequestError, match=r"log-probabilities of the prompt .* are not available"
         ) as caught:
             client.completions.create(**ask, **more)
         assert caught.value.param == "prompt_logprobs"
