@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 from vllm_ascend import envs
@@ -141,6 +142,41 @@ def test_slot_mapping_follows_the_block_table():
     slots = torch.full((8,), 99)
     compute_slot_mapping(5, 8, starts, positions, table, 3, slots, KV_CACHE_BLOCK_SIZE=16)
     assert slots.tolist() == [4 * 16 + 14, 4 * 16 + 15, 9 * 16, 7 * 16, 5 * 16 + 1, -1, -1, -1]
+
+
+class AnswersEveryName:
+    """As llvmlite's library of functions: it has no `__dict__`, and answers that name with another object."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name):
+        return object()
+
+
+def test_the_slot_mapping_is_replaced_whatever_other_modules_hold(monkeypatch):
+    from vllm.v1.worker.block_table import ComputeSlotMappingKernel
+    from vllm_ascend import compat
+
+    module = ModuleType("some_library")
+    module.functions = AnswersEveryName()
+    monkeypatch.setitem(sys.modules, "some_library", module)
+    monkeypatch.setattr(ComputeSlotMappingKernel, "kernel", ComputeSlotMappingKernel.kernel)
+    compat.register_slot_mapping()
+    assert ComputeSlotMappingKernel.kernel.func is compat.compute_slot_mapping
+
+
+def test_streams_and_events_of_cuda_are_classes(monkeypatch):
+    import torch
+    from vllm_ascend import compat
+
+    for name in ("Stream", "Event", "stream", "current_stream", "default_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(torch.cuda, name))
+    compat.alias_cuda_streams()
+    event = torch.cuda.Event(blocking=True)
+    assert isinstance(event, torch.cuda.Event)
+    event.record(torch.cuda.Stream())
+    event.synchronize()
+    assert not isinstance(3, torch.cuda.Event)
 
 
 def test_an_error_without_words_is_a_reason_too(monkeypatch):
