@@ -86,14 +86,19 @@ FIVE = {
 RUN = """
 import json, os, sys
 from vllm.engine.arg_utils import EngineArgs
+from vllm.config import set_current_vllm_config
 from vllm_ascend import start
+from vllm_ascend.worker import AscendWorker
 
 kept = dict(os.environ)
 for name, (folder, arguments, env, chip) in json.load(open(sys.argv[1])).items():
     os.environ.update(env)
     try:
         config = EngineArgs(model=folder, skip_tokenizer_init=True, **arguments).create_engine_config()
-        if chip:
+        if chip == "worker":
+            with set_current_vllm_config(config):
+                AscendWorker(config, 0, 0, "tcp://127.0.0.1:1").init_device()
+        elif chip:
             start.check(config, start.Host(devices=8, chip=chip))
         said = ""
     except ValueError as error:
@@ -111,6 +116,7 @@ def answers(tmp_path_factory):
     jobs = {}
     cases = {name: (*case[:3], "") for name, case in (*ALONE.items(), *GOOD.items())}
     cases |= {name: case[:4] for name, case in ELSEWHERE.items()} | {"five": ({}, FIVE, {}, "")}
+    cases["float32"] = ({}, {"dtype": "float32"}, {}, "worker")
     for number, (name, (config, arguments, env, chip)) in enumerate(cases.items()):
         folder = root / str(number)
         folder.mkdir()
@@ -131,6 +137,14 @@ def answers(tmp_path_factory):
 def test_each_fault_is_found_before_workers_start(answers, name):
     assert (ALONE | ELSEWHERE)[name][-1] in answers[name]
     assert "things are wrong" not in answers[name]
+
+
+def test_a_worker_asks_the_kernels_before_it_loads_the_model(answers):
+    """On the simulated NPU in its strict mode, as on hardware, they take no float32."""
+    assert (
+        "an attention kernel of this NPU does not take the model: dtype float32, 12 heads and 3 of"
+        in answers["float32"]
+    )
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -17,6 +17,7 @@ __all__ = [
     "offloads_without_unified_memory",
     "retired_variables",
     "set_defaults_for_vllm",
+    "visible_devices",
     "wants_v2_model_runner",
 ]
 
@@ -42,6 +43,11 @@ def set_defaults_for_vllm() -> None:
 def wants_v2_model_runner() -> bool:
     """Whether the user asked for the V2 model runner."""
     return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0", "false", "False")
+
+
+def visible_devices() -> str | None:
+    """ASCEND_RT_VISIBLE_DEVICES, the devices that CANN shows to this process; None where it shows all."""
+    return os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
 
 
 def offloads_without_unified_memory() -> bool:
