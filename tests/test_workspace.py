@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all packages have in common: versions, licences, the contents of wheels. Read from the sources, so that nothing needs to be installed."""
+"""What all packages have in common: names, words, versions, licences, the contents of wheels. Read from the sources, so that nothing needs to be installed."""
 
 import ast
 import re
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import defaultdict
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
@@ -39,6 +40,37 @@ def version(package: Path) -> str:
     where = tomllib.loads((package / "pyproject.toml").read_text())["tool"]["hatch"]["version"]["path"]
     (found,) = re.findall(r'^__version__ = "(.+)"$', (package / where).read_text(), re.MULTILINE)
     return found
+
+
+def docstrings(path: Path) -> list[tuple[int, str]]:
+    """The line and the text of every docstring of a file."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            found.append((getattr(node, "lineno", 1), text))
+    return found
+
+
+def test_no_two_public_classes_have_one_name():
+    places = defaultdict(list)
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_docstrings_say_something():
+    """A reader of one docstring has not read the one before it."""
+    empty = re.compile(r"^(as|like) above\b|^note (it|them|this|the|which|what)\b|^see above\b", re.IGNORECASE)
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in SOURCES
+        for line, text in docstrings(path)
+        if empty.search(text)
+    ]
+    assert found == []
 
 
 def test_each_version_has_its_heading_in_the_changelog():
@@ -143,3 +175,45 @@ def test_each_promised_python_has_a_session():
         if package.name in constants["ON_OTHER_PYTHONS"]:
             minors += [int(other.split(".")[1]) for other in constants["OTHER_PYTHONS"]]
         assert project(package)["requires-python"] == f">=3.{min(minors)},<3.{max(minors) + 1}", package.name
+
+
+def called(node: ast.Call) -> str:
+    """The dotted name of what is called."""
+    return ast.unparse(node.func)
+
+
+def test_no_source_takes_code_out_of_data():
+    """What SECURITY.md promises of pickles, YAML, evaluated text and shells."""
+    forbidden = {
+        "eval",
+        "exec",
+        "os.system",
+        "os.popen",
+        "torch.load",
+        "yaml.load",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+    }
+    wrong = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                wrong += [
+                    f"{place}: import of {name}"
+                    for name in names
+                    if name.split(".")[0] in ("pickle", "marshal", "shelve", "dill")
+                ]
+            if not isinstance(node, ast.Call):
+                continue
+            options = {option.arg: option.value for option in node.keywords}
+            if called(node) in forbidden or called(node).endswith(".load_pickle"):
+                wrong.append(f"{place}: {called(node)}")
+            if (
+                called(node) in ("np.load", "numpy.load")
+                and ast.unparse(options.get("allow_pickle", ast.Constant(None))) != "False"
+            ):
+                wrong.append(f"{place}: {called(node)} without allow_pickle=False")
+            wrong += [f"{place}: {name}" for name in ("shell", "trust_remote_code") if name in options]
+    assert wrong == []

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a config builds, the communicators that are shared, the memory they cost, and every rule between options."""
 
+import pickle
+
 import pytest
-from ascend_comm import GroupConfig, HcclOptions, Topology, memory_bytes, plan
+from ascend_comm import GroupConfig, HcclOptions, InvalidValueError, Topology, memory_bytes, plan
 from ascend_comm.hccl import data_parallel_buffer_mb, options_for
 
 MB = 2**20
@@ -104,35 +106,58 @@ def test_buffer_sizes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"topology": DP_4, "mlp_tp": 3}, r"mlp_tp: k=3: .*data_parallel=4.*\[1, 2, 4\]"),
+        ({"topology": DP_4, "mlp_tp": 3}, r"mlp_tp=3: must divide data_parallel=4.*\[1, 2, 4\]"),
         ({"topology": DP_4, "lmhead_tp": -1}, "lmhead_tp=-1: must be at least 0"),
-        ({"topology": DP_2_TP_4, "otp": 2}, "otp=2: needs tensor_parallel=1, got 4"),
-        ({"topology": DP_4, "otp": 2, "flashcomm2": 2}, "flashcomm2=2 and otp=2: both cut o_proj"),
-        ({"topology": TP_8, "flashcomm2": 8}, r"flashcomm2: k=8: .*\[1, 2, 4\]"),
-        ({"topology": TP_8, "flashcomm2": 2, "kv_role": "consumer"}, "flashcomm2=2: not on a decode-only node"),
+        ({"topology": DP_2_TP_4, "otp": 2}, "otp=2: cannot be used with tensor_parallel=4, which must be 1"),
+        ({"topology": DP_4, "otp": 2, "flashcomm2": 2}, "flashcomm2=2: cannot be used with otp=2: both cut o_proj"),
+        (
+            {"topology": TP_8, "flashcomm2": 8},
+            r"flashcomm2=8: must divide tensor_parallel=8 and be smaller.*\[1, 2, 4\]",
+        ),
+        (
+            {"topology": TP_8, "flashcomm2": 2, "kv_role": "consumer"},
+            "flashcomm2=2: cannot be used on a decode-only node, kv_role='consumer'",
+        ),
         (
             {"topology": TP_8, "flashcomm2": 2, "layer_sharding": ("o_proj", "q_b_proj")},
-            r"only \('o_proj',\) is allowed",
+            r"must be \('o_proj',\) with flashcomm2=2",
         ),
         ({"topology": TP_8, "layer_sharding": ("o_proj",), "kv_role": "consumer"}, "layer_sharding=.* decode-only"),
-        ({"topology": TP_8, "weight_shards": 2}, "weight_shards=2: only with layer_sharding"),
+        ({"topology": TP_8, "weight_shards": 2}, "weight_shards=2: needs layer_sharding="),
         (
             {"topology": TP_8, "flashcomm2": 2, "layer_sharding": ("o_proj",), "weight_shards": 4},
-            "weight_shards=4: with",
+            "weight_shards=4: must be None or the same as flashcomm2=2",
         ),
         (
             {"topology": TP_8, "layer_sharding": ("o_proj",), "weight_shards": 3},
-            r"weight_shards: shards=3: must divide",
+            r"weight_shards=3: must divide tensor_parallel=8",
         ),
-        ({"topology": TP_8, "pd_tp_ratio": 3}, "pd_tp_ratio, pd_head_replicas: ratio=3"),
+        ({"topology": TP_8, "pd_tp_ratio": 3}, "pd_tp_ratio=3: must divide tensor_parallel=8"),
+        ({"topology": TP_8, "pd_tp_ratio": 4, "pd_head_replicas": 8}, "pd_head_replicas=8: must divide pd_tp_ratio=4"),
         ({"topology": TP_8, "kv_role": "prefill"}, "kv_role='prefill': must be one of both, producer, consumer"),
-        ({"topology": TP_8, "parallel": ("ep",)}, "'ep' is unknown; allowed are tp, pcp, pp, dp"),
+        ({"topology": TP_8, "parallel": ("ep",)}, "parallel=.*must have no other names than tp, pcp, pp, dp"),
         ({"topology": TP_8, "hccl_buffsize_mb": 0}, "hccl_buffsize_mb=0"),
     ],
 )
 def test_rules_between_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidValueError, match=message) as caught:
         GroupConfig(**options)
+    error = caught.value
+    assert error.field in options
+    assert error.value == options[error.field]
+    again = pickle.loads(pickle.dumps(error))  # as between processes
+    assert (str(again), again.fields) == (str(error), error.fields)
+
+
+def test_an_error_is_phrased_anew_and_never_edited():
+    """Words of a value that are names of fields as well stay as they are."""
+    error = InvalidValueError("otp", "tp of /data/tp/otp", "must divide {tp}", tp=("{otp}", 4))
+    assert str(error) == "otp='tp of /data/tp/otp': must divide tp=('{otp}', 4)"
+    assert error.fields == {"otp", "tp"}
+    assert error.phrased() == "option 'otp' ('tp of /data/tp/otp') must divide tp (('{otp}', 4))"
+    renamed = error.renamed({"tp": "sizes.tp", "otp": "o"})
+    assert renamed.phrased() == "option 'o' ('tp of /data/tp/otp') must divide sizes.tp (('{otp}', 4))"
+    assert renamed.fields == {"sizes.tp", "o"}
 
 
 @pytest.mark.parametrize("options", [{"mlp_tp": 2.0}, {"layer_sharding": "o_proj"}, {"parallel": ["tp"]}])

@@ -183,6 +183,19 @@ def test_convert(run, run_json):
     assert eplb.load_placement("d.npz") == eplb.spread(num_experts=8, ranks=2, redundant=2, layers=4)
 
 
+def test_layers_of_a_model_are_found_in_a_file(run, run_json):
+    run("generate --experts 8 --ranks 2 --redundant 2 --layers 58 -o map.json")
+    found = run_json("convert map.json map.yaml --moe-layers 3-60")
+    assert (found["numbering"], found["lacking"], found["unused"]) == ("position", [], [])
+    assert eplb.load_placement("map.yaml", ranks=2).layer_ids == tuple(range(3, 61))
+    assert run_json("check map.yaml --ranks 2 --moe-layers 3-60")["numbering"] == "decoder"
+    status, out, err = run("check map.yaml --ranks 2 --moe-layers 3-62")
+    assert (status, err) == (0, "")
+    assert (
+        "map.yaml: its layer numbers 3-60 are read as numbers of decoder layers; it lacks decoder layers 61-62" in out
+    )
+
+
 def test_names_that_look_like_markup_are_printed_as_they_are(run):
     Path("a[").mkdir()
     for line, said in (

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import ascend_eplb as eplb
+from ascend_eplb.cli import main
 
 
 def write_bad_files():
@@ -37,7 +39,7 @@ def write_bad_files():
         ("generate --experts 8 --ranks 2 --layout odd -o map.json", "--layout=odd is not one of spread, checkpoint"),
         ("generate --experts 8 --ranks 2 -o nowhere/map.json", "error: nowhere/map.json: No such file or directory"),
         ("generate --experts 8 --ranks 2 -o folder.json", "folder.json: Not a regular file"),
-        ("generate --experts 99999999999999 --ranks 1 -o map.json", "Unable to allocate"),
+        ("generate --experts 99999999999999 --ranks 1 -o map.json", "are more than the 4194304 allowed"),
         ("generate --experts 8 --ranks 2", "Missing option"),
         ("generate --experts x --ranks 2 -o map.json", "Invalid value for '--experts'"),
         ("check none.json", "none.json: No such file or directory"),
@@ -46,18 +48,21 @@ def write_bad_files():
         ("check folder.json", "folder.json: Is a directory"),
         ("check empty.json", "empty.json: not JSON: Expecting value"),
         ("check binary.json", "binary.json: not JSON: "),
-        ("check deep.json", "deep.json: not JSON: maximum recursion depth"),
+        ("check deep.json", "deep.json: not JSON: nested too deeply"),
         ("check absurd.json", "$.layer_list[0]: expert 2 and 2147483643 more of 0..2147483646 is on no device"),
         ("check cut.npz", "cut.npz: not a NumPy file of plain arrays"),
         ("check damaged.npz", "damaged.npz: not a NumPy file of plain arrays"),
         ("check objects.npy", "objects.npy: not a NumPy file of plain arrays: Object arrays"),
         ("check endless.npy", "endless.npy: not a NumPy file of plain arrays"),
-        ("check deep.yaml --ranks 2", "deep.yaml: not YAML: maximum recursion depth"),
+        ("check deep.yaml --ranks 2", "deep.yaml: not YAML: nested too deeply"),
         ("check date.yaml --ranks 2", "date.yaml: not YAML: month must be in 1..12"),
         ("plan --load endless.npy --ranks 2 --slots 4 -o x.json", "endless.npy: not a NumPy file"),
         ("plan --load deep.json --ranks 2 --slots 4 -o x.json", "deep.json: not JSON"),
         ("plan --load huge.json --ranks 2 --slots 4 -o x.json", "huge.json: history must be numbers"),
-        ("plan --load load.npy --ranks 32 --slots 288 -o x.json --expert-mb inf", "--expert-mb=inf must be finite"),
+        (
+            "plan --load load.npy --ranks 32 --slots 288 -o x.json --expert-mb inf",
+            "--expert-mb=inf must be from 0 to 1000000",
+        ),
         ("plan --load load.npy --ranks 32 --slots 288 -o x.json --plot no/p.png", "error: no/p.png: No such file"),
         ("show good.json --load load.npy", "load has 256 experts, the placement 8"),
         ("check map.txt", "a placement file ends in"),
@@ -79,6 +84,28 @@ def write_bad_files():
         ("simulate --load load.npy --ranks 32 --slots 288 --window 2", "at least 4 steps, not 3"),
         ("simulate --load load.npy --ranks 32 --slots 288 --window 0", "window=0"),
         ("nonsense", "No such command"),
+        ("generate --experts 256 --ranks 16 --layers 2147483648 -o x.json", "layers=2147483648: 549755813888 slots"),
+        ("generate --experts 8 --ranks 1000000000000 -o x.json", "ranks=1000000000000, layers=1: "),
+        ("generate --experts 8 --ranks 2 --redundant 1000000000000 -o x.json", "redundant=1000000000000, ranks=2, "),
+        ("convert good.json x.npz --layers 1000000000", "layers=1000000000: 8000000000 slots over all layers, at 8 a"),
+        ("convert good.json x.npz --layers -1", "layers=-1 must be at least one layer"),
+        ("convert good.json x.npz --layers 1 --moe-layers 0", "--layers=1 and --moe-layers=0 exclude each other"),
+        ("check good.json --moe-layers 7-9,x", "--moe-layers='7-9,x' must be whole numbers and ranges of them"),
+        ("check good.json --moe-layers 0-99999999999", "100000000000 numbers are more than the 4194304 allowed"),
+        ("check layers.json --moe-layers 3-60", "layers.json: its layers 10, 70 are neither among the model's MoE"),
+        (
+            "plan --load load.npy --ranks 4194304 --slots 4194304 -o x.json",
+            "layers=2, ranks=4194304, slots=4194304: 8388608",
+        ),
+        (
+            "plan --load wide.npy --ranks 32768 --slots 65536 -o x.json",
+            "experts=65536: 2147483648 layers x ranks x experts",
+        ),
+        ("simulate --load load.npy --ranks 4194304 --slots 4194304", "layers=2, ranks=4194304, slots=4194304: 8388608"),
+        (
+            "plan --load load.npy --ranks 32 --slots 288 -o x.json --expert-mb 1e308",
+            "--expert-mb=1e+308 must be from 0 to",
+        ),
     ],
 )
 def test_invalid_input_is_one_line_and_status_1(run, line, reason):
@@ -86,6 +113,8 @@ def test_invalid_input_is_one_line_and_status_1(run, line, reason):
     with open("broken.json", "w") as file:
         file.write("{")
     np.save("nan.npy", np.array([[1, np.nan, 1, 1]]))
+    np.save("wide.npy", np.ones((1, 65536)))
+    eplb.save_placement(eplb.Placement([[[0, 1]], [[1, 0]]], 2, (10, 70)), "layers.json")
     write_bad_files()
     status, out, err = run(line)
     assert status == 1
@@ -136,3 +165,168 @@ def test_a_picture_that_cannot_be_is_found_out_before_the_work(run):
     assert done.returncode == 1
     assert done.stderr == "error: pictures need matplotlib: pip install 'ascend-eplb[plot]'\n"
     assert not Path("x.json").exists()
+
+
+LONG = "x" * 300
+PLACEMENTS = ("check {}", "show {}", "convert {} out.npz", "plan --load load.npy --ranks 32 --slots 288 --from {} -o out.npz",
+              "simulate --load load.npy --ranks 32 --slots 288 --from {}")  # fmt: skip
+LOADS = (
+    "plan --load {} --ranks 32 --slots 288 -o out.npz",
+    "simulate --load {} --ranks 32 --slots 288",
+    "show good.json --load {}",
+)
+INPUTS = ("none.json", "no/map.json", "folder.json", "pipe.json", "empty.json", "binary.json", "null.json", "list.json", "text.json",
+          "good.json/map.json", "map.txt", "map", "empty.npz", "binary.npy", "deep.json", "loop.json", f"{LONG}.json")  # fmt: skip
+
+
+@pytest.mark.parametrize("line", [*PLACEMENTS, *LOADS])
+def test_an_input_that_is_none_is_named_in_one_line(run, line):
+    write_bad_files()
+    eplb.save_placement(eplb.spread(num_experts=8, ranks=2), "good.json")
+    os.mkfifo("pipe.json")
+    Path("loop.json").symlink_to("loop.json")
+    for name, content in {
+        "null.json": "null",
+        "list.json": "[]",
+        "text.json": '"map"',
+        "map.txt": "",
+        "map": "",
+    }.items():
+        Path(name).write_text(content)
+    Path("empty.npz").touch()
+    Path("binary.npy").write_bytes(bytes(range(256)))
+    for name in INPUTS:
+        status, out, err = run(line.format(name))
+        assert status == 1, name
+        assert err.startswith(f"error: {name}: "), err
+        assert err.count("\n") == 1, err
+        assert out == ""
+        assert not Path("out.npz").exists()
+
+
+WRITES = (
+    "generate --experts 8 --ranks 2 -o {}",
+    "convert good.json {}",
+    "plan --load load.npy --ranks 32 --slots 288 -o {}",
+)
+OUTPUTS = {
+    "no/map.json": "No such file or directory",
+    "folder.json": "Not a regular file",
+    "pipe.json": "Not a regular file",
+    "good.json/map.json": "Not a directory",
+    "loop.json": "Too many levels of symbolic links",
+    f"{LONG}.json": "File name too long",
+    "map.txt": "a placement is written to .json",
+    "map": "a placement is written to .json",
+    "map.npy": "a placement is written to .json",
+    "/dev/full": "a placement is written to .json",
+    "/proc/map.json": "",  # "No such file or directory" or "Permission denied"
+}
+
+
+@pytest.mark.parametrize("line", WRITES)
+def test_an_output_that_cannot_be_written_is_named_in_one_line(run, line):
+    eplb.save_placement(eplb.spread(num_experts=8, ranks=2), "good.json")
+    Path("folder.json").mkdir()
+    os.mkfifo("pipe.json")
+    Path("loop.json").symlink_to("loop.json")
+    before = sorted(os.listdir())
+    for name, reason in OUTPUTS.items():
+        status, out, err = run(line.format(name))
+        assert status == 1, name
+        assert err.startswith("error: "), err
+        assert name in err
+        assert reason in err
+        assert err.count("\n") == 1, err
+        assert out == ""
+        assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("convert map.json map.json", ("OUTPUT=map.json", "FILE=map.json")),
+        ("convert map.json ./map.json", ("OUTPUT=map.json", "FILE=map.json")),
+        ("convert map.json soft.json", ("OUTPUT=soft.json", "FILE=map.json")),
+        ("convert map.json hard.npz", ("OUTPUT=hard.npz", "FILE=map.json")),
+        ("plan --load load.npz --ranks 32 --slots 288 -o load.npz", ("--output=load.npz", "--load=load.npz")),
+        (
+            "plan --load load.npy --ranks 32 --slots 288 --from old.json -o old.json",
+            ("--output=old.json", "--from=old.json"),
+        ),
+        (
+            "plan --load load.npy --ranks 32 --slots 288 -o x.json --plot load.npy",
+            ("--plot=load.npy", "--load=load.npy"),
+        ),
+        ("plan --load load.npy --ranks 32 --slots 288 -o x.json --plot x.json", ("--plot=x.json", "--output=x.json")),
+        ("simulate --load load.npy --ranks 32 --slots 288 --plot load.npy", ("--plot=load.npy", "--load=load.npy")),
+        (
+            "simulate --load load.npy --ranks 32 --slots 288 --from old.json --plot old.json",
+            ("--plot=old.json", "--from=old.json"),
+        ),
+    ],
+)
+def test_no_command_replaces_what_it_reads(run, line, names):
+    eplb.save_placement(eplb.spread(num_experts=8, ranks=2), "map.json")
+    eplb.save_placement(eplb.spread(num_experts=256, ranks=32, redundant=32, layers=2), "old.json")
+    np.savez("load.npz", load=np.load("load.npy"))
+    Path("soft.json").symlink_to("map.json")
+    Path("hard.npz").hardlink_to("map.json")
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    status, out, err = run(line)
+    assert status == 1
+    assert out == ""
+    assert f"error: {names[0]} would replace {names[1]}, the same file: name another one\n" in err
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+EVERY_COMMAND = (
+    "--help", "--version", "generate --experts 8 --ranks 2 -o x.json", "check map.json", "check map.json --json", "show map.json",
+    "show map.json --rank 1", "show map.json --json", "convert map.json x.npz", "plan --load load.npy --ranks 32 --slots 288 -o x.json",
+    "simulate --load load.npy --ranks 32 --slots 288", "check none.json --json",
+)  # fmt: skip
+
+
+def failing_output(monkeypatch, descriptor):
+    """Standard output on this descriptor, as a process has it when it starts."""
+    stream = os.fdopen(descriptor, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    return stream
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("line", EVERY_COMMAND)
+def test_a_full_standard_output_is_one_line_and_status_1(folder, capsys, monkeypatch, line):
+    eplb.save_placement(eplb.spread(num_experts=8, ranks=2), folder / "map.json")
+    with failing_output(
+        monkeypatch, os.open("/dev/full", os.O_WRONLY)
+    ):  # closing it writes what is left: no error any more
+        assert main(line.split()) == 1
+    said = "error: none.json: No such file or directory\n" if "none.json" in line else ""
+    assert capsys.readouterr().err == said + "error: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("line", EVERY_COMMAND)
+def test_a_closed_pipe_is_no_error(folder, capsys, monkeypatch, line):
+    eplb.save_placement(eplb.spread(num_experts=8, ranks=2), folder / "map.json")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with failing_output(monkeypatch, writing):
+        assert main(line.split()) == 1
+    assert capsys.readouterr().err == ("error: none.json: No such file or directory\n" if "none.json" in line else "")
+
+
+def run_apart(line, **streams):
+    """Run a command line in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "ascend_eplb", *line.split()], text=True, check=False, **streams)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.usefixtures("folder")
+def test_streams_that_fail_at_the_end_of_a_process():
+    with open("/dev/full", "w") as full:
+        done = run_apart("generate --experts 8 --ranks 2 -o map.json", stdout=full, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+        assert run_apart("check none.json", stdout=subprocess.PIPE, stderr=full).returncode == 1
+    done = run_apart("check map.json --json", stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr) == (0, "")

@@ -115,13 +115,16 @@ def test_layers_beyond_the_file_take_the_default_with_a_notice(tmp_path, caplog)
     path = write(tmp_path / "map.json", GOLDEN)
     with caplog.at_level(logging.WARNING, logger="ascend_eplb"):
         placement = eplb.load_placement(path, layers=3)
-    assert "layers 2 take the default placement" in caplog.text
+    assert "The placement lacks layers 2, which take the default placement (spread)." in caplog.text
     assert placement.layer(2).tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 0]]
     assert placement.layer(1).tolist() == [[7, 2, 0, 3, 5], [6, 1, 4, 7, 2]]
     caplog.clear()
+    assert eplb.load_placement(path, layers=[1, 2, 3]).layers == 3
+    assert "lacks layers 2-3, which take the default placement (spread); its layers 0 are left out." in caplog.text
+    caplog.clear()
     assert eplb.load_placement(path, layers=[1]).layer_ids == (1,)
     assert not caplog.records
-    with pytest.raises(ValueError, match="asks for no layer"):
+    with pytest.raises(ValueError, match="layers=0 must be at least one layer"):
         eplb.load_placement(path, layers=0)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slow and obvious: a mixture of experts in float64, every expert on every token; placements of replicas by loops.
+"""Slow and obvious: activations by their formulas, weights of all experts, placements of replicas by loops. The dense layer is in moe_bounds.py.
 
 Legend: T tokens, E logical experts, S physical slots, K experts per token, H hidden, I intermediate.
 """
@@ -39,15 +39,6 @@ def gates(logits: Tensor, spec: RoutingSpec, bias: Tensor | None = None) -> Tens
     weights, ids = select_experts(logits, spec, bias)
     dense = torch.zeros(logits.shape, dtype=torch.float64)
     return dense.scatter(1, ids.long(), weights.double())
-
-
-def dense_moe(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, activation: Activation | None = None) -> Tensor:
-    """Float64 `[T, H]`: every expert on every token, weighted by `gate`."""
-    out = torch.zeros(x.shape, dtype=torch.float64)
-    for expert in range(gate.shape[1]):
-        hidden = act(x.double() @ w13[expert].double(), activation or Activation())
-        out += gate[:, expert : expert + 1] * (hidden @ w2[expert].double())
-    return out
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 import torch_npu
 from ascend_sim.counters import counting
+from sim_bounds import assert_close, gamma
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 STRICT = torch.ops.ascend_sim.strict()
 NPU = torch.device("npu", RANK)
 K, N = 256, 6
-ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def operands(rows: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -36,9 +36,17 @@ def on_npu(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.to(NPU) for tensor in tensors]
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    tolerance = ROUNDING[actual.dtype]
-    torch.testing.assert_close(actual.cpu().double(), expected, rtol=tolerance, atol=20 * tolerance)
+def close(
+    actual: torch.Tensor, parts: list[torch.Tensor], products: list[torch.Tensor], rows: slice = slice(None)
+) -> None:
+    """The sum of the ranks' parts, whose products have the magnitudes `products`.
+
+    Every part is computed in float32 (K products, a bias or two scales) and stored in the type of the result, once more after a bias; then each addition of two ranks'
+    parts is stored in that type as well.
+    """
+    magnitude = sum(part.abs() for part in parts)
+    allowed = gamma(WORLD + 2, actual.dtype) * magnitude + 2 * gamma(K + 4) * sum(products)
+    assert_close(actual, sum(parts)[rows], allowed[rows])
 
 
 def all_reduce(name: str, group) -> None:
@@ -52,8 +60,10 @@ def all_reduce(name: str, group) -> None:
                 y = torch_npu.npu_mm_all_reduce_base(x.view(shape), weight, name, bias=given)
             meta = torch_npu.npu_mm_all_reduce_base(x.view(shape).to("meta"), weight.to("meta"), name)
             assert (y.shape, y.dtype, y.device) == (meta.shape, meta.dtype, NPU)
-            total = sum(a.double() @ b.double() for a, b, _ in everyone) + everyone[0][2].double()
-            close(y.view(rows, N), total)
+            parts = [a.double() @ b.double() for a, b, _ in everyone]
+            products = [a.double().abs() @ b.double().abs() for a, b, _ in everyone]
+            extra = everyone[0][2].double().expand(rows, N)
+            close(y.view(rows, N), [*parts, extra], [*products, extra.abs()])
             sent = work.delta.collectives["npu_mm_all_reduce_base", group.group_desc]
             assert (sent.calls, sent.bytes) == (1, 2 * y.nbytes * (WORLD - 1) // WORLD)
             assert work.delta.operators["npu::npu_mm_all_reduce_base"].flops == 2 * rows * K * N
@@ -66,8 +76,9 @@ def all_reduce(name: str, group) -> None:
             x, weight, name, bias=bias, dequant_scale=scale.to(NPU), pertoken_scale=given
         )
         assert y.dtype == torch.bfloat16
-        sums = sum(a.double() @ b.double() + c.double() for a, b, c in everyone)
-        close(y, sums * scale.double() * (1 if per_token is None else tokens.double()[:, None]))
+        factor = scale.double() * (1 if per_token is None else tokens.double()[:, None])
+        parts = [(a.double() @ b.double() + c.double()) * factor for a, b, c in everyone]
+        close(y, parts, [part.abs() for part in parts])
 
 
 def reduce_scatter(name: str, group) -> None:
@@ -78,7 +89,9 @@ def reduce_scatter(name: str, group) -> None:
             y = torch_npu.npu_mm_reduce_scatter_base(x, weight, name, WORLD)
         meta = torch_npu.npu_mm_reduce_scatter_base(x.to("meta"), weight.to("meta"), name, WORLD)
         assert (y.shape, y.dtype, y.device) == (meta.shape, meta.dtype, NPU)
-        close(y, sum(a.double() @ b.double() for a, b, _ in everyone)[3 * RANK : 3 * RANK + 3])
+        parts = [a.double() @ b.double() for a, b, _ in everyone]
+        products = [a.double().abs() @ b.double().abs() for a, b, _ in everyone]
+        close(y, parts, products, slice(3 * RANK, 3 * RANK + 3))
         sent = work.delta.collectives["npu_mm_reduce_scatter_base", group.group_desc]
         assert (sent.calls, sent.bytes) == (1, y.nbytes * (WORLD - 1))
         assert work.delta.operators["npu::npu_mm_reduce_scatter_base"].flops == 2 * 3 * WORLD * K * N
@@ -91,8 +104,9 @@ def reduce_scatter(name: str, group) -> None:
             options = {"x2_scale": scale.to(NPU), "x1_scale": given, "output_dtype": output, "comm_mode": "aiv"}
             y = torch_npu.npu_mm_reduce_scatter_base(x, weight, name, WORLD, **options)
             assert y.dtype == output
-            sums = sum(a.double() @ b.double() for a, b, _ in everyone) * scale.double()
-            close(y, (sums if per_token is None else sums * tokens.double())[2 * RANK : 2 * RANK + 2])
+            factor = scale.double() * (1 if per_token is None else tokens.double())
+            parts = [a.double() @ b.double() * factor for a, b, _ in everyone]
+            close(y, parts, [part.abs() for part in parts], slice(2 * RANK, 2 * RANK + 2))
 
 
 def rejections(name: str) -> None:

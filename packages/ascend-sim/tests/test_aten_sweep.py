@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from sim_bounds import unit_roundoff
 from torch.utils import _pytree as pytree
 
 pytest.importorskip("expecttest", reason="torch's database of operators needs it: pip install 'ascend-sim[test]'")
@@ -89,7 +90,12 @@ def test_the_npu_computes_what_the_cpu_computes(op):
     if op.formatted_name in EXCEPTIONS:
         pytest.skip(EXCEPTIONS[op.formatted_name])
     sample = first_sample(op)
-    expected, expected_flags, expected_gradients = run(op, sample, to_cpu)
+    try:
+        expected, expected_flags, expected_gradients = run(op, sample, to_cpu)
+    except RuntimeError as error:
+        if "could not create a primitive" not in str(error):
+            raise
+        pytest.skip("oneDNN has no such operator on this processor")
     actual, actual_flags, gradients = run(op, sample, to_npu)
     assert actual_flags == expected_flags
     assert len(gradients) == len(expected_gradients)
@@ -101,7 +107,9 @@ def test_the_npu_computes_what_the_cpu_computes(op):
             assert ours.shape == theirs.shape
             assert ours.dtype == theirs.dtype
             if op.name not in RANDOM:
-                tolerance = {"rtol": 0.0, "atol": 0.0} if theirs.element_size() == 1 else {"rtol": 1e-4, "atol": 1e-4}
-                torch.testing.assert_close(ours.cpu(), theirs, **tolerance, equal_nan=True)
+                # The same algorithm; only the order of sums may differ. A result that keeps half of its digits is the same.
+                floating = (theirs.dtype.is_floating_point or theirs.dtype.is_complex) and theirs.element_size() > 1
+                half = unit_roundoff(theirs.dtype) ** 0.5 if floating else 0.0
+                torch.testing.assert_close(ours.cpu(), theirs, rtol=half, atol=half, equal_nan=True)
         elif op.name not in RANDOM:
             assert ours == theirs

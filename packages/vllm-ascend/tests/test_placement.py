@@ -2,6 +2,7 @@
 """`eplb_config`: what it checks before an engine starts, and what each rank makes of it."""
 
 import json
+import logging
 import re
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from vllm_ascend.deployment import Deployment, Model
 from vllm_ascend.eplb.placement import ExpertPlacement, placement_of
 from vllm_ascend.rules import check
 
-MODEL = Model(moe=MoeLayers(routed_experts=8), moe_layer_ids=(1, 2, 4), experts_per_token=2)
+MODEL = Model(moe=MoeLayers(routed_experts=8), moe_layer_ids=(1, 2, 4), decoder_layers=5, experts_per_token=2)
 DEPLOYMENT = Deployment(topology=Topology(4, 2, 1, 1, 2), data_parallel_asked=2, model=MODEL, expert_parallel=True)
 LAYERS = len(MODEL.moe_layer_ids)
 
@@ -31,10 +32,27 @@ def config(**eplb):
     return AscendConfig.of({"eplb_config": eplb})
 
 
-def seen(placement, rank, *, layout="spread", tp_size=2):
+def numbered(placement, layer_ids=MODEL.moe_layer_ids):
+    return Placement(placement.physical_to_logical, placement.num_experts, layer_ids)
+
+
+def seen(placement, rank, *, tp_size=2, **eplb):
     return ExpertPlacement(
-        placement, layout=layout, moe_layer_ids=MODEL.moe_layer_ids, rank=rank, tp_size=tp_size, replica=rank // tp_size
+        placement,
+        options=EplbConfig(**eplb),
+        decoder_layers=MODEL.decoder_layers,
+        rank=rank,
+        tp_size=tp_size,
+        replica=rank // tp_size,
     )
+
+
+@pytest.fixture
+def logged(caplog, monkeypatch):
+    """What the plugin logs, also where another test has let vLLM configure its logger."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level("INFO", logger="vllm.vllm_ascend")
+    return caplog
 
 
 def test_without_options_experts_lie_as_vllm_has_them():
@@ -52,14 +70,14 @@ def test_without_options_experts_lie_as_vllm_has_them():
 
 def test_without_expert_parallelism_one_rank_has_all():
     placement = placement_of(EplbConfig(), replace(DEPLOYMENT, expert_parallel=False))
-    assert placement == spread(num_experts=8, ranks=1, layers=LAYERS)
+    assert placement == numbered(spread(num_experts=8, ranks=1, layers=LAYERS))
 
 
 @pytest.mark.parametrize(("layout", "build"), [("spread", spread), ("checkpoint", checkpoint)])
 @pytest.mark.parametrize("redundant", [0, 4, 8])
 def test_layouts(layout, build, redundant):
     placement = placement_of(EplbConfig(layout=layout, num_redundant_experts=redundant), DEPLOYMENT)
-    assert placement == build(num_experts=8, ranks=4, redundant=redundant, layers=LAYERS)
+    assert placement == numbered(build(num_experts=8, ranks=4, redundant=redundant, layers=LAYERS))
     beyond = seen(placement, 3, layout=layout).layer(5, 8)  # a draft layer, say
     assert beyond.placed == build(num_experts=8, ranks=4, redundant=redundant)
 
@@ -70,7 +88,7 @@ def test_a_map_file_is_followed_layer_by_layer(tmp_path, redundant):
     save_placement(written, tmp_path / "map.json")
     eplb = config(expert_map_path=str(tmp_path / "map.json")).eplb_config
     placement = placement_of(eplb, DEPLOYMENT)
-    assert placement == written
+    assert placement == numbered(written)
     for index, decoder_layer in enumerate(MODEL.moe_layer_ids):
         for rank in range(4):
             slots = seen(placement, rank).layer(decoder_layer, 8)
@@ -102,8 +120,74 @@ def test_layers_that_the_file_lacks_are_spread(tmp_path):
 
 
 def test_layers_with_another_number_of_experts_take_the_layout():
-    slots = seen(shuffled(4), 0).layer(1, 4)
+    slots = seen(numbered(shuffled(4)), 0).layer(1, 4)
     assert slots.placed == spread(num_experts=4, ranks=4, redundant=4)
+
+
+DEEPSEEK_R1 = replace(MODEL, moe_layer_ids=tuple(range(3, 61)), decoder_layers=61)
+
+
+@pytest.mark.parametrize("name", ["map.json", "map.npz", "map.yaml"])
+@pytest.mark.parametrize(
+    ("first", "read_as"), [(0, "positions among the MoE layers 3-60"), (3, "numbers of decoder layers")]
+)
+def test_every_layer_of_a_file_reaches_its_decoder_layer(tmp_path, logged, name, first, read_as):
+    """Files in the wild number the MoE layers 3 to 60 of DeepSeek-R1 so, or 0 to 57."""
+    written = shuffled(4, layers=58)
+    path = str(tmp_path / name)
+    save_placement(numbered(written, tuple(range(first, first + 58))), path)
+    deployment = replace(DEPLOYMENT, model=DEEPSEEK_R1)
+    check(config(expert_map_path=path), deployment)
+    assert [record.message for record in logged.records] == [
+        f"eplb_config.expert_map_path {path!r}: its layer numbers {first}-{first + 57} are read as {read_as}"
+    ]
+    placement = placement_of(EplbConfig(expert_map_path=path), deployment)
+    slots = seen(placement, 1, expert_map_path=path)
+    assert len({layer.tobytes() for layer in written.physical_to_logical}) == 58
+    for index in range(58):
+        assert np.array_equal(
+            slots.layer(3 + index, 8).placed.physical_to_logical[0], written.physical_to_logical[index]
+        )
+
+
+def test_what_file_and_model_lack_of_each_other_is_said_in_one_line(tmp_path, logged):
+    path = str(tmp_path / "map.yaml")
+    save_placement(numbered(shuffled(layers=2), (2, 4)), path)
+    check(config(expert_map_path=path), DEPLOYMENT)
+    (record,) = logged.records
+    assert record.levelname == "WARNING"
+    assert "it lacks decoder layers 1 of the model, which take the default placement" in record.message
+    logged.clear()
+    save_placement(numbered(shuffled(layers=5), (1, 2, 4, 5, 6)), path)
+    check(config(expert_map_path=path), DEPLOYMENT)
+    (record,) = logged.records
+    assert "its layers 5-6 are not in the model and are not used" in record.message
+
+
+@pytest.mark.parametrize(("decoder_layer", "experts"), [(3, 8), (0, 8), (1, 4)])
+def test_with_a_file_no_layer_of_the_model_takes_a_default_in_silence(decoder_layer, experts):
+    """A layer that the config does not tell, or not with so many experts, is an error; without a file it takes the layout."""
+    with pytest.raises(
+        ValueError,
+        match=rf"'map.json'.*decoder layer {decoder_layer} has {experts} experts, .* 8 experts in decoder layers 1-2, 4 only",
+    ):
+        seen(numbered(shuffled()), 0, expert_map_path="map.json").layer(decoder_layer, experts)
+    slots = seen(numbered(shuffled()), 0).layer(decoder_layer, experts)
+    assert slots.placed == spread(num_experts=experts, ranks=4)
+
+
+def test_draft_layers_take_the_default_beside_a_file():
+    slots = seen(numbered(shuffled()), 0, expert_map_path="map.json").layer(MODEL.decoder_layers, 8)
+    assert slots.placed == spread(num_experts=8, ranks=4)
+
+
+def test_a_file_for_a_model_whose_moe_layers_are_unknown_is_refused(tmp_path):
+    save_placement(shuffled(layers=1), tmp_path / "map.json")
+    unknown = replace(DEPLOYMENT, model=replace(MODEL, moe_layer_ids=()))
+    with pytest.raises(
+        ValueError, match=r"map.json'\): vllm-ascend cannot tell which decoder layers of this model are MoE"
+    ):
+        check(config(expert_map_path=str(tmp_path / "map.json")), unknown)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +234,14 @@ def broken_files(folder):
     (folder / "missing.json").write_text(json.dumps(document))
     (folder / "torn.json").write_text('{"moe_layer_count": 3, "lay')
     (folder / "map.txt").write_text("")
+    (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "digits.json").write_text("9" * 5000)
+    (folder / "deep.yaml").write_text("[" * 5000)
+    (folder / "twice.yaml").write_text("num_slots: 1\nnum_slots: 1")
+    (folder / "objects.npy").write_bytes(
+        b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n"
+    )
+    (folder / "header.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': (" + b" " * 6)
     return {
         "ranks.json": "holds 2 ranks",
         "more.json": "is not in 0..7",
@@ -159,6 +251,12 @@ def broken_files(folder):
         "torn.json": "torn.json",
         "map.txt": "a placement file ends in",
         "none.json": "No such file",
+        "deep.json": "not JSON: nested too deeply",
+        "digits.json": "not JSON: Exceeds the limit",
+        "deep.yaml": "not YAML: nested too deeply",
+        "twice.yaml": "not YAML: a mapping has the key 'num_slots' twice",
+        "objects.npy": "not a NumPy file of plain arrays: Object arrays cannot be loaded",
+        "header.npy": "not a NumPy file of plain arrays: ",
     }
 
 
@@ -175,7 +273,9 @@ def test_a_bad_map_file_is_one_clear_error(tmp_path):
 def test_layers_of_another_model_are_refused(tmp_path):
     one = shuffled()
     save_placement(Placement(one.physical_to_logical, 8, (10, 11, 12)), tmp_path / "map.json")
-    with pytest.raises(ValueError, match="has layers 10 to 12; the model's are 0 to 2"):
+    with pytest.raises(
+        ValueError, match=r"map.json.*layers 10-12 are neither .* decoder layers 1-2, 4, nor among their positions 0-2"
+    ):
         check(config(expert_map_path=str(tmp_path / "map.json")), DEPLOYMENT)
 
 

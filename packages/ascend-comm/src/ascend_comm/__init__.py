@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ascend_comm.config import GroupConfig, Handle, memory_bytes, plan
+from ascend_comm.errors import InvalidValueError
 from ascend_comm.hccl import HcclOptions
 from ascend_comm.topology import Coordinates, Groups, Topology, group_of
 
@@ -26,6 +27,7 @@ __all__ = [
     "Groups",
     "Handle",
     "HcclOptions",
+    "InvalidValueError",
     "Pending",
     "Solo",
     "Topology",

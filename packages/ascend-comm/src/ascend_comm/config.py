@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What groups a run needs: `GroupConfig`, its families by name, and the plan of handles that follows. No torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
+from ascend_comm.errors import InvalidValueError
 from ascend_comm.hccl import DEFAULT_BUFFER_MB, HcclOptions, options_for
 from ascend_comm.topology import Groups, Topology, check_size
 
@@ -16,12 +17,14 @@ _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
 
-def _named(option: str, build: Callable[_Args, _Result], *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-    """``build(*args, **kwargs)``, whose ValueError then starts with the name of the option that asked for it."""
+def _named(
+    names: Mapping[str, str], build: Callable[_Args, _Result], *args: _Args.args, **kwargs: _Args.kwargs
+) -> _Result:
+    """``build(*args, **kwargs)``. An InvalidValueError then names the options that the arguments come from, by `names`."""
     try:
         return build(*args, **kwargs)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from error
+    except InvalidValueError as error:
+        raise error.renamed(names) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +77,11 @@ class GroupConfig:
                 raise TypeError(f"{field}={getattr(self, field)!r}: must be a tuple of names")
         for name in self.parallel:
             if name not in _PARALLEL:
-                raise ValueError(f"parallel={self.parallel!r}: {name!r} is unknown; allowed are {', '.join(_PARALLEL)}")
+                raise InvalidValueError(
+                    "parallel", self.parallel, f"must have no other names than {', '.join(_PARALLEL)}"
+                )
         if self.kv_role not in _ROLES:
-            raise ValueError(f"kv_role={self.kv_role!r}: must be one of {', '.join(_ROLES)}")
+            raise InvalidValueError("kv_role", self.kv_role, f"must be one of {', '.join(_ROLES)}")
         check_size("hccl_buffsize_mb", self.hccl_buffsize_mb)
         for name in ("otp", "lmhead_tp", "embed_tp", "mlp_tp", "flashcomm2"):
             check_size(name, getattr(self, name), least=0)
@@ -87,29 +92,55 @@ class GroupConfig:
     def _check_exclusive(self) -> None:
         tp = self.topology.tensor_parallel
         if self.flashcomm2 and self.otp:
-            raise ValueError(f"flashcomm2={self.flashcomm2} and otp={self.otp}: both cut o_proj; set one of them to 0")
-        if self.otp and tp != 1:
-            raise ValueError(f"otp={self.otp}: needs tensor_parallel=1, got {tp}; set otp=0 or use flashcomm2")
-        if self.flashcomm2 and self.kv_role == "consumer":
-            raise ValueError(
-                f"flashcomm2={self.flashcomm2}: not on a decode-only node (kv_role='consumer'); "
-                "set it to 0, or kv_role to 'producer' or 'both'"
+            raise InvalidValueError(
+                "flashcomm2",
+                self.flashcomm2,
+                "cannot be used with {otp}: both cut o_proj; set one of them to 0",
+                otp=self.otp,
             )
+        if self.otp and tp != 1:
+            raise InvalidValueError(
+                "otp",
+                self.otp,
+                "cannot be used with {tensor_parallel}, which must be 1; set it to 0 or use FlashComm2",
+                tensor_parallel=tp,
+            )
+        if self.flashcomm2 and self.kv_role == "consumer":
+            raise self._not_on_decode_node("flashcomm2")
+
+    def _not_on_decode_node(self, option: str) -> InvalidValueError:
+        return InvalidValueError(
+            option,
+            getattr(self, option),
+            "cannot be used on a decode-only node, {kv_role}; leave it out there",
+            kv_role=self.kv_role,
+        )
 
     def _check_layer_sharding(self) -> None:
         if not self.layer_sharding:
             if self.weight_shards is not None:
-                raise ValueError(f"weight_shards={self.weight_shards}: only with layer_sharding, which is empty")
+                raise InvalidValueError(
+                    "weight_shards",
+                    self.weight_shards,
+                    "needs {layer_sharding} to name a module",
+                    layer_sharding=self.layer_sharding,
+                )
             return
         if self.kv_role == "consumer":
-            raise ValueError(f"layer_sharding={self.layer_sharding!r}: not on a decode-only node (kv_role='consumer')")
+            raise self._not_on_decode_node("layer_sharding")
         if self.flashcomm2 and self.layer_sharding != ("o_proj",):
-            raise ValueError(
-                f"layer_sharding={self.layer_sharding!r}: with flashcomm2={self.flashcomm2} only ('o_proj',) is allowed"
+            raise InvalidValueError(
+                "layer_sharding",
+                self.layer_sharding,
+                "must be ('o_proj',) with {flashcomm2}",
+                flashcomm2=self.flashcomm2,
             )
         if self.flashcomm2 and self.weight_shards not in (None, self.flashcomm2):
-            raise ValueError(
-                f"weight_shards={self.weight_shards}: with flashcomm2={self.flashcomm2} it must be the same, or None"
+            raise InvalidValueError(
+                "weight_shards",
+                self.weight_shards,
+                "must be None or the same as {flashcomm2}",
+                flashcomm2=self.flashcomm2,
             )
 
     def families(self) -> dict[str, Groups]:
@@ -130,15 +161,16 @@ class GroupConfig:
         found |= {name: top.expert_parallel() for name in ("mc2", "dynamic_eplb") if getattr(self, name)}
         for name in ("otp", "lmhead_tp", "embed_tp", "mlp_tp"):
             if size := getattr(self, name):
-                found[name] = _named(name, top.fine_grained, size)
+                found[name] = _named({"k": name}, top.fine_grained, size)
         if self.flashcomm2:
-            otp, odp = _named("flashcomm2", top.flashcomm2, self.flashcomm2)
+            otp, odp = _named({"k": "flashcomm2"}, top.flashcomm2, self.flashcomm2)
             found |= {"flashcomm2_otp": otp} if otp else {}
             found["flashcomm2_odp"] = odp
         if self.layer_sharding:
             shards = self.flashcomm2 or top.tensor_parallel if self.weight_shards is None else self.weight_shards
-            found["shard_weight"] = _named("weight_shards", top.shard_weight, shards)
-        p_tp = _named("pd_tp_ratio, pd_head_replicas", top.prefill_tp, self.pd_tp_ratio, self.pd_head_replicas)
+            found["shard_weight"] = _named({"shards": "weight_shards"}, top.shard_weight, shards)
+        of_prefill = {"ratio": "pd_tp_ratio", "head_replicas": "pd_head_replicas"}
+        p_tp = _named(of_prefill, top.prefill_tp, self.pd_tp_ratio, self.pd_head_replicas)
         if len(p_tp[0]) > 1 and self.kv_role == "producer":
             found["p_tp"] = p_tp
         return found

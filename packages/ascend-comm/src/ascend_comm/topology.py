@@ -15,6 +15,8 @@ from itertools import accumulate
 from math import prod
 from operator import mul
 
+from ascend_comm.errors import InvalidValueError
+
 __all__ = ["Coordinates", "Groups", "Topology", "group_of"]
 
 Groups = list[list[int]]
@@ -41,11 +43,17 @@ def check_size(name: str, value: int, least: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
-        raise ValueError(f"{name}={value}: must be at least {least}")
+        raise InvalidValueError(name, value, f"must be at least {least}")
 
 
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _no_divisor(name: str, value: int, tp: int) -> InvalidValueError:
+    return InvalidValueError(
+        name, value, f"must divide {{tensor_parallel}}, so be one of {_divisors(tp)}", tensor_parallel=tp
+    )
 
 
 def _groups(shape: Sequence[int], members: Sequence[int], order: Sequence[int] | None = None) -> Groups:
@@ -112,10 +120,15 @@ class Topology:
         check_size("tensor_parallel", self.tensor_parallel)
         inner = self.data_parallel * self.replica_size
         if self.world_size % inner:
-            raise ValueError(
-                f"world_size={self.world_size}: must be a multiple of {inner} = data_parallel {self.data_parallel} "
-                f"x pipeline_parallel {self.pipeline_parallel} x prefill_context_parallel "
-                f"{self.prefill_context_parallel} x tensor_parallel {self.tensor_parallel}"
+            raise InvalidValueError(
+                "world_size",
+                self.world_size,
+                f"must be a multiple of {inner}, the product of "
+                "{data_parallel}, {pipeline_parallel}, {prefill_context_parallel} and {tensor_parallel}",
+                data_parallel=self.data_parallel,
+                pipeline_parallel=self.pipeline_parallel,
+                prefill_context_parallel=self.prefill_context_parallel,
+                tensor_parallel=self.tensor_parallel,
             )
 
     @property
@@ -198,8 +211,8 @@ class Topology:
         check_size("k", k)
         xdp, dp, pp, pcp, tp = self.shape
         if dp % k:
-            raise ValueError(
-                f"k={k}: a fine-grained group splits data_parallel={dp}, so k must be one of {_divisors(dp)}"
+            raise InvalidValueError(
+                "k", k, f"must divide {{data_parallel}}, so be one of {_divisors(dp)}", data_parallel=dp
             )
         return _groups((xdp, dp // k, k, pp, pcp, tp), (2,))
 
@@ -246,7 +259,7 @@ class Topology:
         check_size("shards", shards)
         xdp, dp, pp, pcp, tp = self.shape
         if tp % shards:
-            raise ValueError(f"shards={shards}: must divide tensor_parallel={tp}, so be one of {_divisors(tp)}")
+            raise _no_divisor("shards", shards, tp)
         return _groups((xdp, dp, pp, pcp, shards, tp // shards), (1, 3, 5))
 
     def prefill_tp(self, ratio: int, head_replicas: int = 1) -> Groups:
@@ -266,11 +279,13 @@ class Topology:
         check_size("head_replicas", head_replicas)
         xdp, dp, pp, pcp, tp = self.shape
         if tp % ratio:
-            raise ValueError(f"ratio={ratio}: must divide tensor_parallel={tp}, so be one of {_divisors(tp)}")
+            raise _no_divisor("ratio", ratio, tp)
         if ratio % head_replicas:
-            raise ValueError(
-                f"head_replicas={head_replicas}: must divide ratio={ratio} so that the {tp // ratio} decode ranks "
-                f"share the heads evenly; one of {_divisors(ratio)}"
+            raise InvalidValueError(
+                "head_replicas",
+                head_replicas,
+                f"must divide {{ratio}} so that the {tp // ratio} decode ranks share the heads evenly; one of {_divisors(ratio)}",
+                ratio=ratio,
             )
         chunk = ratio // head_replicas
         shape = (xdp, dp, pp, pcp, tp // ratio, chunk, head_replicas)
@@ -282,8 +297,8 @@ class Topology:
         tp = self.tensor_parallel
         if k >= tp or tp % k:
             allowed = _divisors(tp)[:-1]
-            rule = f"one of {allowed}" if allowed else "impossible: FlashComm2 needs tensor_parallel > 1"
-            raise ValueError(
-                f"k={k}: FlashComm2 needs tensor_parallel={tp} to be a larger multiple of k, so k must be {rule}"
+            rule = "must divide {tensor_parallel} and be smaller, so be one of " + str(allowed)
+            raise InvalidValueError(
+                "k", k, rule if allowed else "needs {tensor_parallel} to be larger than 1", tensor_parallel=tp
             )
         return tp // k

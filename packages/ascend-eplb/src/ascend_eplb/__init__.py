@@ -3,7 +3,8 @@
 
 from ascend_eplb.cluster import Cluster
 from ascend_eplb.dispatch import log2phy_balanced, received_loads
-from ascend_eplb.formats import load_placement, read_loads, save_placement, select_layers, write_loads
+from ascend_eplb.formats import load_placement, read_loads, save_placement, usual_numbering, write_loads
+from ascend_eplb.layers import LayerMatch, Numbering, fit_layers, match_layers, select_layers
 from ascend_eplb.load import LoadWindow, decayed_load, logical_load, mean_load, merge_ranks, peak_load
 from ascend_eplb.maps import expert_map, expert_map_all, log2phy, log2phy_all, routing_table
 from ascend_eplb.metrics import balancedness, moved_slots, peak_to_mean, rank_loads
@@ -19,7 +20,9 @@ from ascend_eplb.simulate import Score, simulate
 
 __all__ = [
     "Cluster",
+    "LayerMatch",
     "LoadWindow",
+    "Numbering",
     "Placement",
     "Plan",
     "Policy",
@@ -34,12 +37,14 @@ __all__ = [
     "deepseek_assignment",
     "expert_map",
     "expert_map_all",
+    "fit_layers",
     "from_physical_to_logical",
     "load_placement",
     "log2phy",
     "log2phy_all",
     "log2phy_balanced",
     "logical_load",
+    "match_layers",
     "mean_load",
     "merge_ranks",
     "moved_slots",
@@ -61,6 +66,7 @@ __all__ = [
     "spread",
     "transfer_batches",
     "transfer_plan",
+    "usual_numbering",
     "verify_transfers",
     "write_loads",
 ]

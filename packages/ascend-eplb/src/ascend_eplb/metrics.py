@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ascend_eplb.limits import MOST_LOADS, check_limit
 from ascend_eplb.placement import Placement
 
 __all__ = [
@@ -52,7 +53,7 @@ def checked_numbers(value: ArrayLike, name: str, axes: tuple[str, ...]) -> Float
 
     Raises:
         TypeError: not numbers.
-        ValueError: wrong axes, or a value that is NaN, negative or too large; names its place.
+        ValueError: wrong axes, more than 2**28 numbers, or a value that is NaN, negative or too large; names its place.
     """
     wanted = f"[{', '.join(axis + 's' for axis in axes)}]"
     try:
@@ -63,12 +64,15 @@ def checked_numbers(value: ArrayLike, name: str, axes: tuple[str, ...]) -> Float
         raise TypeError(f"{name} must be numbers with the axes {wanted}, not {array.dtype}")
     if array.ndim != len(axes) or 0 in array.shape:
         raise ValueError(f"{name} must have the axes {wanted}, not shape {array.shape}")
-    wrong = ~((array >= 0) & (array <= MOST_LOAD))
+    check_limit(f"{name} of shape {array.shape}", array.size, MOST_LOADS, "numbers")
+    with np.errstate(over="ignore"):  # of a longer type than float64: infinite, and so refused
+        numbers = array.astype(np.float64)
+    wrong = ~((numbers >= 0) & (numbers <= MOST_LOAD))
     if wrong.any():
         index = tuple(np.argwhere(wrong)[0])
         place = ", ".join(f"{axis} {number}" for axis, number in zip(axes, index, strict=True))
         raise ValueError(f"load of {place} is {array[index]}; it must be from 0 to {MOST_LOAD:g}")
-    return array.astype(np.float64)
+    return numbers
 
 
 def rank_loads(placement: Placement, load: ArrayLike) -> FloatArray:

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ascend_eplb.limits import MOST_LAYER_ID, MOST_SLOTS, check_limit
+from ascend_eplb.ranges import as_ranges
+
 __all__ = ["IntArray", "Placement", "checkpoint", "from_physical_to_logical", "spread"]
 
 IntArray = NDArray[np.int32]
@@ -26,13 +29,14 @@ class Placement:
     Args:
         physical_to_logical: int `[L, R, K]`, the logical expert in each slot. Kept as a read-only int32 copy.
         num_experts: E. 0, the default, takes the highest id + 1.
-        layer_ids: the model-global number of each layer, ascending. Empty, the default, means 0..L-1.
+        layer_ids: the number of each layer, ascending. Empty, the default, means 0..L-1. Files number layers in two ways,
+            which `match_layers` tells apart.
 
     Raises:
         TypeError: `physical_to_logical`, `num_experts` or `layer_ids` do not hold integers.
         ValueError: not three axes or an empty one, ranks with unequal numbers of slots, an id outside 0..E-1, an expert
-            twice on a rank or on no rank, or `layer_ids` that do not number the layers. The message names layer, rank,
-            slot and value.
+            twice on a rank or on no rank, more than 2**22 slots over all layers, or `layer_ids` that do not number the
+            layers. The message names layer, rank, slot and value.
 
     Complexity: O(L * S log K).
     """
@@ -42,7 +46,7 @@ class Placement:
     layer_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Copy, freeze and check."""
+        """Keep a checked, read-only copy of the arguments."""
         ids = _as_ids(self.physical_to_logical)
         experts = _check_int("num_experts", self.num_experts, 0) or int(ids.max()) + 1
         layer_ids = tuple(_check_int("layer_ids", layer, 0) for layer in self.layer_ids) or tuple(range(ids.shape[0]))
@@ -86,14 +90,15 @@ class Placement:
         return replica_counts(self.physical_to_logical.reshape(self.layers, -1), self.num_experts)
 
     def layer(self, layer_id: int) -> IntArray:
-        """The `[R, K]` slots of the layer with this model-global number.
+        """The `[R, K]` slots of the layer with this number.
 
         Raises:
             KeyError: there is no such layer.
         """
         if layer_id not in self.layer_ids:
-            known = f"{self.layer_ids[0]}..{self.layer_ids[-1]}"
-            raise KeyError(f"layer_id={layer_id} is not in this placement, which has layers {known}")
+            raise KeyError(
+                f"layer_id={layer_id} is not in this placement, which has layers {as_ranges(self.layer_ids)}"
+            )
         return np.asarray(self.physical_to_logical[self.layer_ids.index(layer_id)])
 
     def __eq__(self, other: object) -> bool:
@@ -166,7 +171,7 @@ def from_physical_to_logical(
         physical_to_logical: int `[L, S]` or `[S]` (one layer): the logical expert of each physical slot, rank by rank.
         ranks: R, which divides S.
         num_experts: E. 0 takes the highest id + 1.
-        layer_ids: model-global layer numbers. Empty means 0..L-1.
+        layer_ids: as for `Placement`.
 
     Raises:
         TypeError, ValueError: wrong axes, R does not divide S, or whatever `Placement` refuses.
@@ -208,6 +213,8 @@ def _check_shape(num_experts: int, ranks: int, redundant: int, layers: int) -> i
     _check_int("redundant", redundant, 0)
     _check_int("layers", layers, 1)
     total = num_experts + redundant
+    given = f"num_experts={num_experts}, redundant={redundant}, ranks={ranks}, layers={layers}"
+    check_limit(given, max(total, ranks) * layers, MOST_SLOTS, "slots over all layers")
     if total % ranks:
         more = -total % ranks
         raise ValueError(
@@ -234,6 +241,7 @@ def _as_ids(array: Any) -> IntArray:
         raise ValueError(f"physical_to_logical must have the axes [layers, ranks, slots], not shape {ids.shape}")
     if 0 in ids.shape:
         raise ValueError(f"physical_to_logical of shape {ids.shape} has an empty axis")
+    check_limit(f"physical_to_logical of shape {ids.shape}", ids.size, MOST_SLOTS, "slots over all layers")
     for value in (ids.min(), ids.max()):
         if not -(2**31) <= value < 2**31:
             raise ValueError(f"physical_to_logical holds {value}, which is no expert id")
@@ -258,8 +266,11 @@ def _where_unequal(layers: Any) -> str:
 def _check_layer_ids(layer_ids: tuple[int, ...], layers: int) -> None:
     if len(layer_ids) != layers:
         raise ValueError(f"layer_ids names {len(layer_ids)} layers, physical_to_logical has {layers}")
-    if any(a >= b for a, b in pairwise(layer_ids)):
-        raise ValueError(f"layer_ids={layer_ids} must be ascending")
+    for before, after in pairwise(layer_ids):
+        if before >= after:
+            raise ValueError(f"layer_ids must be ascending, but {after} follows {before}")
+    if layer_ids[-1] > MOST_LAYER_ID:
+        raise ValueError(f"layer_ids holds {layer_ids[-1]}; a layer number is at most {MOST_LAYER_ID}")
 
 
 def _check_range(ids: IntArray, experts: int, layer_ids: tuple[int, ...]) -> None:

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ascend_comm import CommGroup
+from ascend_comm import CommGroup, InvalidValueError
 
 from ascend_linear.layer_shard import LayerShard
 
@@ -43,11 +43,16 @@ class MoeLayers:
     def __post_init__(self) -> None:
         """Check the numbers."""
         if self.routed_experts < 0:
-            raise ValueError(f"routed_experts={self.routed_experts}: must be at least 0")
+            raise InvalidValueError("routed_experts", self.routed_experts, "must be at least 0")
         if self.first_k_dense_replace is not None and self.first_k_dense_replace < 0:
-            raise ValueError(f"first_k_dense_replace={self.first_k_dense_replace}: must be at least 0, or None")
+            raise InvalidValueError("first_k_dense_replace", self.first_k_dense_replace, "must be at least 0, or None")
         if self.moe_layer_freq < 1:
-            raise ValueError(f"moe_layer_freq={self.moe_layer_freq}: must be at least 1")
+            raise InvalidValueError("moe_layer_freq", self.moe_layer_freq, "must be at least 1")
+
+
+def _ranks(group: CommGroup | None) -> int:
+    """How many ranks a group has; 0 without one."""
+    return 0 if group is None else group.world_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,57 +100,90 @@ class LinearEnv:
         """Check every rule."""
         tp = self.tp.world_size
         if self.dp_rank < 0:
-            raise ValueError(f"dp_rank={self.dp_rank}: must be at least 0")
+            raise InvalidValueError("dp_rank", self.dp_rank, "must be at least 0")
         if self.otp is not None and tp != 1:
-            raise ValueError(
-                f"otp of {self.otp.world_size} ranks: oproj-TP needs tp of 1 rank, got {tp}; use FlashComm2"
-            )
+            raise InvalidValueError("otp", self.otp.world_size, "needs {tp} to be 1; use FlashComm2 instead", tp=tp)
         if self.enable_flashcomm1 and tp == 1:
-            raise ValueError("enable_flashcomm1=True: needs tp of more than 1 rank, got 1")
+            raise InvalidValueError("enable_flashcomm1", True, "needs {tp} to be larger than 1", tp=tp)
         if self.enable_dsa_cp and not self.enable_flashcomm1:
-            raise ValueError("enable_dsa_cp=True: needs enable_flashcomm1=True")
+            raise InvalidValueError(
+                "enable_dsa_cp", True, "cannot be used with {enable_flashcomm1}; turn that on", enable_flashcomm1=False
+            )
         self._check_fusion(tp)
         self._check_flashcomm2(tp)
 
     def _check_fusion(self, tp: int) -> None:
         if self.enable_matmul_allreduce:
-            if self.enable_flashcomm1 or self.flashcomm2_odp is not None:
-                raise ValueError(
-                    "enable_matmul_allreduce=True: excludes enable_flashcomm1 and FlashComm2 (flashcomm2_odp), "
-                    "which replace the all-reduce"
-                )
+            replaced = {"enable_flashcomm1": self.enable_flashcomm1, "flashcomm2_odp": _ranks(self.flashcomm2_odp)}
+            for option, value in replaced.items():
+                if value:
+                    rule = f"cannot be used with {{{option}}}, which replaces the all-reduce; turn one of the two off"
+                    raise InvalidValueError("enable_matmul_allreduce", True, rule, **{option: value})
             if tp not in _MATMUL_ALLREDUCE_RANKS:
-                raise ValueError(f"enable_matmul_allreduce=True: tp must be one of {_MATMUL_ALLREDUCE_RANKS}, got {tp}")
+                raise InvalidValueError(
+                    "enable_matmul_allreduce", True, f"needs {{tp}} to be one of {_MATMUL_ALLREDUCE_RANKS}", tp=tp
+                )
         if self.enable_matmul_reduce_scatter:
             if not self.enable_flashcomm1:
-                raise ValueError("enable_matmul_reduce_scatter=True: needs enable_flashcomm1=True")
+                raise InvalidValueError(
+                    "enable_matmul_reduce_scatter",
+                    True,
+                    "cannot be used with {enable_flashcomm1}; turn that on",
+                    enable_flashcomm1=False,
+                )
             if self.moe.routed_experts:
-                raise ValueError(
-                    "enable_matmul_reduce_scatter=True: for dense models only, "
-                    f"got routed_experts={self.moe.routed_experts}"
+                raise InvalidValueError(
+                    "enable_matmul_reduce_scatter",
+                    True,
+                    "needs a dense model, but has {routed_experts}",
+                    routed_experts=self.moe.routed_experts,
                 )
             if tp not in _MATMUL_REDUCE_SCATTER_RANKS:
-                raise ValueError(
-                    f"enable_matmul_reduce_scatter=True: tp must be one of {_MATMUL_REDUCE_SCATTER_RANKS}, got {tp}"
+                raise InvalidValueError(
+                    "enable_matmul_reduce_scatter",
+                    True,
+                    f"needs {{tp}} to be one of {_MATMUL_REDUCE_SCATTER_RANKS}",
+                    tp=tp,
                 )
 
     def _check_flashcomm2(self, tp: int) -> None:
         if self.o_shard is not None and (self.flashcomm2_odp is None or "o_proj" not in self.layer_sharding):
-            raise ValueError("o_shard: needs FlashComm2 (flashcomm2_odp) with layer_sharding=('o_proj',)")
+            raise InvalidValueError(
+                "o_shard",
+                self.o_shard.group.world_size,
+                "needs {flashcomm2_odp} to be 2 or more, and {layer_sharding} to be ('o_proj',)",
+                flashcomm2_odp=_ranks(self.flashcomm2_odp),
+                layer_sharding=self.layer_sharding,
+            )
         if self.flashcomm2_odp is None:
             if self.flashcomm2_otp is not None:
-                raise ValueError(f"flashcomm2_otp of {self.flashcomm2_otp.world_size} ranks: needs flashcomm2_odp too")
+                raise InvalidValueError(
+                    "flashcomm2_otp",
+                    _ranks(self.flashcomm2_otp),
+                    "needs {flashcomm2_odp} to be 2 or more too",
+                    flashcomm2_odp=0,
+                )
             return
         odp, k = self.flashcomm2_odp.world_size, self.flashcomm2_size
         if self.otp is not None:
-            raise ValueError("flashcomm2_odp and otp: FlashComm2 and oproj-TP both cut o_proj; leave one of them None")
+            raise InvalidValueError(
+                "flashcomm2_odp",
+                odp,
+                "cannot be used with {otp}: both cut o_proj; leave one of them out",
+                otp=_ranks(self.otp),
+            )
         if odp < 2 or odp * k != tp:
-            raise ValueError(
-                f"flashcomm2_odp of {odp} ranks and flashcomm2_otp of {k}: "
-                f"their product must be the {tp} ranks of tp, with 2 or more in odp"
+            raise InvalidValueError(
+                "flashcomm2_odp",
+                odp,
+                "must be 2 or more, and its product with {flashcomm2_otp} must be {tp}",
+                flashcomm2_otp=k,
+                tp=tp,
             )
         if set(self.layer_sharding) - {"o_proj"}:
-            raise ValueError(f"layer_sharding={self.layer_sharding!r}: with FlashComm2 only ('o_proj',) is allowed")
+            raise InvalidValueError(
+                "layer_sharding", self.layer_sharding, "must be ('o_proj',) or empty with FlashComm2"
+            )
 
     @property
     def flashcomm2_size(self) -> int:

@@ -21,6 +21,7 @@ class Model:
         moe: which layers are MoE layers; `moe.routed_experts` is 0 for a dense model.
         latent_attention: whether attention runs as multi-head latent attention (MLA).
         moe_layer_ids: the decoder layers that are MoE layers, ascending.
+        decoder_layers: how many decoder layers it has; 0 where unknown.
         experts_per_token: routed experts that a token passes; 0 where unknown.
         shared_experts: whether its MoE layers have shared experts.
         multimodal: whether it embeds more than tokens.
@@ -34,6 +35,7 @@ class Model:
 
     moe: MoeLayers = field(default_factory=MoeLayers)
     moe_layer_ids: tuple[int, ...] = ()
+    decoder_layers: int = 0
     experts_per_token: int = 0
     latent_attention: bool = False
     shared_experts: bool = False
@@ -80,6 +82,7 @@ class Model:
                 moe_layer_freq=every if regular else 1,
             ),
             "moe_layer_ids": tuple(layer for layer in range(layers) if _has_experts(layer, get)),
+            "decoder_layers": number("num_hidden_layers"),
             "experts_per_token": number("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"),
             "hidden": number("hidden_size"),
             "shared_experts": bool(get("n_shared_experts", "shared_expert_intermediate_size", default=0)),

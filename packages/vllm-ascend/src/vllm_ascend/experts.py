@@ -152,8 +152,8 @@ class MoeContext:
         self._comms: dict[tuple[Any, ...], LayerComm] = {}
         self._placement = ExpertPlacement(
             placement,
-            layout=options.layout,
-            moe_layer_ids=deployment.model.moe_layer_ids,
+            options=options,
+            decoder_layers=deployment.model.decoder_layers,
             rank=groups.ep.rank_in_group,
             tp_size=deployment.topology.tensor_parallel,
             replica=groups.dp.rank_in_group,

@@ -8,31 +8,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import NoReturn, cast
 
-from ascend_comm import CommGroup, GroupConfig, group_of
+from ascend_comm import CommGroup, GroupConfig, InvalidValueError, group_of
 from ascend_linear import LayerShard, LinearEnv
 
 from vllm_ascend.config import AscendConfig, FinegrainedTP
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb import placement
-from vllm_ascend.findings import found_by, refuse
+from vllm_ascend.findings import refuse
 
 __all__ = ["broken", "check", "group_config", "linear_env", "planned_env"]
 
-# What the libraries' messages call a thing -> what the user calls it.
-_IN_USERS_WORDS = {
+# Fields of the libraries' configs -> the options that they come from.
+_OPTIONS = {
     "otp": "finegrained_tp_config.oproj_tensor_parallel_size",
     "lmhead_tp": "finegrained_tp_config.lmhead_tensor_parallel_size",
     "embed_tp": "finegrained_tp_config.embedding_tensor_parallel_size",
     "mlp_tp": "finegrained_tp_config.mlp_tensor_parallel_size",
     "flashcomm2": "flashcomm2_parallel_size",
     "flashcomm2_odp": "flashcomm2_parallel_size",
-    "tensor_parallel": "tensor_parallel_size",
+    "flashcomm2_otp": "flashcomm2_parallel_size",
+    "o_shard": "layer_sharding",
+    "weight_shards": "layer_sharding",
     "tp": "tensor_parallel_size",
+    "tensor_parallel": "tensor_parallel_size",
     "data_parallel": "data_parallel_size",
     "pipeline_parallel": "pipeline_parallel_size",
+    "prefill_context_parallel": "prefill_context_parallel_size",
 }
 _VOCABULARY_PADDING = 64  # vLLM pads the vocabulary to a multiple of it
 _MATMUL_REDUCE_SCATTER_RANKS = (2, 4, 8)  # of the fused kernel
@@ -66,9 +71,11 @@ def broken(config: AscendConfig, deployment: Deployment) -> Iterator[str]:
     found = list(_broken_rules(config, deployment))
     yield from found
     named = {option for finding in found for option in _options_in(finding)}
-    for finding in found_by(lambda: planned_env(config, deployment)):
-        if not named & _options_in(finding):
-            yield finding
+    try:
+        planned_env(config, deployment)
+    except InvalidValueError as error:
+        if not named & {name for field in error.fields for name in field.split(".")}:
+            yield error.phrased()
     yield from placement.broken(config.eplb_config, deployment)
 
 
@@ -81,9 +88,9 @@ def _options_in(finding: str) -> set[str]:
 def group_config(
     config: AscendConfig, deployment: Deployment, hccl_buffsize_mb: int = 200, *, mc2: bool = False
 ) -> GroupConfig:
-    """The groups to build beside vLLM's own. ValueError, in the user's words, for sizes that do not fit."""
+    """The groups to build beside vLLM's own. InvalidValueError, which names options, for sizes that do not fit."""
     fine = config.finegrained_tp_config
-    with _UsersWords():
+    with _as_options():
         return GroupConfig(
             topology=deployment.topology,
             mc2=mc2,
@@ -106,11 +113,11 @@ def linear_env(
     groups: Mapping[str, CommGroup],
     dp_rank: int,
 ) -> LinearEnv:
-    """What the linear ops of one rank are told. ValueError, in the user's words, for options that do not fit."""
+    """What the linear ops of one rank are told. InvalidValueError, which names options, for options that do not fit."""
     ranks, model = deployment.topology.tensor_parallel, deployment.model
     fused = model.half_precision and not model.moe.routed_experts and ranks in _MATMUL_REDUCE_SCATTER_RANKS
     streams_o_proj = config.flashcomm2_parallel_size > 0 and "o_proj" in config.layer_sharding
-    with _UsersWords():
+    with _as_options():
         return LinearEnv(
             tp=tp,
             mlp_tp=groups.get("mlp_tp"),
@@ -140,18 +147,13 @@ def planned_env(config: AscendConfig, deployment: Deployment, rank: int = 0) -> 
     return linear_env(config, deployment, tp=tp, groups=groups, dp_rank=top.coordinates(rank).data)
 
 
-class _UsersWords:
-    """Context in which a library's ValueError names options as the user does."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError):
-            said = re.sub(
-                r"[a-z0-9_]+(?=\W)", lambda word: _IN_USERS_WORDS.get(word.group(), word.group()), f"{error} "
-            )
-            raise ValueError(said.strip()) from None
+@contextmanager
+def _as_options() -> Iterator[None]:
+    """Let an InvalidValueError of a library name options, as the user gave them, and not the library's fields."""
+    try:
+        yield
+    except InvalidValueError as error:
+        raise error.renamed(_OPTIONS) from None
 
 
 def _broken_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]:

@@ -11,16 +11,19 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from ascend_eplb.cli.options import AsJson, Experts, File, RanksOfFile
-from ascend_eplb.cli.output import print_error, print_json, print_summary
+from ascend_eplb.cli.options import AsJson, Experts, File, MoeLayers, RanksOfFile
+from ascend_eplb.cli.output import check_outputs, discard, print_error, print_json, print_summary
 from ascend_eplb.cli.planning import plan, simulate
 from ascend_eplb.cli.render import placement_table, rank_table
-from ascend_eplb.formats import load_placement, read_loads, save_placement
+from ascend_eplb.formats import load_placement, read_loads, save_placement, usual_numbering
+from ascend_eplb.layers import fit_layers
 from ascend_eplb.load import mean_load
 from ascend_eplb.maps import expert_map
 from ascend_eplb.metrics import balancedness, rank_loads
-from ascend_eplb.placement import checkpoint, spread
+from ascend_eplb.placement import Placement, checkpoint, spread
+from ascend_eplb.ranges import parse_ranges
 
 __all__ = ["run"]
 
@@ -33,21 +36,38 @@ app = typer.Typer(
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 is success, 1 invalid input or usage, with the reason on standard error."""
+    """Run a command; 0 is success, 1 invalid input or usage, with the reason on standard error.
+
+    Where the reader of standard output has closed it, as `head` does, the status is 1 without a message, as typer has it.
+    Where standard output was closed from the start, nothing is printed, as with Python's own `print`.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="replace")  # a terminal that knows no box characters gets question marks, not an error
     try:
-        status = app(args=arguments, standalone_mode=False, prog_name="ascend-eplb")
+        status = _run(arguments)
         sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # rich exits where a pipe is closed
+        discard(sys.stdout)
+        return 1
+    except OSError as error:
+        discard(sys.stdout)
+        print_error(f"standard output: {_reason(error)}")
+        return 1
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    """The status of a command, after its error has been printed. Raises OSError where standard output cannot be written to."""
+    try:
+        status = app(args=arguments, standalone_mode=False, prog_name="ascend-eplb")
     except (typer.Abort, KeyboardInterrupt):
         print_error("interrupted")
         return 1
-    except BrokenPipeError:  # the reader has seen enough; nothing is left to say, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
-        if not _is_expected(error):
+        if not _is_expected(error) or (isinstance(error, OSError) and error.filename is None):  # files are always named
             raise
         if reason := _reason(error):  # empty where typer has printed the help already
             print_error(reason)
@@ -91,10 +111,15 @@ def generate(
 
 
 @app.command()
-def check(file: File, ranks: RanksOfFile = None, experts: Experts = 0, as_json: AsJson = False) -> None:
+def check(
+    file: File, ranks: RanksOfFile = None, experts: Experts = 0, moe_layers: MoeLayers = "", as_json: AsJson = False
+) -> None:
     """Validate a placement; exit status 1 says what is wrong and where."""
     placement = load_placement(file, ranks=ranks, num_experts=experts)
-    print_summary(placement, f"{file} is valid", as_json, valid=True, file=str(file))
+    fields: dict[str, Any] = {}
+    if moe_layers:
+        placement, fields = _fit(placement, file, moe_layers, as_json)
+    print_summary(placement, f"{file} is valid", as_json, valid=True, file=str(file), **fields)
 
 
 @app.command()
@@ -141,13 +166,38 @@ def convert(
     output: Annotated[Path, typer.Argument(help="File to write; its ending is the format.", show_default=False)],
     ranks: RanksOfFile = None,
     experts: Experts = 0,
-    layers: Annotated[int | None, typer.Option(help="Layers wanted; those the file lacks take the default.")] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Layers 0 to this less 1, as the file numbers them; those it lacks take the default."),
+    ] = None,
+    moe_layers: MoeLayers = "",
     as_json: AsJson = False,
 ) -> None:
-    """Rewrite a placement in another format."""
+    """Rewrite a placement in another format, or with other layer numbers."""
+    check_outputs({"OUTPUT": output}, {"FILE": file})
+    if layers is not None and moe_layers:
+        raise ValueError(f"--layers={layers} and --moe-layers={moe_layers} exclude each other: give one of them")
     placement = load_placement(file, ranks=ranks, num_experts=experts, layers=layers)
+    fields: dict[str, Any] = {}
+    if moe_layers:
+        placement, fields = _fit(placement, file, moe_layers, as_json)
     save_placement(placement, output)
-    print_summary(placement, f"wrote {output}", as_json, file=str(output))
+    print_summary(placement, f"wrote {output}", as_json, file=str(output), **fields)
+
+
+def _fit(placement: Placement, file: Path, moe_layers: str, as_json: bool) -> tuple[Placement, dict[str, Any]]:
+    """The placement of these MoE layers; says how the file's layer numbers were read, or returns it as JSON fields."""
+    try:
+        model_layers = parse_ranges(moe_layers)
+    except ValueError as error:
+        raise ValueError(f"--moe-layers={error}") from error
+    try:
+        fitted, match = fit_layers(placement, model_layers, usual=usual_numbering(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not as_json:
+        Console().print(Text(f"{file}: {match}"), soft_wrap=True)
+    return fitted, {"numbering": match.numbering.name.lower(), "lacking": match.lacking, "unused": match.unused}
 
 
 def _is_expected(error: Exception) -> bool:

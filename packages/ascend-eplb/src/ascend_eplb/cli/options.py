@@ -19,6 +19,7 @@ __all__ = [
     "HalfLife",
     "LayerMoves",
     "Load",
+    "MoeLayers",
     "Moves",
     "Nodes",
     "Policy",
@@ -41,6 +42,13 @@ Groups = Annotated[int, typer.Option(help="Expert groups, bound to nodes where n
 HalfLife = Annotated[float | None, typer.Option(help="Steps for --weighting decayed; a quarter of all by default.")]
 LayerMoves = Annotated[int | None, typer.Option("--max-moves-per-layer", help="Most slots that may move in a layer.")]
 Load = Annotated[Path, typer.Option(help="Load dump: .npy, .npz or load_history .json.", show_default=False)]
+MoeLayers = Annotated[
+    str,
+    typer.Option(
+        "--moe-layers",
+        help="Decoder layers that are MoE layers, as 3-60: finds them in the file, whose numbers may be these or positions.",
+    ),
+]
 Moves = Annotated[int | None, typer.Option("--max-moves", help="Most slots that may move, over all layers.")]
 Nodes = Annotated[int, typer.Option(help="Nodes of equally many ranks.")]
 Policy = Annotated[str, typer.Option(help=f"One of {_POLICIES}; balanced, or incremental under a move limit.")]

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from ascend_eplb.cli import options as option
-from ascend_eplb.cli.output import errors, print_json
+from ascend_eplb.cli.output import check_outputs, errors, print_json
 from ascend_eplb.cli.plot import check_plot, plot_rank_loads, plot_scores
 from ascend_eplb.cli.render import plan_table, score_table
 from ascend_eplb.formats import load_placement, read_loads, save_placement
@@ -28,6 +28,8 @@ from ascend_eplb.policies.base import Problem
 from ascend_eplb.simulate import simulate as replay
 
 __all__ = ["plan", "simulate"]
+
+_MOST_EXPERT_MB = 1_000_000  # a terabyte
 
 
 def plan(
@@ -52,8 +54,9 @@ def plan(
     as_json: option.AsJson = False,
 ) -> None:
     """Place experts for a load; says what it gains, and what moves where there is a placement in force."""
-    if not 0 <= expert_mb < float("inf"):
-        raise ValueError(f"--expert-mb={expert_mb} must be finite and not negative")
+    check_outputs({"--output": output, "--plot": plot}, {"--load": load, "--from": old})
+    if not 0 <= expert_mb <= _MOST_EXPERT_MB:
+        raise ValueError(f"--expert-mb={expert_mb} must be from 0 to {_MOST_EXPERT_MB}")
     if plot is not None:
         check_plot(plot)
     load_LE = _weigh(weighting, half_life, risk)(read_loads(load))
@@ -109,6 +112,7 @@ def simulate(
     as_json: option.AsJson = False,
 ) -> None:
     """Replay recorded loads: plan on one window, score on the next. Move limits are for each window."""
+    check_outputs({"--plot": plot}, {"--load": load, "--from": old})
     if plot is not None:
         check_plot(plot)
     history = read_loads(load)

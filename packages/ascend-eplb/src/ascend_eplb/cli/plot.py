@@ -26,7 +26,7 @@ def check_plot(path: Path) -> None:
         OSError: the folder is missing.
     """
     _figure(1, 1)
-    if not path.resolve().parent.is_dir():
+    if not Path(os.path.realpath(path)).parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from ascend_eplb.formats.arrays import read_arrays, write_arrays
 from ascend_eplb.formats.ascend_json import read_ascend_json, write_ascend_json
 from ascend_eplb.formats.loads import read_loads, write_loads
 from ascend_eplb.formats.tensorrt import read_tensorrt_yaml, write_tensorrt_yaml
-from ascend_eplb.placement import Placement, spread
+from ascend_eplb.layers import Numbering, select_layers
+from ascend_eplb.placement import Placement
 
-__all__ = ["load_placement", "read_loads", "save_placement", "select_layers", "write_loads"]
+__all__ = ["load_placement", "read_loads", "save_placement", "usual_numbering", "write_loads"]
 
 _KINDS = ".json (Ascend map), .npz or .npy (DeepSeek arrays), .yaml or .yml (TensorRT-LLM)"
 
@@ -29,8 +27,8 @@ def load_placement(
         path: a file ending in .json (Ascend map), .npz or .npy (DeepSeek-style arrays) or .yaml/.yml (TensorRT-LLM).
         ranks: R, for formats that do not say it (TensorRT-LLM, foreign arrays). Elsewhere it must agree with the file.
         num_experts: E. 0 takes the highest id + 1.
-        layers: the model-global numbers of the layers wanted, or how many (0..layers-1). Layers that the file lacks
-            (MTP drafts, say) get the default, `spread`, with a notice in the log. None takes the file as it is.
+        layers: the numbers, as the file has them, of the layers wanted, or how many (0..layers-1): see `select_layers`.
+            None takes all layers of the file. To find the layers of a model in a file, see `fit_layers`.
 
     Raises:
         OSError: the file cannot be read.
@@ -54,7 +52,7 @@ def load_placement(
             raise ValueError(f"a placement file ends in {_KINDS}")
         if ranks is not None and placement.ranks != ranks:
             raise ValueError(f"holds {placement.ranks} ranks, ranks={ranks} was asked for")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MemoryError) as error:
         raise ValueError(f"{path}: {error}") from error
     return placement if layers is None else select_layers(placement, layers)
 
@@ -86,29 +84,14 @@ def save_placement(placement: Placement, path: str | Path) -> None:
         raise ValueError(f"{path}: a placement is written to {_KINDS.replace(' or .npy', '')}")
 
 
-def select_layers(placement: Placement, layers: int | Sequence[int]) -> Placement:
-    """The layers with these model-global numbers; those that the placement lacks are `spread`, with a notice.
+def usual_numbering(path: str | Path) -> Numbering:
+    """How files of this format number layers, for where a file's layers can be read in both ways.
 
-    Raises:
-        ValueError: `layers` is empty or not ascending.
+    TensorRT-LLM's YAML holds decoder layer numbers. The readers of the Ascend map take its layers for positions among
+    the MoE layers, as rows of arrays are.
 
-    Complexity: O(L * S).
+    Complexity: O(1). No errors.
 
-    Source: this project; draft layers (MTP) come after the model's own.
+    Source: TensorRT-LLM's load balancer; vLLM-Ascend's expert map loader.
     """
-    wanted = tuple(range(layers)) if isinstance(layers, int) else tuple(layers)
-    if not wanted:
-        raise ValueError(f"layers={layers} asks for no layer")
-    missing = [layer for layer in wanted if layer not in placement.layer_ids]
-    if missing:
-        logging.getLogger("ascend_eplb").warning(
-            "The placement has layers %d..%d; layers %s take the default placement (spread).",
-            placement.layer_ids[0], placement.layer_ids[-1], ", ".join(map(str, missing)),
-        )  # fmt: skip
-    default = spread(num_experts=placement.num_experts, ranks=placement.ranks, redundant=placement.redundant)
-    row = {layer: index for index, layer in enumerate(placement.layer_ids)}
-    ids = [
-        placement.physical_to_logical[row[layer]] if layer in row else default.physical_to_logical[0]
-        for layer in wanted
-    ]
-    return Placement(np.stack(ids), placement.num_experts, wanted)
+    return Numbering.DECODER if Path(path).suffix.lower() in (".yaml", ".yml") else Numbering.POSITION

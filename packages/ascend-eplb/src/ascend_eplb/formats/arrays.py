@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ascend_eplb.formats.atomic import write_atomically
+from ascend_eplb.formats.parse import parse_file
+from ascend_eplb.limits import MOST_BYTES, check_limit
 from ascend_eplb.maps import replica_table
 from ascend_eplb.placement import IntArray, Placement, from_physical_to_logical
 
@@ -76,17 +77,21 @@ def read_numpy(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz by name; the one of an .npy under the name "".
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: no NumPy file, a damaged one, or one that holds Python objects.
+        OSError, ValueError: as `parse_file`, also for arrays of Python objects, which could run code when loaded.
     """
-    with path.open("rb") as file:
-        try:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return {"": loaded}
-            return {name: np.asarray(loaded[name]) for name in loaded.files}
-        except (ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"not a NumPy file of plain arrays: {error}") from error
+    return parse_file(path, "a NumPy file of plain arrays", _parse)
+
+
+def _parse(content: bytes) -> dict[str, NDArray[Any]]:
+    if content.startswith(b"\x93NUMPY"):
+        return {"": np.asarray(np.load(io.BytesIO(content), allow_pickle=False))}
+    if not content.startswith(b"PK"):
+        raise ValueError("it starts neither as an array nor as an archive of arrays")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:  # which inflates no member beyond the size that it declares
+        size = sum(member.file_size for member in archive.infolist())
+    check_limit("the archive is too large when unpacked", size, MOST_BYTES, "bytes")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return {name: np.asarray(arrays[name]) for name in arrays.files}
 
 
 def _check_derived(placement: Placement, arrays: dict[str, NDArray[Any]]) -> None:

@@ -8,10 +8,13 @@ every error names the JSON path.
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from ascend_eplb.formats.atomic import write_atomically
+from ascend_eplb.formats.parse import parse_file
+from ascend_eplb.limits import MOST_LAYER_ID
 from ascend_eplb.placement import Placement
 
 __all__ = ["from_document", "read_ascend_json", "read_json", "to_document", "write_ascend_json"]
@@ -26,14 +29,9 @@ def read_json(path: Path) -> Any:
     """The parsed file.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: no JSON, nested too deeply, or an object that has a key twice.
+        OSError, ValueError: as `parse_file`, also for an object that has a key twice.
     """
-    text = path.read_bytes()
-    try:
-        return json.loads(text, object_pairs_hook=_no_duplicate_keys)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
+    return parse_file(path, "JSON", lambda content: json.loads(content, object_pairs_hook=_no_duplicate_keys))
 
 
 def write_ascend_json(placement: Placement, path: Path) -> None:
@@ -104,11 +102,11 @@ def _devices(entry: Any, path: str) -> list[list[int]]:
             raise ValueError(f"{here}.device_id is {device_id}; the ids must be 0..{count - 1}, each once")
         experts = _list(_field(device, "device_expert", here), f"{here}.device_expert")
         devices[device_id] = [_integer(e, f"{here}.device_expert[{slot}]") for slot, e in enumerate(experts)]
+        first: dict[int, int] = {}
         for slot, expert in enumerate(devices[device_id]):
-            first = devices[device_id].index(expert)
-            if first != slot:
+            if first.setdefault(expert, slot) != slot:
                 raise ValueError(
-                    f"{here}.device_expert[{slot}]: expert {expert} is already in slot {first} of this device"
+                    f"{here}.device_expert[{slot}]: expert {expert} is already in slot {first[expert]} of this device"
                 )
     return [devices[device_id] for device_id in range(count)]
 
@@ -135,20 +133,25 @@ def _field(entry: Any, name: str, path: str) -> Any:
 
 def _list(value: Any, path: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{path} must be a list with at least one entry, not {str(value)[:40]}")
+        raise ValueError(f"{path} must be a list with at least one entry, not {_short(value)}")
     return value
 
 
+def _short(value: Any) -> str:
+    """A value in at most about 40 characters, however large or deeply nested it is."""
+    return reprlib.repr(value)
+
+
 def _integer(value: Any, path: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-        raise ValueError(f"{path} must be a whole number >= 0, not {str(value)[:40]}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_LAYER_ID:
+        raise ValueError(f"{path} must be a whole number from 0 to {MOST_LAYER_ID}, not {_short(value)}")
     return value
 
 
 def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {twice!r} twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"an object has the key {name[:40]!r} twice")
+        result[name] = value
     return result

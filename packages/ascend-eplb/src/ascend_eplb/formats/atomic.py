@@ -20,9 +20,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         OSError: the folder is missing or not writable, or `path` is no regular file; names `path`. Nothing is left
             behind and an old file stays as it was.
     """
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
+        if target.is_symlink():  # what no path can be followed to the end of
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         mode = target.stat().st_mode & 0o777 if target.exists() else None
         if mode is not None and not target.is_file():
             raise OSError(errno.EINVAL, "Not a regular file")

@@ -41,7 +41,7 @@ def read_loads(path: str | Path) -> FloatArray:
         raise ValueError(f"{path}: a load file ends in .npy, .npz or .json")
     try:
         return as_history(_from_json(path) if kind == ".json" else _from_numpy(path))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MemoryError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -58,13 +58,13 @@ def write_loads(history: ArrayLike, path: str | Path) -> None:
     """
     path = Path(path)
     history_TLE = as_history(history)
-    buffer = io.BytesIO()
-    if path.suffix == ".json":
+    buffer, kind = io.BytesIO(), path.suffix.lower()
+    if kind == ".json":
         steps = [{"logical_expert_load": step} for step in history_TLE.tolist()]
         buffer.write(json.dumps({"load_history": steps}).encode())
-    elif path.suffix == ".npy":
+    elif kind == ".npy":
         np.save(buffer, history_TLE)
-    elif path.suffix == ".npz":
+    elif kind == ".npz":
         np.savez(buffer, load=history_TLE)
     else:
         raise ValueError(f"{path}: loads are written to .npy, .npz or .json")

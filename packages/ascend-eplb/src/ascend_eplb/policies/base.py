@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ascend_eplb.limits import MOST_HELD, MOST_SLOTS, check_limit
 from ascend_eplb.metrics import FloatArray, as_load
 from ascend_eplb.placement import Placement
 
@@ -54,7 +55,7 @@ class Problem:
     target: float = 0.982
 
     def __post_init__(self) -> None:
-        """Check everything once, so that no policy has to."""
+        """Check all arguments, so that policies need not."""
         load_LE = as_load(self.load)
         load_LE.flags.writeable = False
         object.__setattr__(self, "load", load_LE)
@@ -86,6 +87,11 @@ class Problem:
                 f"slots={self.slots} gives each of ranks={self.ranks} {self.slots // self.ranks} slots for {experts} "
                 f"experts, which forces two replicas of one on a rank; at most slots={experts * self.ranks} is possible"
             )
+        given = f"layers={self.layers}, ranks={self.ranks}, slots={self.slots}"
+        check_limit(given, self.layers * self.slots, MOST_SLOTS, "slots over all layers")
+        check_limit(
+            f"{given}, experts={experts}", self.layers * self.ranks * experts, MOST_HELD, "layers x ranks x experts"
+        )
         if self.ranks % self.nodes:
             raise ValueError(f"nodes={self.nodes} must divide ranks={self.ranks}")
         if experts % self.groups:

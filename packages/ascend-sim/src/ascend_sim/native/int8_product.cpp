@@ -3,6 +3,9 @@
 // The int8 matrix product, exact in int32.
 #include <ATen/ops/_int_mm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+
+#include <algorithm>
 
 #include "moe.h"
 
@@ -44,15 +47,25 @@ void by_columns(const int8_t* a, const int8_t* b, int32_t* out, int64_t m, int64
   });
 }
 
+// Whether torch's own product is exact here. Without VNNI oneDNN adds pairs of products in int16, which saturates; what it uses depends on the processor and on
+// ONEDNN_MAX_CPU_ISA, so it is asked once.
+bool library_is_exact() {
+  static const bool exact = [] {
+    const auto options = at::TensorOptions().dtype(at::kChar);
+    const at::Tensor products = at::_int_mm(at::full({17, 64}, 127, options), at::full({64, 65}, 127, options));
+    const int32_t* found = products.const_data_ptr<int32_t>();
+    return std::all_of(found, found + products.numel(), [](int32_t sum) { return sum == 64 * 127 * 127; });
+  }();
+  return exact;
+}
+
 }  // namespace
 
 at::Tensor int8_product(const at::Tensor& a, const at::Tensor& b) {
   at::AutoDispatchBelowADInplaceOrView below;
   const at::Tensor left = cpu_alias(a).contiguous(), given = cpu_alias(b);
   const int64_t m = left.size(0), k = left.size(1), n = given.size(1);
-#ifdef __AVX512VNNI__
-  if (m > 1 && k > 1) return at::_int_mm(left, given);  // without VNNI it may saturate; for k = 1 it is wrong, for one row slow
-#endif
+  if (m > 1 && k > 1 && library_is_exact()) return at::_int_mm(left, given);  // for k = 1 it is wrong, for one row slow
   at::Tensor out = at::empty({m, n}, at::TensorOptions().dtype(at::kInt));
   const bool columns = given.stride(0) == 1 && given.stride(1) == k;
   const at::Tensor right = columns || given.stride(1) == 1 ? given : given.contiguous();

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From `eplb_config` to a Placement, and from that to what one rank needs for each MoE layer. No vLLM, no torch.
 
-Legend: M MoE layers of the model, counted over all pipeline stages, E logical experts, R ranks, K slots per rank.
+Legend: E logical experts, R ranks, K slots per rank.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -15,16 +16,19 @@ from pathlib import Path
 import numpy as np
 from ascend_eplb import (
     Cluster,
+    LayerMatch,
     Placement,
     checkpoint,
     expert_map,
+    fit_layers,
     load_placement,
     log2phy_balanced,
     routing_table,
-    select_layers,
     spread,
+    usual_numbering,
 )
 from ascend_eplb.placement import IntArray
+from ascend_eplb.ranges import as_ranges
 
 from vllm_ascend.config import EplbConfig
 from vllm_ascend.deployment import Deployment
@@ -34,6 +38,7 @@ __all__ = ["ExpertPlacement", "LayerSlots", "broken", "placement_of"]
 
 _LAYOUTS = {"spread": spread, "checkpoint": checkpoint}
 _MOST_TABLE_ROWS = 64
+_logger = logging.getLogger("vllm.vllm_ascend")  # a child of vLLM's logger, whose handler and level the user sets
 
 
 def broken(config: EplbConfig, deployment: Deployment) -> Iterator[str]:
@@ -43,32 +48,43 @@ def broken(config: EplbConfig, deployment: Deployment) -> Iterator[str]:
     """
     found = list(_broken_rules(config, deployment))
     yield from found
-    if deployment.model.moe.routed_experts and not found:
+    if found or not deployment.model.moe.routed_experts:
+        return
+    if config.expert_map_path:
+        yield from found_by(lambda: _log_match(config, _from_file(config, deployment)[1]))
+    else:
         yield from found_by(lambda: placement_of(config, deployment))
 
 
 def placement_of(config: EplbConfig, deployment: Deployment) -> Placement:
-    """Where the experts of a MoE model lie. Layer i of it is the model's i-th MoE layer, as in the public plugin's map files.
+    """Where the experts of a MoE model lie. Its layers have the numbers of the decoder layers that are MoE layers, over all pipeline stages.
 
     Raises:
         ValueError: a file that cannot be read or does not fit the model and the ranks; slots that do not divide over the ranks.
     """
-    model, ranks = deployment.model, deployment.expert_ranks
-    experts, layers = model.moe.routed_experts, max(len(model.moe_layer_ids), 1)
     if config.expert_map_path:
-        return _from_file(config, experts=experts, ranks=ranks, layers=layers)
+        return _from_file(config, deployment)[0]
+    model = deployment.model
     try:
-        return _LAYOUTS[config.layout](
-            num_experts=experts, ranks=ranks, redundant=config.num_redundant_experts, layers=layers
+        one = _LAYOUTS[config.layout](
+            num_experts=model.moe.routed_experts, ranks=deployment.expert_ranks, redundant=config.num_redundant_experts
         )
     except ValueError as error:
         raise ValueError(
             f"option 'eplb_config.num_redundant_experts' ({config.num_redundant_experts}): {error}"
         ) from None
+    layers = model.moe_layer_ids or (0,)
+    return Placement(np.repeat(one.physical_to_logical, len(layers), axis=0), one.num_experts, layers)
 
 
-def _from_file(config: EplbConfig, *, experts: int, ranks: int, layers: int) -> Placement:
+def _from_file(config: EplbConfig, deployment: Deployment) -> tuple[Placement, LayerMatch]:
+    """The placement of the model's MoE layers that the file holds, and how its layer numbers were read."""
     option = f"option 'eplb_config.expert_map_path' ({config.expert_map_path!r})"
+    experts, ranks, layers = (
+        deployment.model.moe.routed_experts,
+        deployment.expert_ranks,
+        deployment.model.moe_layer_ids,
+    )
     try:
         placement = load_placement(config.expert_map_path, ranks=ranks, num_experts=experts)
     except (OSError, RuntimeError, ValueError) as error:
@@ -78,11 +94,21 @@ def _from_file(config: EplbConfig, *, experts: int, ranks: int, layers: int) -> 
             f"option 'eplb_config.num_redundant_experts' ({config.num_redundant_experts}) must be 0 or "
             f"{placement.redundant}, as in the file {config.expert_map_path!r}"
         )
-    if not any(layer < layers for layer in placement.layer_ids):
+    if not layers:
         raise ValueError(
-            f"{option} has layers {placement.layer_ids[0]} to {placement.layer_ids[-1]}; the model's are 0 to {layers - 1}"
+            f"{option}: vllm-ascend cannot tell which decoder layers of this model are MoE layers, so no layer of a file "
+            "can be given to one of them; leave the option out"
         )
-    return select_layers(placement, layers)
+    try:
+        return fit_layers(placement, layers, usual=usual_numbering(config.expert_map_path))
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def _log_match(config: EplbConfig, match: LayerMatch) -> None:
+    """Say once, before the workers start, how the file's layer numbers were read."""
+    level = logging.WARNING if match.lacking else logging.INFO
+    _logger.log(level, "eplb_config.expert_map_path %r: %s", config.expert_map_path, match)
 
 
 def _broken_rules(config: EplbConfig, deployment: Deployment) -> Iterator[str]:
@@ -134,9 +160,10 @@ class ExpertPlacement:
     """The placement of a model on one rank.
 
     Args:
-        placement: of the M layers.
-        layout: for layers beyond them, and for those with another number of experts.
-        moe_layer_ids: their numbers among all decoder layers.
+        placement: of the MoE layers that the model's config tells, numbered as decoder layers.
+        options: `eplb_config`. Its `layout` is for layers that `placement` lacks and for those with another number of experts; with an
+            `expert_map_path` only layers after the model's own (drafts) may take it.
+        decoder_layers: how many the model has; 0 where unknown.
         rank: this one among the R.
         tp_size: tensor parallel size; it divides R.
         replica: data parallel rank, which starts at another row of routing tables: replicas of an expert are used evenly however few tokens
@@ -147,15 +174,15 @@ class ExpertPlacement:
         self,
         placement: Placement,
         *,
-        layout: str,
-        moe_layer_ids: tuple[int, ...],
+        options: EplbConfig,
+        decoder_layers: int,
         rank: int,
         tp_size: int,
         replica: int,
     ) -> None:
         """Choose replicas for all layers at once."""
         self.placement = placement
-        self._layout, self._layer_ids, self._rank, self._replica = layout, moe_layer_ids, rank, replica
+        self._options, self._decoder_layers, self._rank, self._replica = options, decoder_layers, rank, replica
         self._cluster = Cluster(ranks=placement.ranks, tp_size=tp_size if placement.ranks % tp_size == 0 else 1)
         self._nearest = self._nearest_replicas(placement)
 
@@ -163,13 +190,20 @@ class ExpertPlacement:
         """The slots of a decoder layer.
 
         Raises:
-            ValueError: experts that do not divide over the ranks.
+            ValueError: a layer of the model that is not in a placement from a file; experts that do not divide over the ranks.
         """
-        if decoder_layer in self._layer_ids and num_experts == self.placement.num_experts:
-            index = self._layer_ids.index(decoder_layer)
+        if decoder_layer in self.placement.layer_ids and num_experts == self.placement.num_experts:
+            index = self.placement.layer_ids.index(decoder_layer)
             one = Placement(self.placement.physical_to_logical[index : index + 1], num_experts)
             return self._slots(one, self._nearest[index])
-        build, (ranks, redundant) = _LAYOUTS[self._layout], (self.placement.ranks, self.placement.redundant)
+        is_draft = 0 < self._decoder_layers <= decoder_layer
+        if self._options.expert_map_path and not is_draft:
+            raise ValueError(
+                f"option 'eplb_config.expert_map_path' ({self._options.expert_map_path!r}) cannot be followed: decoder layer {decoder_layer} "
+                f"has {num_experts} experts, but the model's config tells of {self.placement.num_experts} experts in decoder layers "
+                f"{as_ranges(self.placement.layer_ids)} only; leave the option out"
+            )
+        build, (ranks, redundant) = _LAYOUTS[self._options.layout], (self.placement.ranks, self.placement.redundant)
         one = build(num_experts=num_experts, ranks=ranks, redundant=redundant)
         return self._slots(one, self._nearest_replicas(one)[0])
 
