@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all packages have in common: versions, licences, the contents of wheels. Read from the sources, so that nothing needs to be installed."""
+"""What all packages have in common: names, words, versions, licences, the contents of wheels. Read from the sources, so that nothing needs to be installed."""
 
 import ast
 import re
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import defaultdict
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
@@ -39,6 +40,37 @@ def version(package: Path) -> str:
     where = tomllib.loads((package / "pyproject.toml").read_text())["tool"]["hatch"]["version"]["path"]
     (found,) = re.findall(r'^__version__ = "(.+)"$', (package / where).read_text(), re.MULTILINE)
     return found
+
+
+def docstrings(path: Path) -> list[tuple[int, str]]:
+    """The line and the text of every docstring of a file."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            found.append((getattr(node, "lineno", 1), text))
+    return found
+
+
+def test_no_two_public_classes_have_one_name():
+    places = defaultdict(list)
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_docstrings_say_something():
+    """A reader of one docstring has not read the one before it."""
+    empty = re.compile(r"^(as|like) above\b|^note (it|them|this|the|which|what)\b|^see above\b", re.IGNORECASE)
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in SOURCES
+        for line, text in docstrings(path)
+        if empty.search(text)
+    ]
+    assert found == []
 
 
 def test_each_version_has_its_heading_in_the_changelog():

@@ -103,7 +103,8 @@ def in_threads(case: Callable[[dict[str, CommGroup], int], None], config: GroupC
 def with_groups(case: Callable[[GroupSet, int], None], config: GroupConfig, rank: int) -> None:
     """Run ``case(groups, rank)`` in a spawned process with the groups of a config."""
     with GroupSet(config, timeout=TIMEOUT) as groups:
-        dist.barrier()  # a rank whose case ends at once would close its groups while others still connect to them
+        # A rank whose case ends at once would close its groups while others still connect to them.
+        dist.barrier(device_ids=[rank] if dist.get_backend() == "hccl" else None)
         try:
             case(groups, rank)
         except BaseException as error:

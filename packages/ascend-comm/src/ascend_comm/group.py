@@ -142,7 +142,7 @@ class TorchGroup:
     """
 
     def __init__(self, device_group: Any, cpu_group: Any = None) -> None:
-        """Note the ranks."""
+        """Store the groups, and this rank's place in them."""
         rank = dist.get_rank(device_group)
         if rank < 0:
             raise ValueError(f"device_group={device_group!r}: rank {dist.get_rank()} of the world is not in it")
@@ -251,7 +251,7 @@ class Solo:
     cpu_group = None
 
     def __init__(self, rank: int = 0) -> None:
-        """Note the rank."""
+        """Store the rank."""
         self.ranks = [rank]
 
     def __repr__(self) -> str:

@@ -36,7 +36,7 @@ class Flashcomm2OshardQKVParallelOp(CustomColumnParallelOp):
     """
 
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
-        """As above."""
+        """Take the series of o_proj weights from `env`, and the layer's index from `prefix`."""
         super().__init__(env, prefix=prefix)
         if env.o_shard is None:
             raise ValueError("env.o_shard=None: Flashcomm2OshardQKVParallelOp needs the series of o_proj")
@@ -47,7 +47,7 @@ class Flashcomm2OshardQKVParallelOp(CustomColumnParallelOp):
         self.o_shard = env.o_shard
 
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
-        """As above."""
+        """Gather the tokens, start the broadcast of the o_proj weight that is due after this layer, then the product."""
         input_ = gather_tokens(self, input_, state)
         if self.layer in self.o_shard:
             self.o_shard.reach(self.layer)
@@ -74,7 +74,7 @@ class Flashcomm2OProjRowParallelOp(CustomRowParallelOp):
     must_reduce = True
 
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
-        """As above."""
+        """Take the two groups of FlashComm2 from `env`."""
         if env.flashcomm2_odp is None:
             raise ValueError("env.flashcomm2_odp=None: Flashcomm2OProjRowParallelOp needs this group")
         otp = Solo(own_rank(env)) if env.flashcomm2_otp is None else env.flashcomm2_otp
@@ -82,7 +82,7 @@ class Flashcomm2OProjRowParallelOp(CustomRowParallelOp):
         self.odp = env.flashcomm2_odp
 
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
-        """As above."""
+        """All-to-all over ODP, product, reduce-scatter over OTP; then an all-gather over TP where FlashComm1 is not active."""
         self.check_tokens_by_features(input_)
         tp = self.env.tp
         input_ = self.own_features(input_, tp)

@@ -18,7 +18,7 @@ class MatmulAllreduceRowParallelOp(CustomRowParallelOp):
     """
 
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
-        """As above."""
+        """Product and all-reduce in one kernel, or as in the base class."""
         params = self.params
         if not (params.reduce_results and self.tp_size > 1 and params.is_plain) or input_.numel() == 0:
             return super().forward(input_, state)

@@ -25,13 +25,13 @@ class MLPColumnParallelOp(CustomColumnParallelOp):
     """
 
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
-        """As above."""
+        """Take `mlp_tp` from `env`."""
         if env.mlp_tp is None:
             raise ValueError("env.mlp_tp=None: MLPColumnParallelOp needs this group")
         super().__init__(env, group=env.mlp_tp, prefix=prefix)
 
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
-        """As above."""
+        """All-gather of tokens over `mlp_tp`, then the product."""
         self.check_tokens_by_features(input_)
         self.check_equal_tokens(state)
         return self.gather_features(self.gemm(self.group.all_gather(input_, 0)))
@@ -51,13 +51,13 @@ class MLPRowParallelOp(CustomRowParallelOp):
     must_reduce = True
 
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
-        """As above."""
+        """Take `mlp_tp` from `env`."""
         if env.mlp_tp is None:
             raise ValueError("env.mlp_tp=None: MLPRowParallelOp needs this group")
         super().__init__(env, group=env.mlp_tp, prefix=prefix)
 
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
-        """As above."""
+        """Product, then reduce-scatter of tokens over `mlp_tp`."""
         self.check_tokens_by_features(input_)
         if input_.shape[0] % self.tp_size:
             raise ValueError(

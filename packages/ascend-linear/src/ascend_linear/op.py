@@ -85,7 +85,7 @@ class CustomLinearOp:
     """
 
     def __init__(self, env: LinearEnv, *, group: CommGroup, prefix: str = "") -> None:
-        """Note the group; the weight comes with `update_attrs`."""
+        """Store the arguments. The weight is set by `update_attrs`."""
         self.env = env
         self.group = group
         self.prefix = prefix
@@ -200,7 +200,7 @@ class CustomColumnParallelOp(CustomLinearOp):
     """
 
     def __init__(self, env: LinearEnv, *, group: CommGroup | None = None, prefix: str = "") -> None:
-        """As above."""
+        """Store the arguments."""
         super().__init__(env, group=env.tp if group is None else group, prefix=prefix)
 
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
@@ -227,7 +227,7 @@ class CustomRowParallelOp(CustomLinearOp):
     """Whether the op's output has no form without the sum, so that `reduce_results` must be True."""
 
     def __init__(self, env: LinearEnv, *, group: CommGroup | None = None, prefix: str = "") -> None:
-        """As above."""
+        """Store the arguments."""
         super().__init__(env, group=env.tp if group is None else group, prefix=prefix)
 
     def update_attrs(self, params: LinearParams) -> None:
@@ -272,7 +272,7 @@ class CustomReplicatedOp(CustomLinearOp):
     """
 
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
-        """As above."""
+        """Store the arguments; the group has this rank alone."""
         super().__init__(env, group=Solo(own_rank(env)), prefix=prefix)
 
     def forward(self, input_: Tensor, state: StepState) -> Tensor:

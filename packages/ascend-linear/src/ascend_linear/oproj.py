@@ -25,13 +25,13 @@ class OProjRowParallelOp(CustomRowParallelOp):
     must_reduce = True
 
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
-        """As above."""
+        """Take `otp` from `env`."""
         if env.otp is None:
             raise ValueError("env.otp=None: OProjRowParallelOp needs this group")
         super().__init__(env, group=env.otp, prefix=prefix)
 
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
-        """As above."""
+        """Exchange features for tokens over `otp`, multiply, then reduce-scatter of tokens."""
         self.check_tokens_by_features(input_)
         tokens, features = input_.shape
         if features % self.tp_size:

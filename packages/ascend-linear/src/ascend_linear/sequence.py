@@ -35,7 +35,7 @@ class SequenceColumnParallelOp(CustomColumnParallelOp):
     """
 
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
-        """As above."""
+        """All-gather of tokens where FlashComm1 is active, then the product."""
         return self.gather_features(self.gemm(gather_tokens(self, input_, state)))
 
 
@@ -54,12 +54,12 @@ class SequenceRowParallelOp(CustomRowParallelOp):
     must_reduce = True
 
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
-        """As above."""
+        """Store the arguments, and whether the input still has to be padded."""
         super().__init__(env, prefix=prefix)
         self._pads = not (env.enable_dsa_cp and prefix.rpartition(".")[2] == "o_proj")
 
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
-        """As above."""
+        """Product, then reduce-scatter of tokens where FlashComm1 is active, else all-reduce."""
         if not state.flashcomm1:
             return super().forward(input_, state)
         self.check_tokens_by_features(input_)
