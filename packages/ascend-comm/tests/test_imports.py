@@ -14,7 +14,7 @@ PURE = ("ascend_comm", "ascend_comm.topology", "ascend_comm.config", "ascend_com
 
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=1800)
     return set(done.stdout.split())
 
 

@@ -243,7 +243,7 @@ def test_a_reader_that_stops_early_is_no_error(run):
     ) as process:  # fmt: skip
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(timeout=60) == 1
+        assert process.wait(timeout=1800) == 1
 
 
 def test_version():

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from ascend_comm import CommGroup, GroupConfig, GroupSet
 
-TIMEOUT = timedelta(seconds=120)
+TIMEOUT = timedelta(minutes=10)
 
 
 # Without an NPU, real or simulated; with one that computes in float32 what hardware does in bfloat16; with a strict one.
@@ -24,7 +24,7 @@ RELAXED, STRICT = {"ASCEND_SIM_STRICT": "0"}, {"ASCEND_SIM_STRICT": "1"}
 
 
 def spawn(
-    case: Callable[[int], None], world: int, folder: Path, environment: dict[str, str], limit: float = 300
+    case: Callable[[int], None], world: int, folder: Path, environment: dict[str, str], limit: float = 1800
 ) -> None:
     """Run ``case(rank)`` in `world` processes, with CPU tensors and gloo under `NO_NPU`, else with npu tensors and hccl.
 

@@ -18,7 +18,7 @@ ENV = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 def run(*arguments, env=None):
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=env, check=False, timeout=150
+        [sys.executable, *arguments], capture_output=True, text=True, env=env, check=False, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -18,7 +18,7 @@ def run_cases(chosen, folder):
     """What came of each case of a set on each rank, and what the processes said."""
     environment = os.environ | {"ASCEND_SIM_STRICT": "1" if chosen == "strict" else "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
     found = [folder / f"{rank}.json" for rank in range(WORLD)]
     return [json.loads(path.read_text()) if path.exists() else {} for path in found], done.stdout + done.stderr
 

@@ -375,7 +375,7 @@ def backends_and_names():
     gc.collect()
     assert world._get_backend(torch.device("npu")) is backend
     assert dist.get_backend() == "hccl"
-    twin = dist.new_group(list(range(WORLD)), backend="hccl", timeout=timedelta(seconds=30))
+    twin = dist.new_group(list(range(WORLD)), backend="hccl", timeout=timedelta(minutes=10))
     names = [group._get_backend(torch.device("npu")).get_hccl_comm_name(RANK) for group in (world, twin)]
     assert names[0] != names[1]
     assert all(isinstance(name, str) and 0 < len(name) < 128 for name in names)
@@ -390,8 +390,8 @@ def backends_and_names():
 
 @check
 def sub_groups():
-    pairs = dist.new_group([0, 2], backend="hccl", timeout=timedelta(seconds=30))
-    alone = [dist.new_group([rank], backend="hccl", timeout=timedelta(seconds=30)) for rank in range(WORLD)][RANK]
+    pairs = dist.new_group([0, 2], backend="hccl", timeout=timedelta(minutes=10))
+    alone = [dist.new_group([rank], backend="hccl", timeout=timedelta(minutes=10)) for rank in range(WORLD)][RANK]
     single = mine()
     with counters.counting() as work:
         dist.all_reduce(single, group=alone)
@@ -416,7 +416,7 @@ def sub_groups():
 @check
 def groups_are_counted_apart():
     group = dist.new_group(
-        list(range(WORLD)), backend="hccl", group_desc="expert parallel", timeout=timedelta(seconds=30)
+        list(range(WORLD)), backend="hccl", group_desc="expert parallel", timeout=timedelta(minutes=10)
     )
     counters.reset()
     dist.all_reduce(mine(), group=group)
@@ -428,7 +428,7 @@ def groups_are_counted_apart():
 
 @check
 def mixed_group_of_cpu_and_npu():
-    group = dist.new_group(list(range(WORLD)), backend="cpu:gloo,npu:hccl", timeout=timedelta(seconds=30))
+    group = dist.new_group(list(range(WORLD)), backend="cpu:gloo,npu:hccl", timeout=timedelta(minutes=10))
     npu, cpu = mine(), data(RANK)
     dist.all_reduce(npu, group=group)
     dist.all_reduce(cpu, group=group)
@@ -442,8 +442,8 @@ def mixed_group_of_cpu_and_npu():
 def groups_as_vllm_makes_them():
     """GroupCoordinator: the same ranks once as hccl and once as gloo, a tensor over one and its shape over the other."""
     for ranks in ([0, 1], [2]):
-        device_group = dist.new_group(ranks, backend="hccl", timeout=timedelta(seconds=30))
-        cpu_group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=30))
+        device_group = dist.new_group(ranks, backend="hccl", timeout=timedelta(minutes=10))
+        cpu_group = dist.new_group(ranks, backend="gloo", timeout=timedelta(minutes=10))
         if RANK not in ranks or len(ranks) == 1:
             continue
         box = [None] * 2
@@ -467,7 +467,7 @@ def cpu_tensors_have_no_backend():
 
 def main(results: Path, init: str) -> None:
     torch.npu.set_device(NPU)
-    dist.init_process_group("hccl", init_method=init, rank=RANK, world_size=WORLD, timeout=timedelta(seconds=30))
+    dist.init_process_group("hccl", init_method=init, rank=RANK, world_size=WORLD, timeout=timedelta(minutes=10))
     outcome = {}
     for name, function in CHECKS.items():
         try:

@@ -144,8 +144,8 @@ def rejections(name: str) -> None:
 def main(init: str) -> None:
     torch.manual_seed(0)  # the same scales on every rank
     torch.npu.set_device(NPU)
-    dist.init_process_group("hccl", init_method=init, rank=RANK, world_size=WORLD, timeout=timedelta(seconds=30))
-    group = dist.new_group(list(range(WORLD)), backend="hccl", group_desc="fused", timeout=timedelta(seconds=30))
+    dist.init_process_group("hccl", init_method=init, rank=RANK, world_size=WORLD, timeout=timedelta(minutes=10))
+    group = dist.new_group(list(range(WORLD)), backend="hccl", group_desc="fused", timeout=timedelta(minutes=10))
     name = group._get_backend(NPU).get_hccl_comm_name(RANK)
     if STRICT and WORLD == 3:
         x = torch.ones(3, K, device=NPU, dtype=torch.bfloat16)

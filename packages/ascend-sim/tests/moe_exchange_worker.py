@@ -271,8 +271,8 @@ def mistakes_fail_on_every_rank(case: Case, name: str) -> None:
 
 def main(init: str) -> None:
     torch.npu.set_device(NPU)
-    dist.init_process_group("hccl", init_method=init, rank=RANK, world_size=WORLD, timeout=timedelta(seconds=30))
-    group = dist.new_group(list(range(WORLD)), group_desc="experts", timeout=timedelta(seconds=30))
+    dist.init_process_group("hccl", init_method=init, rank=RANK, world_size=WORLD, timeout=timedelta(minutes=10))
+    group = dist.new_group(list(range(WORLD)), group_desc="experts", timeout=timedelta(minutes=10))
     name = group._get_backend(torch.device("npu")).get_hccl_comm_name(RANK)
     todo = cases()
     for case in todo:

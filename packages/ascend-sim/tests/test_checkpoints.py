@@ -175,7 +175,7 @@ def hide_pip(monkeypatch):
 
 def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
     pid_file = tmp_path / "pid"
-    write_program(tmp_path / "bin" / "uv", f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 600")
+    write_program(tmp_path / "bin" / "uv", f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 100000")
     hide_pip(monkeypatch)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
 

@@ -19,7 +19,7 @@ def command(*arguments, **environment):
         env=variables,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
         check=False,
     )
 
@@ -53,7 +53,7 @@ def test_status_of_an_inactive_one_is_1_and_imports_no_torch():
         env={**os.environ, "ASCEND_SIM": "0"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=1800,
         check=True,
     )
     facts = json.loads(done.stdout)

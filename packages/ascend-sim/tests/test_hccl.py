@@ -26,7 +26,7 @@ def outcomes(tmp_path_factory):
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
     try:
-        said = [rank.communicate(timeout=150)[0] for rank in ranks]
+        said = [rank.communicate(timeout=1800)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

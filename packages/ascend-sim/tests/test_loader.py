@@ -13,7 +13,7 @@ import pytest
 from ascend_sim import build, loader
 
 
-def python(code, timeout=120, **environment):
+def python(code, timeout=1800, **environment):
     """Run code in a fresh interpreter; a variable that is None is unset."""
     variables = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
     return subprocess.run(
@@ -51,7 +51,7 @@ def counting_compiler(tmp_path, monkeypatch):
 
 def test_the_start_of_an_interpreter_imports_next_to_nothing():
     shown = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", ""], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-X", "importtime", "-c", ""], capture_output=True, text=True, timeout=1800, check=True
     ).stderr
     lines = re.findall(r"import time:\s+(\d+) \|\s+(\d+) \| ( *)(\S+)", shown)
     names = [name for *_, name in lines]
@@ -181,7 +181,7 @@ def test_several_processes_compile_once_and_then_need_no_compiler(counting_compi
     _, log, _ = counting_compiler
     code = "from ascend_sim import build, loader; print(build.runtime(loader.SONAMES))"
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    folders = {process.communicate(timeout=120)[0].strip() for process in processes}
+    folders = {process.communicate(timeout=1800)[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0] * 4
     assert len(folders) == 1
     assert len(log.read_text().splitlines()) == 1 + len(loader.SONAMES)
@@ -194,12 +194,11 @@ def test_a_killed_compile_leaves_nothing_half_made(counting_compiler, tmp_path):
     wait.touch()
     code = "from ascend_sim import build, loader; build.runtime(loader.SONAMES)"
     first = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not log.exists() and time.monotonic() < deadline:
+    while not log.exists() and first.poll() is None:
         time.sleep(0.05)
     assert log.exists()
     os.killpg(first.pid, signal.SIGKILL)
-    first.wait(timeout=60)
+    first.wait(timeout=1800)
     cache = tmp_path / "cache"
     assert not list(cache.glob("runtime-*[0-9a-f]/"))
     wait.unlink()

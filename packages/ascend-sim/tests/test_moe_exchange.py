@@ -27,7 +27,7 @@ def test_in_processes(world, strict, tmp_path):
             )
         )
     try:
-        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+        said = [rank.communicate(timeout=1800)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real weights, and engines in processes of their own."""
 
-import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -17,7 +12,10 @@ with warnings.catch_warnings():  # torch_npu's own sources warn while they are c
     warnings.simplefilter("ignore")
     import torch  # noqa: F401
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside the tests
+
+from engine_processes import EngineServers, data_parallel, processes_of_session, rendezvous, wait_for_engines
+
 QUESTIONS = [
     "What is the capital of France?",
     "Name three colours.",
@@ -30,22 +28,9 @@ QUESTIONS = [
 ]
 
 
-def processes_of_session(session):
-    """Process ids of a session that was started with `start_new_session`, without zombies."""
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(entry))
-    return found
-
-
 @pytest.fixture(scope="session")
 def alive():
-    """The function above, for tests."""
+    """`processes_of_session`, for tests."""
     return processes_of_session
 
 
@@ -78,75 +63,38 @@ def prompts(smollm2):
     ]
 
 
-def start_engines(job, folder, env):
-    """`run_engine.py` as a process of its own, in its own process group.
-
-    Its workers are forked, for to import takes longer than to run; `test_serve` spawns them as users do.
-    """
-    folder.mkdir(exist_ok=True)
-    (folder / "job.json").write_text(json.dumps(job))
-    settings = (
-        os.environ
-        | {
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "ASCEND_SIM_STRICT": "0",
-            "OMP_NUM_THREADS": "1",
-            "VLLM_WORKER_MULTIPROC_METHOD": "fork",
-        }
-        | env
-    )
-    with (folder / "said.txt").open("w") as said:
-        return subprocess.Popen(
-            [sys.executable, str(HERE / "run_engine.py"), str(folder / "job.json"), str(folder / "result.json")],
-            env=settings, stdout=said, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
-
-
-def wait_for_engines(processes, folders, timeout):
-    """Their results. Ends everything that they started, and all of them when one fails."""
-    ends = time.monotonic() + timeout
-    try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < ends:
-            if any(process.poll() for process in processes):
-                break
-            time.sleep(0.2)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    said = "\n\n".join((folder / "said.txt").read_text()[-6000:] for folder in folders)
-    assert all(process.returncode == 0 for process in processes), said
-    return [json.loads((folder / "result.json").read_text()) for folder in folders]
+@pytest.fixture(scope="session")
+def engine_servers(tmp_path_factory):
+    """Where jobs are started."""
+    servers = EngineServers(tmp_path_factory.mktemp("servers"))
+    yield servers
+    servers.close()
 
 
 @pytest.fixture
-def run_engines(tmp_path):
+def run_engines(tmp_path, engine_servers):
     """Run a job of `run_engine.py`; returns its results."""
 
-    def run(job, timeout=600, **env):
+    def run(job, **env):
         folder = tmp_path / "engines"
-        return wait_for_engines([start_engines(job, folder, env)], [folder], timeout)[0]
+        return wait_for_engines([engine_servers.start_engines(job, folder, env)], [folder])[0]
 
     return run
 
 
 @pytest.fixture
-def run_replicas(tmp_path):
+def run_replicas(tmp_path, engine_servers):
     """Run one job of `run_engine.py` for each data parallel rank, side by side; returns the results of each."""
 
-    def run(jobs, timeout=300, **env):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def run(jobs, **env):
+        stores = [rendezvous() for _ in jobs[0]]
         folders = [tmp_path / f"replica{rank}" for rank in range(len(jobs))]
-        world = {"VLLM_DP_SIZE": str(len(jobs)), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(port)}
-        processes = [
-            start_engines(job, folder, env | world | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)})
-            for rank, (job, folder) in enumerate(zip(jobs, folders, strict=True))
-        ]
-        return wait_for_engines(processes, folders, timeout)
+        processes = []
+        for rank, (job, folder) in enumerate(zip(jobs, folders, strict=True)):
+            job = [engine | {"rendezvous": store.port} for engine, store in zip(job, stores, strict=True)]
+            environment = env | data_parallel(rank, len(jobs))
+            processes.append(engine_servers.start_engines(job, folder, environment))
+        return wait_for_engines(processes, folders)
 
     return run
 

@@ -7,6 +7,7 @@ python run_engine.py JOB.json RESULT.json
 import gc
 import json
 import sys
+from unittest import mock
 
 
 def generate(llm, run):
@@ -87,14 +88,29 @@ def experts(worker):
     ]
 
 
-def main(job_file, result_file):
+def start(rendezvous=None, **engine):
+    """An engine; as one data parallel rank of several, if `rendezvous` is the port of the store at which they find each other."""
     from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
 
+    class RendezvousArgs(EngineArgs):
+        """vLLM's own way for ranks without fixed ports, which its offline data parallelism has no option for."""
+
+        def create_engine_config(self, *args, **kwargs):
+            config = super().create_engine_config(*args, **kwargs)
+            config.parallel_config._coord_store_port = rendezvous
+            return config
+
+    with mock.patch("vllm.entrypoints.llm.EngineArgs", RendezvousArgs if rendezvous else EngineArgs):
+        return LLM(enforce_eager=True, **engine)
+
+
+def main(job_file, result_file):
     with open(job_file) as handle:
         job = json.load(handle)
     results = []
     for engine in job:
-        llm = LLM(enforce_eager=True, disable_log_stats=False, **engine["engine"])
+        llm = start(engine.get("rendezvous"), disable_log_stats=False, **engine["engine"])
         inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
         runs, collectives = [], []
         for run in engine["runs"]:

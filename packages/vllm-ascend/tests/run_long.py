@@ -8,19 +8,26 @@ import json
 import os
 import sys
 
+from run_engine import start
+
 
 def process_id(worker):
     return os.getpid()
 
 
 def main(engine_file):
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     with open(engine_file) as handle:
-        llm = LLM(enforce_eager=True, skip_tokenizer_init=True, **json.load(handle))
+        llm = start(skip_tokenizer_init=True, **json.load(handle))
+
+    def generate(tokens):
+        options = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        llm.generate([{"prompt_token_ids": [1, 2, 3]}] * 2, options, use_tqdm=False)
+
+    generate(4)
     print("workers", *llm.collective_rpc(process_id), flush=True)
-    options = SamplingParams(temperature=0, max_tokens=8000, ignore_eos=True, detokenize=False)
-    llm.generate([{"prompt_token_ids": [1, 2, 3]}] * 2, options, use_tqdm=False)
+    generate(8000)
     print("done", flush=True)
 
 

@@ -5,7 +5,9 @@ The prompts are chunked (64 tokens a step), some are longer than a block of 128 
 """
 
 import pytest
+import torch
 from ascend_comm import Topology
+from rounding import assert_as_near, assert_caught, errors, in_bfloat16, load, own_logprobs, prompt_logprobs
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.explain import explain
 from vllm_ascend.models import read_config
@@ -74,8 +76,6 @@ def models_of_each_family():
 @pytest.fixture(scope="module")
 def families(tmp_path_factory, hugging_face):
     """Name -> folder, prompts and Hugging Face's tokens of each model."""
-    import torch
-
     shared = [(5 * i * i + 3) % 500 for i in range(140)]
     prompts = [[*shared, 7, 9], [(13 * i * i + 5) % 500 for i in range(125)], [(17 * i * i + 1) % 500 for i in range(200)],
                [(11 * i * i + 2) % 500 for i in range(33)], [*shared, 8]]  # fmt: skip
@@ -113,21 +113,17 @@ def test_one_rank(families, run_engines):
 
 
 def test_log_probabilities_in_bfloat16(families, run_engines):
-    """The simulator's strict mode, in which kernels take what hardware takes. Hugging Face computes in float32."""
-    import torch
-    from transformers import DeepseekV3ForCausalLM
-
+    """The simulator's strict mode, in which kernels take what hardware takes. Latent attention, and routers that send some tokens elsewhere."""
     folder, prompts, _ = families["deepseek_v3"]
-    with torch.inference_mode():
-        model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        exact = [model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
-    engine = {"model": str(folder), **SMALL, "dtype": "bfloat16", "max_logprobs": 500}
-    runs = [{"prompts": prompts, "sampling": GREEDY | {"max_tokens": 1, "logprobs": 500}}]
+    engine = {"model": str(folder), **SMALL, "dtype": "bfloat16"}
+    runs = [{"prompts": prompts, "sampling": GREEDY | {"max_tokens": 1, "prompt_logprobs": 0}}]
     (result,) = run_engines([{"engine": engine, "runs": runs}], ASCEND_SIM_STRICT="1", **INSPECT)
-    for output, reference in zip(result["runs"][0], exact, strict=True):
-        (found,) = output["logprobs"]
-        error = torch.tensor([found[str(token)] for token in range(500)]) - reference
-        assert error.square().mean().sqrt() < 0.1 * reference.std()
+    exact, reference = in_bfloat16(folder, prompts)
+    assert_as_near(errors(prompt_logprobs(result), exact), reference, "DeepSeek-V3 in bfloat16:")
+    model = load(folder)
+    with torch.inference_mode():
+        model.model.layers[1].self_attn.scaling *= 1.2
+    assert_caught(errors(own_logprobs(model, prompts), exact), reference, "a wrong scale in one layer of three:")
 
 
 @pytest.mark.parametrize(("experts_apart", "soc"), [(False, {}), (True, ATLAS_A3)], ids=["tp2", "tp2-ep-a3"])

@@ -2,7 +2,9 @@
 """The options for linear layers in whole engines: greedy tokens in float32 equal Hugging Face's, and each option does what it is for."""
 
 import pytest
+import torch
 from ascend_comm import Topology
+from rounding import assert_as_near, assert_caught, errors, in_bfloat16, load, own_logprobs, prompt_logprobs
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.explain import explain
 from vllm_ascend.models import read_config
@@ -98,24 +100,23 @@ def test_two_ranks(tiny_qwen3, tiny_moe, run_engines):
 
 
 def test_fused_product_and_reduce_scatter(tiny_qwen3, run_engines):
-    """FlashComm1 in bfloat16, where the two are one kernel: log-probabilities of the next token, against Hugging Face's in float32."""
-    import torch
-    from transformers import Qwen3ForCausalLM
-
+    """FlashComm1 in bfloat16, where the two are one kernel: log-probabilities of the prompts, as near to float32's as bfloat16 is in two parts."""
     folder, prompts, _ = tiny_qwen3
-    with torch.inference_mode():
-        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        exact = [model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
     options = {"enable_flashcomm1": True, "flashcomm1_dense_threshold": 0}
     engine = {
-        "model": str(folder), **SMALL, "dtype": "bfloat16", "max_logprobs": 5, "tensor_parallel_size": 2, "additional_config": options,
+        "model": str(folder), **SMALL, "dtype": "bfloat16", "tensor_parallel_size": 2, "additional_config": options,
     }  # fmt: skip
-    runs = [{"prompts": prompts, "sampling": GREEDY | {"max_tokens": 1, "logprobs": 5}}]
+    runs = [{"prompts": prompts, "sampling": GREEDY | {"max_tokens": 1, "prompt_logprobs": 0}}]
     (result,) = run_engines([{"engine": engine, "runs": runs, "inspect": True}], ASCEND_SIM_STRICT="1", **INSPECT)
-    for output, reference in zip(result["runs"][0], exact, strict=True):
-        (found,) = output["logprobs"]
-        assert found[str(reference.argmax().item())] == pytest.approx(reference.max().item(), abs=0.1)
+    exact, reference = in_bfloat16(folder, prompts, parts=2)
+    assert_as_near(errors(prompt_logprobs(result), exact), reference, "FlashComm1 in bfloat16:")
     assert "npu::npu_mm_reduce_scatter_base" in result["operators"][0]
+    model = load(folder)
+    with torch.inference_mode():
+        # Rows of the down projection that went to the other rank.
+        weight = model.model.layers[0].mlp.down_proj.weight.data
+        weight[:, :8], weight[:, 64:72] = weight[:, 64:72].clone(), weight[:, :8].clone()
+    assert_caught(errors(own_logprobs(model, prompts), exact), reference, "swapped neurons in one layer:")
 
 
 def test_four_ranks(tiny_qwen3, run_engines):
@@ -177,7 +178,6 @@ def test_smollm2_over_three_ranks(smollm2, prompts, greedy, run_engines):
 @pytest.fixture(scope="module")
 def tiny_moe(tmp_path_factory, hugging_face):
     """A random Qwen2-MoE with a dense first layer and shared experts, prompts of 5 to 41 tokens, and Hugging Face's greedy tokens for them."""
-    import torch
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     torch.manual_seed(1)

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank that is killed in the middle of a run: the others end with an error, soon, and leave no process behind."""
+"""A rank that is killed in the middle of a run: the others end with an error, without a limit that ends them, and leave no process."""
 
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
+from engine_processes import (
+    data_parallel,
+    end,
+    processes_of_session,
+    rendezvous,
+    until,
+    what_it_said,
+)
 
 pytestmark = pytest.mark.slow
-SECONDS = 60
 ENGINE = {
     "dtype": "bfloat16", "max_model_len": 8192, "max_num_seqs": 2, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 128 << 20,
     "enable_expert_parallel": True,
@@ -38,85 +40,56 @@ def folder(tmp_path_factory):
 class Run:
     """`run_long.py` in a session of its own."""
 
-    def __init__(self, alive, folder, said, env, **engine):
-        self.alive = alive
+    def __init__(self, engine_servers, folder, said, env, **engine):
         job = said.with_suffix(".json")
         job.write_text(json.dumps(ENGINE | {"model": str(folder)} | engine))
-        settings = {
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "ASCEND_SIM_STRICT": "1",
-            "OMP_NUM_THREADS": "1",
-            "VLLM_WORKER_MULTIPROC_METHOD": "fork",
-        }
+        settings = {"ASCEND_SIM_STRICT": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
         self.said = said
-        with said.open("w") as handle:
-            self.process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).parent / "run_long.py"), str(job)],
-                env=os.environ | settings | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | env,
-                stdout=handle, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        self.process = engine_servers.start("run_long", [job], said, settings | env)
+
+    def until(self, reached):
+        return until(reached, self.process, self.said)
 
     def workers(self):
-        """Process ids, as soon as it generates."""
-        for _ in range(240):
-            lines = [line.split() for line in self.said.read_text().splitlines() if line.startswith("workers ")]
-            if lines:
-                time.sleep(2)
-                return [int(pid) for pid in lines[0][1:]]
-            assert self.process.poll() is None, self.said.read_text()[-4000:]
-            time.sleep(0.5)
-        raise AssertionError(self.said.read_text()[-4000:])
+        """Process ids, as soon as it has generated something."""
+
+        def reached():
+            assert self.process.poll() is None, what_it_said(self.said)
+            return [line.split()[1:] for line in self.said.read_text().splitlines() if line.startswith("workers ")]
+
+        return [int(pid) for pid in self.until(reached)[0]]
 
     def assert_it_ends_with_an_error(self):
-        killed = time.monotonic()
-        try:
-            assert self.process.wait(timeout=SECONDS) != 0
-        except subprocess.TimeoutExpired:
-            raise AssertionError(self.said.read_text()[-4000:]) from None
+        """Of itself; its processes are gone when it is."""
+        assert self.until(lambda: self.process.poll() is not None)
+        assert self.process.returncode != 0
         said = self.said.read_text()
         assert "EngineDeadError" in said
         assert "\ndone" not in said
-        while self.alive(self.process.pid) and time.monotonic() < killed + SECONDS:
-            time.sleep(0.2)
-        assert not self.alive(self.process.pid)
-
-    def close(self):
-        for pid in self.alive(self.process.pid):
-            os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+        assert self.until(lambda: not processes_of_session(self.process.pid))
 
 
 @pytest.mark.parametrize("soc", ["Ascend910B3", "Ascend910_9391"], ids=["all-gather", "mc2"])
-def test_a_killed_worker_ends_its_engine(alive, folder, tmp_path, soc):
-    run = Run(alive, folder, tmp_path / "said.txt", {"ASCEND_SIM_SOC": soc}, tensor_parallel_size=2)
+def test_a_killed_worker_ends_its_engine(engine_servers, folder, tmp_path, soc):
+    run = Run(engine_servers, folder, tmp_path / "said.txt", {"ASCEND_SIM_SOC": soc}, tensor_parallel_size=2)
     try:
         os.kill(run.workers()[1], signal.SIGKILL)
         run.assert_it_ends_with_an_error()
     finally:
-        run.close()
+        end(run.process)
 
 
-def test_a_killed_replica_ends_the_others(alive, folder, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": port}
+def test_a_killed_replica_ends_the_others(engine_servers, folder, tmp_path):
+    store = rendezvous()
     runs = [
-        Run(
-            alive,
-            folder,
-            tmp_path / f"said{rank}.txt",
-            world | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)},
-        )
+        Run(engine_servers, folder, tmp_path / f"said{rank}.txt", data_parallel(rank, 2), rendezvous=store.port)
         for rank in range(2)
     ]
     try:
         for run in runs:
             run.workers()
-        for pid in alive(runs[1].process.pid):
-            os.kill(pid, signal.SIGKILL)
+        end(runs[1].process)
         runs[0].assert_it_ends_with_an_error()
     finally:
         for run in runs:
-            run.close()
+            end(run.process)
