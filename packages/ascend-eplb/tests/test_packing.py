@@ -4,17 +4,17 @@ import itertools
 import numpy as np
 import pytest
 
-from ascend_eplb.policies.deepseek import pack_longest_first, replicate_highest_average
+from ascend_eplb.policies.deepseek import balanced_packing, replicate_experts
 from ascend_eplb.policies.packing import (
-    capped_counts,
+    balanced_packing_vectorised,
+    capped_replica_counts,
     descending_order,
     difference,
     difference_peaks,
-    longest_first,
     sorted_items,
 )
 from ascend_eplb.policies.repair import duplicate_slots, repair_duplicates
-from ascend_eplb.policies.search import ladder_counts, pair_peaks
+from ascend_eplb.policies.search import pair_peaks, search_pair_counts
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -24,7 +24,7 @@ def test_longest_first_is_the_plain_one(seed):
     weight = generator.lognormal(0, 1, (3, packs * capacity)).astype(np.float32)
     if seed % 3 == 0:
         weight[weight < np.median(weight)] = 0
-    for mine, theirs in zip(longest_first(weight, packs), pack_longest_first(weight, packs), strict=True):
+    for mine, theirs in zip(balanced_packing_vectorised(weight, packs), balanced_packing(weight, packs), strict=True):
         assert np.array_equal(mine, theirs)
 
 
@@ -42,7 +42,7 @@ def test_capped_counts_minimise_the_greatest_share(seed):
     load = generator.lognormal(0, 2, (2, 4))
     for cap in (2, 3, 5):
         slots = int(generator.integers(4, 4 * cap + 1))
-        counts = capped_counts(load, slots, cap)
+        counts = capped_replica_counts(load, slots, cap)
         assert (counts.sum(axis=1) == slots).all()
         assert counts.min() >= 1
         assert counts.max() <= cap
@@ -68,7 +68,7 @@ def test_counts_given_at_once_are_those_given_one_by_one(seed, kind):
     load[0, : experts // 2] = 0
     if seed % 4 == 0:
         load[2] = 0
-    counts = capped_counts(load, experts + spare, cap)
+    counts = capped_replica_counts(load, experts + spare, cap)
     assert counts.tolist() == [slow_counts(layer, experts + spare, cap) for layer in load]
 
 
@@ -131,8 +131,8 @@ def test_ladder_counts_are_valid_and_never_worse(seed):
     )
     load[0] = 0
     cap = int(generator.integers(-(-2 * ranks // load.shape[1]), ranks + 1))
-    start = capped_counts(load, 2 * ranks, cap)
-    found = ladder_counts(load, start, ranks=ranks, cap=cap)
+    start = capped_replica_counts(load, 2 * ranks, cap)
+    found = search_pair_counts(load, start, ranks=ranks, cap=cap)
     assert (found.sum(axis=1) == 2 * ranks).all()
     assert found.min() >= 1
     assert found.max() <= cap
@@ -141,13 +141,13 @@ def test_ladder_counts_are_valid_and_never_worse(seed):
 
 def test_ladder_counts_gain_where_highest_averages_fall_short():
     load = np.random.default_rng(0).lognormal(0, 1, (8, 128))
-    start = capped_counts(load, 320, 160)
-    found = ladder_counts(load, start, ranks=160, cap=160)
+    start = capped_replica_counts(load, 320, 160)
+    found = search_pair_counts(load, start, ranks=160, cap=160)
     assert pair_peaks(load, start).mean() > 1.04 * pair_peaks(load, found).mean()
 
 
 def test_highest_average_counts():
-    experts, counts = replicate_highest_average(np.array([[6.0, 3.0, 1.0]], dtype=np.float32), 6)
+    experts, counts = replicate_experts(np.array([[6.0, 3.0, 1.0]], dtype=np.float32), 6)
     assert counts.tolist() == [[3, 2, 1]]
     assert sorted(experts[0].tolist()) == [0, 0, 0, 1, 1, 2]
 

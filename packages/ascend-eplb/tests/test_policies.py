@@ -5,7 +5,7 @@ import pytest
 
 import ascend_eplb as eplb
 from ascend_eplb.policies.deepseek import repaired_assignment
-from ascend_eplb.policies.packing import longest_first
+from ascend_eplb.policies.packing import balanced_packing_vectorised
 
 README = np.array(
     [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
@@ -122,7 +122,7 @@ def test_deepseek_policy_is_the_repaired_one():
     plan = eplb.rebalance(README, ranks=8, slots=16, policy="deepseek", nodes=2, groups=4)
     assert plan.placement.physical_to_logical.reshape(2, 16).tolist() == README_HIERARCHICAL
     problem = eplb.Problem(load=README, ranks=8, slots=16, nodes=2, groups=4)
-    assert repaired_assignment(problem, longest_first).reshape(2, 16).tolist() == README_HIERARCHICAL
+    assert repaired_assignment(problem, balanced_packing_vectorised).reshape(2, 16).tolist() == README_HIERARCHICAL
 
 
 @pytest.mark.parametrize("policy", ["balanced", "incremental", "swift"])

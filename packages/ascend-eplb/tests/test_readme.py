@@ -32,8 +32,9 @@ def test_the_python_example_prints_what_it_says():
 
 def test_the_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    commands = re.search(r"```sh\n(python.*?)```", README, re.DOTALL).group(1).splitlines()
-    assert len(commands) == 10
+    lines = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).splitlines()
+    commands = [line for line in lines if not line.startswith("#")]
+    assert len(commands) == 11
     for command in commands:
         program, *arguments = shlex.split(command)
         if program == "python":
@@ -42,4 +43,8 @@ def test_the_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
             assert program == "ascend-eplb"
             assert main(arguments) == 0, command
     assert (tmp_path / "replay.png").read_bytes().startswith(b"\x89PNG")
-    assert "expert_map: 256 entries, 17 here, 239 are -1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "expert_map: 256 entries, 17 here, 239 are -1" in printed
+    promised = [line.removeprefix("# ") for line in lines if line.startswith("#")]
+    assert len(promised) == 1
+    assert all(line in printed.splitlines() for line in promised)

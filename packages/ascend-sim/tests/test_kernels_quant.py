@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantisation and the int8 product against plain integer and float64 arithmetic, and torch_npu's own meta functions."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch_npu
@@ -161,6 +165,26 @@ def test_the_product_is_exact_where_int16_would_overflow():
     scale = torch.ones(1) / 2**16
     y = torch_npu.npu_quant_matmul(x.npu(), weight.npu(), scale.npu(), output_dtype=torch.bfloat16)
     assert y.item() == torch.tensor(65535 * 2**14 / 2**16).bfloat16().item()
+
+
+def test_the_product_is_exact_on_older_processors():
+    """Without VNNI oneDNN's own int8 product adds pairs in int16, which saturates: 127 * 127 * 2 does not fit."""
+    code = (
+        "import torch, torch_npu; x = torch.full((17, 64), 127, dtype=torch.int8).npu(); w = torch.full((64, 65), 127, dtype=torch.int8).npu();"
+        "y = torch_npu.npu_quant_matmul(x, w, torch.ones(1).npu() / 64, output_dtype=torch.bfloat16);"
+        "assert (y.cpu() == torch.tensor(127.0 * 127).bfloat16()).all(), y"
+    )
+    for name in ("SSE41", "AVX2"):
+        environment = os.environ | {"ONEDNN_MAX_CPU_ISA": name}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_flops_are_counted():

@@ -18,8 +18,8 @@ class Cluster:
     Args:
         ranks: R >= 1.
         nodes: number of nodes, which divides R.
-        tp_size: tensor-parallel size of the attention in front of the experts, which divides R. Only the classic
-            `log2phy` rule knows it.
+        tp_size: tensor-parallel size of the attention in front of the experts, which divides R. Only the
+            classic `log2phy` rule depends on it.
 
     Raises:
         TypeError: not an integer.
@@ -31,7 +31,7 @@ class Cluster:
     tp_size: int = 1
 
     def __post_init__(self) -> None:
-        """Check that everything divides."""
+        """Check the numbers."""
         for name in ("ranks", "nodes", "tp_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer):

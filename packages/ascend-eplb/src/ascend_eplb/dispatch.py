@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`log2phy_balanced`: which replica each rank should send its tokens to, when loads and nodes are known.
+"""`log2phy_balanced`: the replica that each rank sends its tokens to, chosen by loads and nodes.
 
 Every source rank holds 1/R of an expert's tokens and sends them to one replica, so a replica's share is a whole number
 of R-ths (its *quota*). Quotas start as the classic rule has them and move one unit at a time from the hottest rank to
-the coldest that it can reach; who sends to whom within the quotas is then free, and goes to locality.
+the coldest that it can reach; the sources of each replica within its quota are then chosen by locality.
 
 Legend: L layers, E logical experts, R ranks, S physical slots, Q replicas in expert order (L * S of them, flat).
 """
@@ -25,7 +25,7 @@ def log2phy_balanced(placement: Placement, loads: ArrayLike, cluster: Cluster) -
     """int32 `[R, L, E]`: the replica (physical id) each rank sends its tokens to, balanced for `loads`.
 
     Never worse than the classic rule (`log2phy_all(placement, cluster.tp_size)`): in no layer is the greatest
-    `received_loads` above the classic one. Within that, a rank uses a replica of its own, else one in its node.
+    `received_loads` above the classic one. Within that limit a rank uses a replica of its own, or else one in its node.
 
     Args:
         placement: where the replicas are.
@@ -33,7 +33,7 @@ def log2phy_balanced(placement: Placement, loads: ArrayLike, cluster: Cluster) -
         cluster: ranks and nodes; its ranks must be the placement's.
 
     Raises:
-        TypeError, ValueError: loads that are no load of this placement, or another number of ranks.
+        TypeError, ValueError: loads that do not fit this placement, or another number of ranks.
 
     Complexity: O(L * S * R) and at most 4 * S rounds of O(L * S).
 
@@ -44,7 +44,7 @@ def log2phy_balanced(placement: Placement, loads: ArrayLike, cluster: Cluster) -
     load_LE = as_load(loads, num_experts=placement.num_experts, layers=placement.layers)
     order_LS, start_LE, count_LE = replica_table(placement)
     quota_LS = _classic_quotas(order_LS, start_LE, count_LE, placement.ranks)
-    _even_out(placement, load_LE, order_LS, quota_LS)
+    _move_quotas(placement, load_LE, order_LS, quota_LS)
     chosen = _assign(placement, cluster, (order_LS, start_LE, count_LE), quota_LS)
     classic = log2phy_all(placement, cluster.tp_size)
     worse_L = received_loads(placement, chosen, load_LE).max(axis=1) > received_loads(placement, classic, load_LE).max(
@@ -84,7 +84,7 @@ def _expert_of(start_LE: IntArray, slots: int) -> NDArray[np.int64]:
     return np.cumsum(marks, axis=1)
 
 
-def _even_out(placement: Placement, load_LE: FloatArray, order_LS: IntArray, quota_LS: IntArray) -> None:
+def _move_quotas(placement: Placement, load_LE: FloatArray, order_LS: IntArray, quota_LS: IntArray) -> None:
     """Move quota units, one per layer and round, off each layer's hottest rank while its peak falls. In place."""
     layers, ranks, slots = placement.layers, placement.ranks, placement.slots
     expert_LS = np.take_along_axis(placement.physical_to_logical.reshape(layers, -1), order_LS, axis=1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layers of a model the layers of a placement file are.
 
-Two numberings are in use: the numbers of the decoder layers, in which the MoE layers of DeepSeek-R1 are 3 to 60, and the
-positions among the MoE layers, in which they are 0 to 57. No format says which of them a file uses.
+Two numberings are in use: the numbers of the decoder layers, in which the MoE layers of DeepSeek-R1 are 3 to 60, and
+the positions among the MoE layers, in which they are 0 to 57. No format says which of them a file uses.
 """
 
 from __future__ import annotations
@@ -77,10 +77,9 @@ class LayerMatch:
 def match_layers(file_layers: Sequence[int], model_layers: Sequence[int], *, usual: Numbering) -> LayerMatch:
     """Read a file's layer numbers as decoder layers or as positions, whichever fits the model's MoE layers.
 
-    A reading fits exactly where file and model have the same layers, and loosely where all layers of the one are layers of
-    the other. An exact fit goes before a file that has more layers than the model (drafts, say), and that before one that
-    has fewer. Where both readings fit equally, a file without a layer 0 has decoder layer numbers, for positions begin at
-    0; any other file is read as its format usually is.
+    A reading fits where file and model have the same layers, where the file has more (of drafts, for example), or where it
+    has fewer; in this order of preference. Where both readings fit equally well, a file without a layer 0 is taken to have
+    decoder layer numbers, because positions begin at 0; any other file is read as files of its format usually are.
 
     Args:
         file_layers: the layer numbers of the file, ascending.

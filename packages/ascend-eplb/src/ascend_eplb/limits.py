@@ -7,7 +7,7 @@ __all__ = ["MOST_BYTES", "MOST_HELD", "MOST_LAYER_ID", "MOST_LOADS", "MOST_SLOTS
 
 # Layers x slots: 256 layers of 16384 slots, ten times what 94 layers over 4096 ranks need. 16 MiB as int32.
 MOST_SLOTS = 1 << 22
-# Layers x ranks x experts, the size of the tables with which policies and transfers work: 1 GiB as bool, 4 GiB as float32.
+# Layers x ranks x experts, the size of the tables of policies and transfers: 1 GiB as bool, 4 GiB as float32.
 MOST_HELD = 1 << 30
 # Steps x layers x experts: 1000 steps of 256 layers of 1024 experts. 2 GiB as float64.
 MOST_LOADS = 1 << 28

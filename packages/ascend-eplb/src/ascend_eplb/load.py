@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads: what was routed where, over which steps, and what one expects next.
+"""Loads: recorded counts of tokens, and one load to plan with from several steps.
 
 Legend: T steps, L layers, E logical experts, R ranks, K slots per rank.
 """
@@ -69,7 +69,7 @@ def decayed_load(history: ArrayLike, half_life: float) -> FloatArray:
 
 
 def peak_load(history: ArrayLike, risk: float = 1.0) -> FloatArray:
-    """float64 `[L, E]`: mean + `risk` standard deviations over the steps: plans for experts that come in bursts.
+    """float64 `[L, E]`: mean + `risk` standard deviations over the steps, for experts whose load comes in bursts.
 
     Raises:
         ValueError: `risk` is negative, or as `as_history`.
@@ -85,7 +85,7 @@ def peak_load(history: ArrayLike, risk: float = 1.0) -> FloatArray:
 
 
 def merge_ranks(counts: Iterable[ArrayLike]) -> FloatArray:
-    """float64 `[L, R, K]`: the physical counts `[L, K]` that each rank keeps, put together in rank order.
+    """float64 `[L, R, K]`: the physical counts `[L, K]` that each rank keeps, stacked in rank order.
 
     Raises:
         ValueError: no rank, or ranks that differ in shape.
@@ -130,7 +130,7 @@ class LoadWindow:
     Args:
         layers: L.
         num_experts: E.
-        capacity: steps kept per phase; the oldest leaves when one more comes.
+        capacity: steps kept per phase; the oldest is dropped when one more comes.
 
     Raises:
         ValueError: `capacity` < 1, or as `push` and `history` say.
@@ -143,7 +143,7 @@ class LoadWindow:
     _pushed: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
-        """Start empty."""
+        """Create an empty window for each phase."""
         if self.capacity < 1:
             raise ValueError(f"capacity={self.capacity} must be at least 1")
         self._steps = {phase: deque(maxlen=self.capacity) for phase in PHASES}

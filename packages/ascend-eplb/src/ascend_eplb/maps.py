@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The maps that kernels want, as pure functions of a `Placement`.
+"""The maps that kernels take, as pure functions of a `Placement`.
 
 Legend: L layers, E logical experts, R ranks, K slots per rank; physical id = rank * K + slot.
-All maps are int32 and as long as there are *logical* experts.
+All maps are int32; their last axis has one entry for each *logical* expert.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def expert_map(placement: Placement, rank: int) -> IntArray:
 
     Complexity: O(L * E).
 
-    Source: vLLM's `determine_expert_map`, carried over to any placement.
+    Source: vLLM's `determine_expert_map`, generalised to any placement.
     """
     _check_rank(placement, rank)
     slots_LE = np.full((placement.layers, placement.num_experts), -1, dtype=np.int32)
@@ -51,7 +51,7 @@ def log2phy(placement: Placement, rank: int, tp_size: int = 1) -> IntArray:
     rule.
 
     Replicas are numbered in rank order; `rank` takes number `rank % replicas`, and where `tp_size` > 1 number
-    `(rank % tp_size + rank // tp_size + expert) % replicas`. The rule knows neither loads nor where a replica is:
+    `(rank % tp_size + rank // tp_size + expert) % replicas`. The rule takes neither loads nor nodes into account:
     see `log2phy_balanced`.
 
     Raises:

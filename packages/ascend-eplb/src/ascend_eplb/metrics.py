@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a placement is for a load. A rank's load is the sum of its slots'; replicas of an expert share its load
+"""Measures of a placement under a load. A rank's load is the sum of its slots'; replicas of an expert share its load
 evenly.
 
 Legend: L layers, E logical experts, R ranks, K slots per rank.
@@ -19,15 +19,15 @@ __all__ = [
     "balance_of",
     "balancedness",
     "checked_numbers",
+    "kept_slots",
     "moved_slots",
     "peak_to_mean",
     "rank_loads",
-    "stays",
     "sum_slots",
 ]
 
 FloatArray = NDArray[np.float64]
-_WIDE = 48  # slots a rank from which numpy's sum is no slower
+_WIDE = 48  # slots a rank from which numpy's own sum is as fast
 MOST_LOAD = 1e30  # leaves room for sums in the float32 of the published algorithm
 
 
@@ -112,7 +112,8 @@ def balancedness(placement: Placement, load: ArrayLike) -> FloatArray:
 
 
 def peak_to_mean(placement: Placement, load: ArrayLike) -> FloatArray:
-    """float64 `[L]`: greatest rank load / mean rank load, the factor by which the hottest rank is late. O(L * S).
+    """float64 `[L]`: greatest rank load / mean rank load, 1.0 being perfect. The hottest rank takes this many times as
+    long as the mean one. O(L * S).
 
     Errors: TypeError, ValueError as `rank_loads`.
     Source: 1 / `balancedness`.
@@ -128,7 +129,7 @@ def balance_of(loads_LR: FloatArray) -> FloatArray:
     return np.asarray(np.minimum(ratio_L, 1.0))
 
 
-def stays(old: Placement, new: Placement) -> NDArray[np.bool_]:
+def kept_slots(old: Placement, new: Placement) -> NDArray[np.bool_]:
     """bool `[L, R, K]`: slots of `new` whose expert was on the same rank in `old`, so that no weight has to travel.
 
     Raises:
@@ -146,9 +147,9 @@ def stays(old: Placement, new: Placement) -> NDArray[np.bool_]:
 
 
 def moved_slots(old: Placement, new: Placement) -> NDArray[np.int64]:
-    """int64 `[L]`: slots of `new` whose weights have to come from another rank of `old`. Errors as `stays`.
+    """int64 `[L]`: slots of `new` whose weights have to come from another rank of `old`. Errors as `kept_slots`.
 
     O(L * R * E).
     Source: the definition.
     """
-    return np.asarray((~stays(old, new)).sum(axis=(1, 2)), dtype=np.int64)
+    return np.asarray((~kept_slots(old, new)).sum(axis=(1, 2)), dtype=np.int64)

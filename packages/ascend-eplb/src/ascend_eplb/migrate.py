@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From one placement to the next: keeping what can stay, and who sends which slot to whom.
+"""From one placement to the next: keep experts where they are, and plan which rank sends which slot to which.
 
 Legend: L layers, R ranks, K slots per rank, E experts, N nodes, M transfers.
 """
@@ -64,7 +64,7 @@ class TransferPlan:
 
 
 def align_slots(old: Placement, new: Placement) -> Placement:
-    """`new` with every expert that stays on its rank in the slot it has in `old`; newcomers fill the rest in order.
+    """`new` with every expert that stays on its rank in the slot it has in `old`; the others fill the remaining slots.
 
     Raises:
         ValueError: the placements differ in layers, experts, ranks or slots.
@@ -88,8 +88,9 @@ def align_slots(old: Placement, new: Placement) -> Placement:
 def relabel_ranks(old: Placement, new: Placement, *, nodes: int = 1) -> Placement:
     """`new` with its ranks renumbered, layer by layer, so that more experts are where `old` has them already.
 
-    Ranks are exchanged within a node only. Pairs that share most are matched first, then pairs exchange what they take
-    while that helps: never fewer experts stay than without relabelling. Loads and balancedness do not change.
+    Ranks are exchanged within a node only. Pairs that share most experts are matched first; then pairs exchange their
+    matches while more experts stay in place that way. Never fewer stay than without relabelling. Loads and balancedness do
+    not change.
 
     Raises:
         ValueError: the placements differ in shape, or `nodes` does not divide the ranks.
@@ -99,9 +100,9 @@ def relabel_ranks(old: Placement, new: Placement, *, nodes: int = 1) -> Placemen
     Source: the assignment problem, by greedy choice and exchanges of two.
     """
     _check_alike(old, new)
-    Cluster(ranks=old.ranks, nodes=nodes)  # which checks them
+    Cluster(ranks=old.ranks, nodes=nodes)  # checks both numbers
     overlap_LRQ = _overlap(old, new)
-    source_LR = _match(overlap_LRQ, nodes)
+    source_LR = _match_ranks(overlap_LRQ, nodes)
     kept_L = np.take_along_axis(overlap_LRQ, source_LR[:, :, None], axis=2).sum(axis=(1, 2))
     worse_L = kept_L < np.trace(overlap_LRQ, axis1=1, axis2=2)
     source_LR[worse_L] = np.arange(old.ranks)
@@ -110,10 +111,10 @@ def relabel_ranks(old: Placement, new: Placement, *, nodes: int = 1) -> Placemen
 
 
 def transfer_plan(old: Placement, new: Placement, *, nodes: int = 1) -> TransferPlan:
-    """Who sends which slot to whom to get from `old` to `new`, slot by slot as they stand (see `align_slots`).
+    """The transfers that turn `old` into `new`, slot by slot; use `align_slots` first, for slots are taken as they are.
 
     A slot that keeps its expert needs nothing. The sender of any other is the rank itself if it holds the expert,
-    else a holder in the same node, else any holder; among equals the one that has sent least in this layer.
+    else a holder in the same node, else any holder; among several of these, the one that has sent least in this layer.
 
     Args:
         old: the placement in force.
@@ -188,7 +189,7 @@ def _overlap(old: Placement, new: Placement) -> NDArray[np.float32]:
     return np.asarray(held[0] @ held[1].transpose(0, 2, 1))
 
 
-def _match(overlap_LRQ: NDArray[np.float32], nodes: int) -> NDArray[np.int64]:
+def _match_ranks(overlap_LRQ: NDArray[np.float32], nodes: int) -> NDArray[np.int64]:
     """`[L, R]`: the rank Q that each R takes, of the same node; by greatest overlap, then exchanges while they help."""
     layers, ranks, _ = overlap_LRQ.shape
     node_R = np.arange(ranks) // (ranks // nodes)
@@ -212,11 +213,13 @@ def _match(overlap_LRQ: NDArray[np.float32], nodes: int) -> NDArray[np.int64]:
         row_X, column_X = row_X[left], column_X[left]
     source[source < 0] = np.flatnonzero(~taken)  # no overlap left, so in order: a node has as many of both
     source_LR = np.asarray(source.reshape(layers, ranks) % ranks)
-    _exchange(overlap_LRQ, source_LR, allowed_RQ)
+    _exchange_ranks(overlap_LRQ, source_LR, allowed_RQ)
     return source_LR
 
 
-def _exchange(overlap_LRQ: NDArray[np.float32], source_LR: NDArray[np.int64], allowed_RQ: NDArray[np.bool_]) -> None:
+def _exchange_ranks(
+    overlap_LRQ: NDArray[np.float32], source_LR: NDArray[np.int64], allowed_RQ: NDArray[np.bool_]
+) -> None:
     """Let pairs of ranks exchange what they take where they share more then; those that gain most, all at once."""
     ranks = source_LR.shape[1]
     number_R = np.arange(ranks)

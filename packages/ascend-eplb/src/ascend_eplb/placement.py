@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every expert lives: the `Placement` and the two layouts that need no load to be built.
+"""Which slot holds which expert: the `Placement`, and the two layouts that need no load to be built.
 
 Legend: L layers, E logical experts, R ranks, K slots per rank, S = R * K physical slots, n = S - E redundant experts.
 """
@@ -29,8 +29,8 @@ class Placement:
     Args:
         physical_to_logical: int `[L, R, K]`, the logical expert in each slot. Kept as a read-only int32 copy.
         num_experts: E. 0, the default, takes the highest id + 1.
-        layer_ids: the number of each layer, ascending. Empty, the default, means 0..L-1. Files number layers in two ways,
-            which `match_layers` tells apart.
+        layer_ids: the number of each layer, ascending. Empty, the default, means 0..L-1. Files number layers in one of
+            two ways, which `match_layers` tells apart.
 
     Raises:
         TypeError: `physical_to_logical`, `num_experts` or `layer_ids` do not hold integers.
@@ -124,10 +124,10 @@ class Placement:
 
 
 def spread(*, num_experts: int, ranks: int, redundant: int = 0, layers: int = 1) -> Placement:
-    """Contiguous experts per rank, each redundant one continuing its rank's run: the layout this project is built for.
+    """Contiguous experts per rank, each redundant one continuing its rank's run: the default layout.
 
     0..E-1 are split over the ranks as `numpy.array_split` does; then, for i in 0..n-1, rank `R-1-(i % R)` also gets
-    (its last id + 1) mod E. Every rank so holds one run of K ids. E=8, R=2, n=2 gives [0,1,2,3,4] [4,5,6,7,0].
+    (its last id + 1) mod E. So every rank holds one run of K ids. E=8, R=2, n=2 gives [0,1,2,3,4] [4,5,6,7,0].
 
     Args:
         num_experts: E >= 1.
@@ -298,7 +298,7 @@ def _check_duplicates(ids: IntArray, layer_ids: tuple[int, ...]) -> None:
 
 def _check_presence(ids: IntArray, experts: int, layer_ids: tuple[int, ...]) -> None:
     slots = ids.shape[1] * ids.shape[2]
-    if experts > slots:  # said before counting: the number may be absurd
+    if experts > slots:  # checked before counting, which takes memory for each expert
         raise ValueError(
             f"num_experts={experts} (or the highest id + 1) is more than the {slots} slots of a layer hold"
         )

@@ -97,7 +97,7 @@ def solve(problem: Problem, policy: str | Policy = "balanced") -> Plan:
     relabelled (within nodes) and slots aligned, so that no expert moves without need.
 
     Args:
-        problem: what is asked; checked already.
+        problem: the load and its constraints, checked on construction.
         policy: as for `rebalance`.
 
     Raises:
@@ -125,7 +125,7 @@ def solve(problem: Problem, policy: str | Policy = "balanced") -> Plan:
 
 
 def default_placement(problem: Problem) -> Placement:
-    """The `spread` layout of a problem's sizes, for where nothing is in force yet. O(L * S)."""
+    """The `spread` layout of a problem's sizes, for where no placement is in force yet. O(L * S)."""
     redundant = problem.slots - problem.num_experts
     return spread(num_experts=problem.num_experts, ranks=problem.ranks, redundant=redundant, layers=problem.layers)
 

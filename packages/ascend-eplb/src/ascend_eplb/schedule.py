@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers in batches that fit the staging buffers, and the proof that they do what they should.
+"""Transfers in batches that fit the staging buffers, and a check of their outcome by execution.
 
 Within a batch every rank first reads what it sends, then writes what it received; batches run one after the other. A
-slot may so be overwritten no earlier than in the batch that last reads it. Seen as arrows from slot to slot, a
-layer's transfers are trees hanging on cycles: trees go leaves first, and a cycle that does not fit one batch is cut
-shorter by exchanging two of its slots at a time.
+slot must therefore not be overwritten before the batch that last reads it. As a graph whose edges lead from slot to
+slot, a layer's transfers are cycles with trees attached: trees are placed leaves first, and a cycle that does not fit
+one batch is shortened by exchanging two of its slots at a time.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def transfer_batches(plan: TransferPlan, *, send: int, receive: int) -> list[Tra
     """
     if send < 1 or receive < 1:
         raise ValueError(f"send={send} and receive={receive} must be at least 1")
-    book = _Book(send, receive)
+    batches = _Batches(send, receive)
     columns = (plan.layer, plan.expert, plan.source_rank, plan.source_slot, plan.target_rank, plan.target_slot)
     by_layer: dict[int, list[Move]] = defaultdict(list)
     for move in zip(*(column.tolist() for column in columns), strict=True):
         by_layer[move[0]].append(move)
     for moves in by_layer.values():
-        _schedule_layer(moves, book)
-    return [_as_plan(moves, plan.ranks_per_node) for moves in book.batches]
+        _schedule_layer(moves, batches)
+    return [_as_plan(moves, plan.ranks_per_node) for moves in batches.batches]
 
 
 def verify_transfers(old: Placement, new: Placement, batches: TransferPlan | list[TransferPlan]) -> None:
@@ -82,8 +82,8 @@ def verify_transfers(old: Placement, new: Placement, batches: TransferPlan | lis
         raise ValueError(f"layer {layer}, rank {rank}, slot {slot} ends with expert {found}, not {wanted}")
 
 
-class _Book:
-    """Which batch has room for what."""
+class _Batches:
+    """The batches so far, and how much of the buffers of each is used."""
 
     def __init__(self, send: int, receive: int) -> None:
         self.limits = (send, receive)
@@ -124,7 +124,7 @@ class _Book:
         return max(sends.values(), default=0) <= self.limits[0] and max(receives.values(), default=0) <= self.limits[1]
 
 
-def _schedule_layer(moves: list[Move], book: _Book) -> None:
+def _schedule_layer(moves: list[Move], batches: _Batches) -> None:
     """Place the transfers of one layer: trees leaves first, then cycles."""
     into: dict[Slot, Move] = {(move[4], move[5]): move for move in moves}
     readers: dict[Slot, int] = defaultdict(int)
@@ -135,7 +135,7 @@ def _schedule_layer(moves: list[Move], book: _Book) -> None:
     while ready:
         slot = ready.pop()
         move = into.pop(slot)
-        number = book.place([move], last_read[slot])
+        number = batches.place([move], last_read[slot])
         source = (move[2], move[3])
         last_read[source] = max(last_read[source], number)
         readers[source] -= 1
@@ -149,20 +149,20 @@ def _schedule_layer(moves: list[Move], book: _Book) -> None:
             cycle.append(move)
             slot = (move[2], move[3])
         earliest = max(last_read[move[4], move[5]] for move in cycle)
-        _schedule_cycle(cycle, book, earliest)
+        _schedule_cycle(cycle, batches, earliest)
 
 
-def _schedule_cycle(cycle: list[Move], book: _Book, earliest: int) -> None:
+def _schedule_cycle(cycle: list[Move], batches: _Batches, earliest: int) -> None:
     """Place a cycle (each move's source is the next one's target), exchanging two slots while it is too long."""
-    while not book.fits_at_all(cycle):
+    while not batches.fits_at_all(cycle):
         first, second = cycle[0], cycle[1]
         layer = first[0]
         kept = cycle[-1][1]
         back = (layer, kept, first[4], first[5], first[2], first[3])
-        earliest = 1 + book.place([first, back], earliest)
+        earliest = 1 + batches.place([first, back], earliest)
         last = cycle[-1]
         cycle = [second, *cycle[2:-1], (layer, kept, first[2], first[3], last[4], last[5])]
-    book.place(cycle, earliest)
+    batches.place(cycle, earliest)
 
 
 def _as_plan(moves: list[Move], ranks_per_node: int) -> TransferPlan:

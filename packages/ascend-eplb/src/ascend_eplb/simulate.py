@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replaying recorded loads: plan on one window, score on the next, which the plan has not seen."""
+"""Replay of recorded loads: plan on one window, score on the next, which the plan has not seen."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def simulate(
             (`spread` where there is none).
         policy: as for `rebalance`.
         window: steps of a window.
-        weigh: makes one load `[L, E]` to plan on of a window's steps `[T, L, E]`: `mean_load`, or `decayed_load` or
+        weigh: makes one load `[L, E]` to plan with from a window's steps `[T, L, E]`: `mean_load`, or `decayed_load` or
             `peak_load` with their second argument bound. Scores are always on the mean, which is what was routed.
         advance: called after every window, for progress bars.
 

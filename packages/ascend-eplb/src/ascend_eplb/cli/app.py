@@ -38,14 +38,14 @@ app = typer.Typer(
 def run(arguments: list[str] | None = None) -> int:
     """Run a command; 0 is success, 1 invalid input or usage, with the reason on standard error.
 
-    Where the reader of standard output has closed it, as `head` does, the status is 1 without a message, as typer has it.
-    Where standard output was closed from the start, nothing is printed, as with Python's own `print`.
+    If the reader of standard output closes it, as `head` does, the status is 1 without a message, as in typer's own
+    handling. If standard output was closed from the start, nothing is printed, as with Python's `print`.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if sys.stdout is None:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(errors="replace")  # a terminal that knows no box characters gets question marks, not an error
+        reconfigure(errors="replace")  # an encoding without box characters gets question marks, not an error
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -60,7 +60,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    """The status of a command, after its error has been printed. Raises OSError where standard output cannot be written to."""
+    """Run a command, print its error if it fails, and return the status. OSError: standard output cannot be written."""
     try:
         status = app(args=arguments, standalone_mode=False, prog_name="ascend-eplb")
     except (typer.Abort, KeyboardInterrupt):

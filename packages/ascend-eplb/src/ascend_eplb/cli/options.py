@@ -46,7 +46,7 @@ MoeLayers = Annotated[
     str,
     typer.Option(
         "--moe-layers",
-        help="Decoder layers that are MoE layers, as 3-60: finds them in the file, whose numbers may be these or positions.",
+        help="The model's MoE layers, as 3-60: finds them in the file by decoder layer number or by position.",
     ),
 ]
 Moves = Annotated[int | None, typer.Option("--max-moves", help="Most slots that may move, over all layers.")]

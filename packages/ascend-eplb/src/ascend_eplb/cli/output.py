@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every command prints (one JSON object or tables on standard output, the reason of a failure on standard error), and
-the check that an output file is no input."""
+"""What every command prints, one JSON object or tables on standard output and the reason of a failure on standard error,
+and the check that no output file is an input."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def errors() -> Console:
 
 
 def print_error(message: str) -> None:
-    """Print one line with the reason, wrapped by the terminal only; nothing where standard error cannot be written to."""
+    """Print one line with the reason, wrapped by the terminal only. Does nothing if standard error cannot be written."""
     try:
         errors().print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
     except OSError:

@@ -53,7 +53,7 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="PNG of rank loads before and after.")] = None,
     as_json: option.AsJson = False,
 ) -> None:
-    """Place experts for a load; says what it gains, and what moves where there is a placement in force."""
+    """Place experts for a load; says what it gains, and what moves if a placement is in force (--from)."""
     check_outputs({"--output": output, "--plot": plot}, {"--load": load, "--from": old})
     if not 0 <= expert_mb <= _MOST_EXPERT_MB:
         raise ValueError(f"--expert-mb={expert_mb} must be from 0 to {_MOST_EXPERT_MB}")
@@ -174,7 +174,7 @@ def _without(problem: Problem, failed: tuple[int, ...]) -> tuple[int, Problem]:
 
 
 def _costs(transfers: TransferPlan | None, expert_bytes: int) -> dict[str, Any]:
-    """What a plan moves; nothing is known without a placement in force."""
+    """What a plan moves; None for each number where no placement is in force."""
     if transfers is None:
         return {"moved": None, "between_nodes": None, "bytes_moved": None, "bytes_between_nodes": None}
     return {

@@ -19,7 +19,7 @@ __all__ = ["check_plot", "plot_rank_loads", "plot_scores"]
 
 
 def check_plot(path: Path) -> None:
-    """Find out before the work, not after it, that a picture cannot be drawn or written.
+    """Check, before a plan is computed, that a picture can be drawn and written.
 
     Raises:
         RuntimeError: matplotlib is not installed.

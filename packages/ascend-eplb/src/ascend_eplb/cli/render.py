@@ -93,7 +93,7 @@ def rank_table(placement: Placement, layer_id: int, rank: int) -> Table:
 def plan_table(
     plan: Plan, before: tuple[str, float], transfers: TransferPlan | None, expert_bytes: int, lost: int
 ) -> Table:
-    """What a plan promises, and what it costs where `transfers` lead to it; `before` is a name and its balancedness."""
+    """The balancedness of a plan, and the cost of its `transfers` if any; `before` is a name and its balancedness."""
     table = Table(title="plan", title_justify="left", show_header=False, title_style="bold")
 
     def row(label: str, value: str, style: str = "bold") -> None:
@@ -143,7 +143,7 @@ def score_table(scores: list[Score], slots: int, policy: str) -> Table:
 def _runs(
     slots: np.ndarray[tuple[int, ...], np.dtype[np.int32]], replicas: np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 ) -> list[tuple[int, int]]:
-    """Start and end of runs of consecutive ids that are alike in being replicated or not."""
+    """Start and end of each run of consecutive ids that are all replicated or all not."""
     hot = replicas[slots] > 1
     breaks = np.flatnonzero((np.diff(slots) != 1) | (hot[1:] != hot[:-1])) + 1
     edges = [0, *breaks.tolist(), len(slots)]

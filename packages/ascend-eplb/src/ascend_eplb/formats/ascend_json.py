@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Ascend expert map: JSON with a list of layers, each with a list of devices, each with its experts.
 
-Unlike its other readers, this one trusts no list order and no number: ids and counts must agree with the lists, and
-every error names the JSON path.
+Other readers of this format rely on the order of the lists and ignore ids and counts. This one goes by the ids, checks
+them and the counts against the lists, and names the JSON path in every error.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a file so that no reader ever sees a part of it."""
+"""Atomic writes: a reader sees the old file or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ __all__ = ["write_atomically"]
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to a temporary file beside `path` and put it in place in one step.
 
-    A link is followed, an old file's mode kept, and a new one's left to the umask. O(size of the content).
+    A link is followed. An existing file keeps its mode; the mode of a new one follows from the umask.
+
+    Complexity: O(size of the content).
 
     Raises:
-        OSError: the folder is missing or not writable, or `path` is no regular file; names `path`. Nothing is left
-            behind and an old file stays as it was.
+        OSError: the folder is missing or not writable, or `path` is no regular file; names `path`. No temporary
+            file is left and an existing file is unchanged.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")

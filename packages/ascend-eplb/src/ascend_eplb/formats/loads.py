@@ -29,7 +29,7 @@ def read_loads(path: str | Path) -> FloatArray:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: an unknown ending, not such a file, or values that are no loads (NaN, negative).
+        ValueError: an unknown ending, not such a file, or values that a load cannot have (NaN, negative).
 
     Complexity: O(T * L * E).
 
@@ -50,7 +50,7 @@ def write_loads(history: ArrayLike, path: str | Path) -> None:
 
     Raises:
         OSError: the file cannot be written.
-        TypeError, ValueError: an unknown ending, or what is no load.
+        TypeError, ValueError: an unknown ending, or a history that `as_history` refuses.
 
     Complexity: O(T * L * E).
 

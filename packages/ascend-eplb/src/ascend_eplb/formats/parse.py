@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way of every reader from a file to parsed data: whatever is wrong with the file is a ValueError or an OSError."""
+"""The step from a file to parsed data that all readers share: every fault of a file is a ValueError or an OSError."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Parsed = TypeVar("Parsed")
 
 
 def parse_file(path: Path, kind: str, parse: Callable[[bytes], Parsed]) -> Parsed:
-    """What `parse` makes of the bytes of a file.
+    """Read a file and return what `parse` makes of its bytes.
 
-    The parsers of Python, NumPy and PyYAML raise whatever their innermost part does on damaged input (tokenize.TokenError,
-    SyntaxError, OverflowError, lzma.LZMAError, RecursionError, ...). Here all of it becomes a ValueError. `parse` does no
-    input or output of its own, so an OSError is one of reading the file.
+    On damaged input the parsers of Python, NumPy and PyYAML raise whatever their inner parts raise: tokenize.TokenError,
+    SyntaxError, OverflowError, lzma.LZMAError, RecursionError and more. Here each of them becomes a ValueError. `parse`
+    reads and writes no file, so an OSError always comes from reading this one.
 
     Args:
         path: a regular file.
@@ -30,13 +30,13 @@ def parse_file(path: Path, kind: str, parse: Callable[[bytes], Parsed]) -> Parse
         parse: from the content of the file to data, without checks of what the data mean.
 
     Raises:
-        OSError: the file cannot be read, or is no regular file (a pipe would be waited for without end).
-        ValueError: the file is larger than `MOST_BYTES`, or `parse` failed; says why and what to do. Does not name the file.
+        OSError: the file cannot be read, or is no regular file (reading a pipe could block for ever).
+        ValueError: the file is larger than `MOST_BYTES`, or `parse` failed; says why and what to do, without the path.
     """
     content = _read(path)
     try:
         return parse(content)
-    except Exception as error:  # an open set of types, as said above
+    except Exception as error:  # see above: the set of types is open
         raise ValueError(
             f"not {kind}: {_reason(error)}; the file is damaged, cut off or of another format: write it again"
         ) from error
@@ -56,6 +56,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, MemoryError):
-        return "it asks for more memory than there is"
+        return "it needs more memory than there is"
     text = " ".join(str(error).split())
     return text[:200] or type(error).__name__

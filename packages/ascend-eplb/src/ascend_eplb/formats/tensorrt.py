@@ -19,7 +19,7 @@ _MERGE = "tag:yaml.org,2002:merge"  # the key `<<`, which takes over another map
 
 
 def read_tensorrt_yaml(path: Path, ranks: int | None, num_experts: int = 0) -> Placement:
-    """Read the YAML; its layer numbers are model-global and stay. The format does not say `ranks`.
+    """Read the YAML. Its layer numbers become `layer_ids`; the number of ranks is not in the format.
 
     Raises:
         OSError: the file cannot be read.

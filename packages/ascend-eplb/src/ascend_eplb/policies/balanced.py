@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`balanced`, the default: the best balance of the policies here, for a load and nothing to keep.
+"""`balanced`, the default: the best balance of the policies here, without regard to a placement in force.
 
-Counts by capped highest averages, packing by balanced differencing beside the published longest-first (the better one
-stays, layer by layer, so that no layer is below the published algorithm), swaps of hot with cold ranks, and, for ranks
-of few slots, a search over the counts. All layers at once.
+Its steps: replicate experts by capped highest averages; pack them by balanced differencing and by the published
+longest-first rule, and keep the better result of each layer, so that no layer is below the published algorithm; swap
+slots of hot ranks with those of cold ranks; and, for ranks of few slots, search over the replica counts. Each step
+treats all layers at once.
 
 Legend: L layers, E experts, R ranks, K slots per rank, N nodes, G groups, B = L * N problems.
 """
@@ -22,22 +23,28 @@ from ascend_eplb.placement import Placement, replica_counts
 from ascend_eplb.policies.base import Problem
 from ascend_eplb.policies.bound import peak_bound
 from ascend_eplb.policies.deepseek import repaired_assignment
-from ascend_eplb.policies.packing import capped_counts, difference, longest_first, shares, sorted_items
+from ascend_eplb.policies.packing import (
+    balanced_packing_vectorised,
+    capped_replica_counts,
+    difference,
+    shares,
+    sorted_items,
+)
 from ascend_eplb.policies.refine import refine
 from ascend_eplb.policies.repair import repair_duplicates
-from ascend_eplb.policies.search import anneal_counts, ladder_counts, pair_peaks
+from ascend_eplb.policies.search import anneal_counts, pair_peaks, search_pair_counts
 
 __all__ = ["balanced", "balanced_assignment"]
 
 Ids = NDArray[np.int64]
-_SLACK = 7e-4  # how close to the bound a layer counts as done
-_ROUNDS = 10  # swap rounds: what fits the time of a few milliseconds
+_SLACK = 7e-4  # a layer whose peak is within this part of the bound is done
+_ROUNDS = 10  # of swaps, which take a few milliseconds
 _SMALL = 48  # slots of a problem small enough for annealing
 _PACKINGS = 10  # ways of giving groups to nodes that a small problem tries
 
 
 def balanced(problem: Problem) -> Placement:
-    """The balanced placement of a problem. `previous` is not looked at; it cannot keep to a move limit.
+    """The balanced placement of a problem. Ignores `previous`, so it cannot keep to a move limit.
 
     Raises:
         ValueError: the problem limits the moves.
@@ -51,15 +58,15 @@ def balanced(problem: Problem) -> Placement:
 
 
 def balanced_assignment(problem: Problem) -> Ids:
-    """int64 `[L, R, K]`: see `balanced`."""
+    """int64 `[L, R, K]`: the experts of the placement that `balanced` returns."""
     goal_L = peak_bound(problem) * (1 + _SLACK)
     orders = [_pack_groups(problem)]
     everywhere = np.arange(problem.layers)
     if problem.slots_per_rank == 2 and not problem.hierarchical:
-        return _not_below_published(problem, _searched(problem, orders[0], everywhere, goal_L))
-    best_LRK = _packed(problem, orders[0], everywhere)
-    best_LRK = _better(problem, best_LRK, repaired_assignment(problem, longest_first))
-    best_LRK = _refined(problem, best_LRK, goal_L)
+        return _not_below_published(problem, _search_and_pack_layers(problem, orders[0], everywhere, goal_L))
+    best_LRK = _pack_layers(problem, orders[0], everywhere)
+    best_LRK = _keep_better(problem, best_LRK, repaired_assignment(problem, balanced_packing_vectorised))
+    best_LRK = _swap_within_nodes(problem, best_LRK, goal_L)
     if problem.slots == problem.num_experts and not problem.hierarchical:
         return best_LRK
     if problem.slots > _SMALL and problem.slots_per_rank != 2:
@@ -67,58 +74,59 @@ def balanced_assignment(problem: Problem) -> Ids:
     if problem.slots <= _SMALL and problem.hierarchical and _packings(problem.groups, problem.nodes) <= _PACKINGS:
         orders += _all_orders(problem)
     for order_LE in orders:
-        behind = np.flatnonzero(_peaks(problem, best_LRK) > goal_L)
-        if len(behind):
+        unfinished = np.flatnonzero(_peaks(problem, best_LRK) > goal_L)
+        if len(unfinished):
             found_LRK = best_LRK.copy()
-            found_LRK[behind] = _searched(problem, order_LE, behind, goal_L)
-            best_LRK = _better(problem, best_LRK, _refined(problem, found_LRK, goal_L))
+            found_LRK[unfinished] = _search_and_pack_layers(problem, order_LE, unfinished, goal_L)
+            best_LRK = _keep_better(problem, best_LRK, _swap_within_nodes(problem, found_LRK, goal_L))
     return best_LRK
 
 
 def _not_below_published(problem: Problem, ids_LRK: Ids) -> Ids:
-    """Two slots a rank: the published placement in layers where it is better.
+    """For two slots a rank: the published placement in the layers where it is better.
 
-    It cannot be where its counts, paired in the best way, give no lower peak (as long as no expert has more replicas
-    than there are ranks, for then it is repaired with other counts); so it is worked out for the rest only.
+    The published placement is worked out only for layers where it can be better: those where its replica counts, paired
+    in the best way, give a lower peak, and those where it gives an expert more replicas than there are ranks, because
+    the repair of duplicates then changes the counts.
     """
     if problem.max_replicas:
         return ids_LRK
-    count_LE = capped_counts(problem.load.astype(np.float32), problem.slots, problem.slots)
+    count_LE = capped_replica_counts(problem.load.astype(np.float32), problem.slots, problem.slots)
     least_L = pair_peaks(problem.load, count_LE)
     open_A = np.flatnonzero((_peaks(problem, ids_LRK) > least_L) | (count_LE.max(axis=1) > problem.ranks))
     if not len(open_A):
         return ids_LRK
     theirs_LRK = ids_LRK.copy()
-    theirs_LRK[open_A] = repaired_assignment(problem, longest_first, open_A)
-    return _better(problem, ids_LRK, theirs_LRK)
+    theirs_LRK[open_A] = repaired_assignment(problem, balanced_packing_vectorised, open_A)
+    return _keep_better(problem, ids_LRK, theirs_LRK)
 
 
-def _packed(problem: Problem, order_LE: Ids, layers: Ids) -> Ids:
-    """Some layers with highest-average counts, packed by differencing inside each node."""
+def _pack_layers(problem: Problem, order_LE: Ids, layers: Ids) -> Ids:
+    """`[A, R, K]` for the A rows in `layers`: counts by highest averages, packed by differencing inside each node."""
     load_BE = _by_node(problem, problem.load[layers], order_LE[layers])
     nodes = problem.nodes if problem.hierarchical else 1
-    count_BE = capped_counts(load_BE, problem.slots // nodes, problem.replica_cap)
+    count_BE = capped_replica_counts(load_BE, problem.slots // nodes, problem.replica_cap)
     return _to_global(problem, _pack(load_BE, count_BE, problem.ranks // nodes), order_LE[layers])
 
 
-def _searched(problem: Problem, order_LE: Ids, layers: Ids, goal_L: FloatArray) -> Ids:
-    """As `_packed`, with searched counts."""
+def _search_and_pack_layers(problem: Problem, order_LE: Ids, layers: Ids, goal_L: FloatArray) -> Ids:
+    """`[A, R, K]` for the A rows in `layers`: replica counts by search, packed by differencing inside each node."""
     load_BE = _by_node(problem, problem.load[layers], order_LE[layers])
     nodes = problem.nodes if problem.hierarchical else 1
     ranks, cap = problem.ranks // nodes, problem.replica_cap
-    count_BE = capped_counts(load_BE, problem.slots // nodes, cap)
+    count_BE = capped_replica_counts(load_BE, problem.slots // nodes, cap)
     if problem.slots_per_rank == 2 and problem.slots > problem.num_experts:
-        count_BE = ladder_counts(load_BE, count_BE, ranks=ranks, cap=cap)
+        count_BE = search_pair_counts(load_BE, count_BE, ranks=ranks, cap=cap)
     ids_BRK = _pack(load_BE, count_BE, ranks)
     if problem.slots_per_rank * problem.ranks <= _SMALL and problem.slots > problem.num_experts:
         peak_B = sum_slots(shares(load_BE, ids_BRK)).max(axis=1)
-        behind = np.flatnonzero(peak_B > np.repeat(goal_L[layers], nodes))
-        ids_BRK[behind] = _annealed(load_BE[behind], count_BE[behind], ids_BRK[behind], cap)
+        unfinished = np.flatnonzero(peak_B > np.repeat(goal_L[layers], nodes))
+        ids_BRK[unfinished] = _anneal_and_pack(load_BE[unfinished], count_BE[unfinished], ids_BRK[unfinished], cap)
     return _to_global(problem, ids_BRK, order_LE[layers])
 
 
-def _annealed(load_AE: FloatArray, count_AE: Ids, ids_ARK: Ids, cap: int) -> Ids:
-    """The best packing, with duplicates apart, that annealing the counts finds; `ids_ARK` where none is better."""
+def _anneal_and_pack(load_AE: FloatArray, count_AE: Ids, ids_ARK: Ids, cap: int) -> Ids:
+    """The best packing without duplicates that annealing the counts finds; `ids_ARK` where none is better."""
     if not len(load_AE):
         return ids_ARK
     ranks = ids_ARK.shape[1]
@@ -137,7 +145,9 @@ def _pack(load_BE: FloatArray, count_BE: Ids, ranks: int) -> Ids:
     expert_BS, share_BS = sorted_items(load_BE, count_BE)
     ids_BRK = repair_duplicates(difference(expert_BS, share_BS, ranks), load_BE)
     other_B = (replica_counts(ids_BRK.reshape(len(ids_BRK), -1), load_BE.shape[1]) != count_BE).any(axis=1)
-    if other_B.any():  # dealt out in turn, replicas that lie side by side come to different ranks
+    if (
+        other_B.any()
+    ):  # deal replicas to the ranks in turn: those of one expert follow each other, and so come to different ranks
         ids_BRK[other_B] = expert_BS[other_B].reshape(-1, expert_BS.shape[1] // ranks, ranks).transpose(0, 2, 1)
     return ids_BRK
 
@@ -162,7 +172,7 @@ def _experts_of(problem: Problem, packed_LNP: Ids) -> Ids:
 
 
 def _packings(groups: int, nodes: int) -> int:
-    """In how many ways groups go to nodes, the nodes being alike."""
+    """The number of ways to distribute the groups over nodes, when nodes are interchangeable."""
     size = groups // nodes
     ways, left = 1, groups
     for _ in range(nodes):
@@ -172,7 +182,7 @@ def _packings(groups: int, nodes: int) -> int:
 
 
 def _all_orders(problem: Problem) -> list[Ids]:
-    """The expert order of every way of giving groups to nodes, the same for all layers."""
+    """The expert order `[L, E]` of every way to distribute the groups over nodes, equal in all layers."""
     size = problem.groups // problem.nodes
 
     def ways(left: tuple[int, ...]) -> Iterator[list[int]]:
@@ -212,7 +222,7 @@ def _peaks(problem: Problem, ids_LRK: Ids) -> FloatArray:
     return np.asarray(sum_slots(shares(problem.load, ids_LRK)).max(axis=1))
 
 
-def _better(problem: Problem, ours_LRK: Ids, theirs_LRK: Ids) -> Ids:
+def _keep_better(problem: Problem, ours_LRK: Ids, theirs_LRK: Ids) -> Ids:
     """Per layer the one with the lower peak, ours if equal; theirs only if it respects the replica cap."""
     lower_L = _peaks(problem, theirs_LRK) < _peaks(problem, ours_LRK)
     if problem.max_replicas and lower_L.any():
@@ -221,7 +231,7 @@ def _better(problem: Problem, ours_LRK: Ids, theirs_LRK: Ids) -> Ids:
     return np.where(lower_L[:, None, None], theirs_LRK, ours_LRK)
 
 
-def _refined(problem: Problem, ids_LRK: Ids, goal_L: FloatArray) -> Ids:
+def _swap_within_nodes(problem: Problem, ids_LRK: Ids, goal_L: FloatArray) -> Ids:
     """Swap slots within each node until `goal_L` or for a bounded number of rounds."""
     nodes = problem.nodes if problem.hierarchical else 1
     shape = (problem.layers * nodes, problem.ranks // nodes, problem.slots_per_rank)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a balancing policy is asked, and the one function type that answers.
+"""The problem that a balancing policy solves, and the function type of policies.
 
 Legend: L layers, E logical experts, R ranks, K slots per rank, S = R * K slots, N nodes, G groups.
 """
@@ -20,7 +20,7 @@ __all__ = ["Policy", "Problem"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Problem:
-    """A load to be balanced, and what the answer must respect.
+    """A load to be balanced, and the constraints of the answer.
 
     Args:
         load: `[L, E]`, finite and not negative; kept as float64.
@@ -112,7 +112,7 @@ class Problem:
         if not 0 < self.target <= 1:
             raise ValueError(f"target={self.target} must be in (0, 1]")
         if self.max_replicas < 0:
-            raise ValueError(f"max_replicas={self.max_replicas} must be at least 1, or 0 for no cap")
+            raise ValueError(f"max_replicas={self.max_replicas} must be at least 1, or 0 for no limit")
         if self.max_replicas and self.max_replicas * self.num_experts < self.slots:
             raise ValueError(
                 f"max_replicas={self.max_replicas} of {self.num_experts} experts cannot fill slots={self.slots}"

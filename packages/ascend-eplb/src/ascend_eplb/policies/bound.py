@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How low the peak rank load can possibly get.
+"""A lower bound of the greatest rank load.
 
 Legend: L layers, E experts, R ranks, N nodes, G groups.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from ascend_eplb.metrics import FloatArray
 from ascend_eplb.policies.base import Problem
-from ascend_eplb.policies.packing import capped_counts
+from ascend_eplb.policies.packing import capped_replica_counts
 
 __all__ = ["best_balancedness", "peak_bound"]
 
@@ -31,7 +31,7 @@ def peak_bound(problem: Problem) -> FloatArray:
     over_LE = np.divide(load_LE, bound_L[:, None], out=np.ones_like(load_LE), where=bound_L[:, None] > 0)
     wanted_LE = np.ceil(np.maximum(over_LE, 1))  # replicas with which no share is above the mean rank load
     short_L = (wanted_LE.sum(axis=1) > problem.slots) | (wanted_LE.max(axis=1) > problem.replica_cap)
-    count_LE = capped_counts(load_LE[short_L], problem.slots, problem.replica_cap)
+    count_LE = capped_replica_counts(load_LE[short_L], problem.slots, problem.replica_cap)
     bound_L[short_L] = np.maximum(bound_L[short_L], (load_LE[short_L] / count_LE).max(axis=1))
     if problem.slots == problem.num_experts:
         light_LE = np.sort(load_LE, axis=1)

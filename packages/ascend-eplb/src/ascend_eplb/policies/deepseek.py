@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The algorithm DeepSeek published as EPLB (2025), written anew and kept plain: the yardstick for the other policies.
+"""The algorithm DeepSeek published as EPLB (2025), reimplemented plainly: the reference for the other policies.
 
 Three steps where groups are bound to nodes: pack groups to nodes, replicate inside each node, pack replicas to ranks.
 Sums are float32, as published, so that the result is the same bit for bit unless loads tie.
@@ -19,7 +19,7 @@ from ascend_eplb.placement import Placement
 from ascend_eplb.policies.base import Problem
 from ascend_eplb.policies.repair import repair_duplicates
 
-__all__ = ["deepseek", "deepseek_assignment", "pack_longest_first", "repaired_assignment", "replicate_highest_average"]
+__all__ = ["balanced_packing", "deepseek", "deepseek_assignment", "repaired_assignment", "replicate_experts"]
 
 Ids = NDArray[np.int64]
 Weights = NDArray[np.float32]
@@ -27,7 +27,7 @@ Pack = Callable[[Weights, int], tuple[Ids, Ids]]
 
 
 def deepseek(problem: Problem) -> Placement:
-    """The published placement, with replicas that share a rank swapped apart (see `deepseek_assignment` for without).
+    """The published placement, repaired where replicas of an expert share a rank; see `deepseek_assignment`.
 
     `max_replicas` and the move limits are not part of the algorithm.
 
@@ -37,14 +37,21 @@ def deepseek(problem: Problem) -> Placement:
     Complexity: O(L * S * R) in plain Python.
     """
     if problem.max_replicas or problem.max_moves is not None or problem.max_moves_per_layer is not None:
-        raise ValueError("policy='deepseek' knows neither max_replicas nor max_moves; use 'balanced' or 'incremental'")
-    ids_LRK = repaired_assignment(problem, pack_longest_first)
+        raise ValueError(
+            "policy='deepseek' supports neither max_replicas nor max_moves; use 'balanced' or 'incremental'"
+        )
+    ids_LRK = repaired_assignment(problem, balanced_packing)
     return Placement(ids_LRK.astype(np.int32), problem.num_experts, problem.layer_ids)
 
 
 def repaired_assignment(problem: Problem, pack: Pack, layers: Ids | None = None) -> Ids:
-    """The published result, duplicates taken apart within their node, int64 `[L, R, K]`; `pack` does the packing.
-    `layers` are the rows wanted, all by default."""
+    """int64 `[A, R, K]`: the published result with duplicates repaired within their node.
+
+    Args:
+        problem: the load, the sizes, and nodes and groups.
+        pack: `balanced_packing` or a function with its results.
+        layers: the A rows wanted; all by default.
+    """
     nodes = problem.nodes if problem.hierarchical else 1
     load_LE = problem.load if layers is None else problem.load[layers]
     ids_LS = deepseek_assignment(
@@ -58,7 +65,7 @@ def repaired_assignment(problem: Problem, pack: Pack, layers: Ids | None = None)
 def deepseek_assignment(
     load: ArrayLike, *, slots: int, ranks: int, nodes: int = 1, groups: int = 1, pack: Pack | None = None
 ) -> Ids:
-    """The published result itself, int64 `[L, S]` (`phy2log`), which may hold an expert twice on a rank.
+    """int64 `[L, S]`: the published result (`phy2log`) without repair: a rank may hold an expert twice.
 
     Args:
         load: `[L, E]`.
@@ -66,16 +73,16 @@ def deepseek_assignment(
         ranks: R.
         nodes: N, which divides R. Where it does not divide `groups`, both count as 1.
         groups: G, which divides E.
-        pack: another packer with the results of `pack_longest_first`, the default.
+        pack: another function with the results of `balanced_packing`, the default.
 
     Raises:
-        TypeError, ValueError: a load that is none, or sizes that do not divide.
+        TypeError, ValueError: a load that `as_load` refuses, or sizes that do not divide.
 
     Complexity: O(L * S * R) in plain Python.
 
     Source: github.com/deepseek-ai/EPLB, `rebalance_experts`.
     """
-    pack = pack or pack_longest_first
+    pack = pack or balanced_packing
     load_LE = as_load(load).astype(np.float32)
     layers, experts = load_LE.shape
     sizes = (slots, ranks, nodes, groups)
@@ -89,7 +96,7 @@ def deepseek_assignment(
     position_LE = (first_LG[:, :, None] + np.arange(size)).reshape(layers, experts)
     expert_at_LE = np.argsort(position_LE, axis=1)
     load_BE = np.take_along_axis(load_LE, expert_at_LE, axis=1).reshape(layers * nodes, -1)
-    local_BS, count_BE = replicate_highest_average(load_BE, slots // nodes)
+    local_BS, count_BE = replicate_experts(load_BE, slots // nodes)
     share_BE: Weights = np.divide(load_BE, count_BE, dtype=np.float32, casting="same_kind")
     share_BS = np.take_along_axis(share_BE, local_BS, axis=1)
     rank_BS, slot_BS = pack(share_BS, ranks // nodes)
@@ -99,7 +106,7 @@ def deepseek_assignment(
     return np.take_along_axis(expert_at_LE, sorted_BS.reshape(layers, slots), axis=1)
 
 
-def pack_longest_first(weight_BG: Weights, packs: int) -> tuple[Ids, Ids]:
+def balanced_packing(weight_BG: Weights, packs: int) -> tuple[Ids, Ids]:
     """Give each item, heaviest first, to the lightest pack with room; all packs hold G / P items.
 
     Returns:
@@ -122,7 +129,7 @@ def pack_longest_first(weight_BG: Weights, packs: int) -> tuple[Ids, Ids]:
     return pack_BG, place_BG
 
 
-def replicate_highest_average(weight_BE: Weights, slots: int) -> tuple[Ids, Ids]:
+def replicate_experts(weight_BE: Weights, slots: int) -> tuple[Ids, Ids]:
     """Give every expert a slot, then each further slot to the expert with the greatest load per replica, in float32.
 
     Returns:

@@ -83,7 +83,7 @@ def _is_bound(problem: Problem, placement: Placement) -> bool:
 def _trajectory(
     problem: Problem, previous: Placement, *, swaps: bool, pinned_LRK: NDArray[np.bool_] | None
 ) -> list[State]:
-    """Whole-layer states along the way, the first being `previous`."""
+    """The state of all layers after each round of changes; the first is `previous`."""
     nodes = problem.nodes if problem.hierarchical else 1
     shape = (problem.layers * nodes, problem.ranks // nodes, problem.slots_per_rank)
     limits = [problem.slots // nodes, problem.max_moves_per_layer, problem.max_moves]
@@ -113,7 +113,7 @@ def _as_state(problem: Problem, placement: Placement) -> State:
 
 
 def _with_fresh(problem: Problem, previous: Placement, states: list[State]) -> list[State]:
-    """The states and, last, every layer placed anew with ranks relabelled."""
+    """The states, and as the last one every layer placed anew, with ranks relabelled."""
     fresh = Placement(balanced_assignment(problem).astype(np.int32), problem.num_experts, previous.layer_ids)
     fresh = relabel_ranks(previous, fresh, nodes=problem.nodes if problem.hierarchical else 1)
     fresh = align_slots(previous, fresh)
@@ -121,7 +121,7 @@ def _with_fresh(problem: Problem, previous: Placement, states: list[State]) -> l
 
 
 def _within_limits(problem: Problem, previous: Placement, states: list[State]) -> Placement:
-    """Per layer the state that its share of the moves can pay for, the cheapest that meets the target."""
+    """For each layer the state that its share of the moves allows, with the fewest moves that meet the target."""
     moved_TL = np.stack([state.moved_B for state in states])
     peak_TL = np.stack([state.peak_B for state in states])
     goal_L = peak_bound(problem) / problem.target
@@ -130,13 +130,13 @@ def _within_limits(problem: Problem, previous: Placement, states: list[State]) -
     if problem.max_moves_per_layer is not None:
         worth_TL[moved_TL > problem.max_moves_per_layer] = -1.0
     budget = problem.max_moves if problem.max_moves is not None else problem.layers * problem.slots
-    chosen_L = _spend(moved_TL, worth_TL, budget)
+    chosen_L = _share_moves_among_layers(moved_TL, worth_TL, budget)
     ids_LRK = np.stack([states[turn].ids_BRK[layer] for layer, turn in enumerate(chosen_L)])
     return Placement(ids_LRK, problem.num_experts, previous.layer_ids)
 
 
-def _spend(moved_TL: NDArray[np.int64], worth_TL: FloatArray, budget: int) -> NDArray[np.int64]:
-    """The state of each layer: steps with the most worth per move first, while the budget lasts."""
+def _share_moves_among_layers(moved_TL: NDArray[np.int64], worth_TL: FloatArray, budget: int) -> NDArray[np.int64]:
+    """The state chosen for each layer `[L]`: changes with the greatest gain per move first, while moves are left."""
     layers = moved_TL.shape[1]
     chosen_L = np.zeros(layers, dtype=np.int64)
 

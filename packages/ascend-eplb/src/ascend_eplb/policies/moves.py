@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Improving a placement in force one cheap change at a time, in all problems at once.
+"""Improvement of a placement in force by one change at a time, in all problems at once.
 
 A change is a *replace* (one slot: a redundant replica gives way to one more replica of an expert of the hottest rank)
-or a *swap* (two slots: the hottest rank trades with a cold one). Each round takes the change that lowers the sum of
-sharp powers of the rank loads most per slot that moves.
+or a *swap* (two slots: one of the hottest rank and one of a cold rank). Each round makes the change that lowers the
+score, the sum of the 16th powers of the rank loads, most per slot that moves.
 
 Legend: B problems, E experts, R ranks, K slots per rank, C cold ranks, V = C * K slots on them, A active problems.
 """
@@ -124,7 +124,7 @@ def _round(load_BE: FloatArray, ids_BRK: Ids, active: Ids, left_A: Ids, rules: M
     return np.asarray(changed_A)
 
 
-def _sharp(value: FloatArray) -> FloatArray:
+def _sixteenth_power(value: FloatArray) -> FloatArray:
     """The 16th power."""
     value = value * value
     for _ in range(3):
@@ -158,7 +158,7 @@ def _replace_gains(
     after_XR[number_X, target_X] = total_AR[row_X, target_X] - drop_load_X / drop_count_X
     after_XKR = after_XR[:, None] - less_AKR[row_X]
     after_XKR[number_X, :, target_X] += new_share_AK[row_X]
-    gain_XK = _sharp(total_AR).sum(axis=1)[row_X, None] - _sharp(after_XKR).sum(axis=2)
+    gain_XK = _sixteenth_power(total_AR).sum(axis=1)[row_X, None] - _sixteenth_power(after_XKR).sum(axis=2)
     allowed_XK = ~held_ARE[row_X[:, None], target_X[:, None], add_AK[row_X]] & (add_count_AK < cap)[row_X]
     gain_AKV = np.full((batch, slots, victim_AV.shape[1]), -np.inf)
     gain_AKV[row_X, :, victim_X] = np.where(allowed_XK, gain_XK, -np.inf)
@@ -166,7 +166,7 @@ def _replace_gains(
 
 
 def _swap_gains(load_AE: FloatArray, ids_ARK: Ids, total_AR: FloatArray, where: tuple[Ids, Ids, Mask]) -> FloatArray:
-    """`[A, K, V]`: fall of the score when the hottest rank's k-th slot trades with slot v."""
+    """`[A, K, V]`: fall of the score when the hottest rank's k-th slot is swapped with slot v."""
     hot_A, victim_AV, pinned_ARK = where
     batch, ranks, slots = ids_ARK.shape
     row_A, row_A1 = np.arange(batch), np.arange(batch)[:, None]
@@ -178,7 +178,12 @@ def _swap_gains(load_AE: FloatArray, ids_ARK: Ids, total_AR: FloatArray, where: 
     delta_AKV = share_ARK[row_A, hot_A][:, :, None] - share_ARK.reshape(batch, -1)[row_A1, victim_AV][:, None]
     hot_A11 = total_AR[row_A, hot_A][:, None, None]
     cold_A1V = total_AR[row_A1, target_AV][:, None]
-    gain_AKV = _sharp(hot_A11) + _sharp(cold_A1V) - _sharp(hot_A11 - delta_AKV) - _sharp(cold_A1V + delta_AKV)
+    gain_AKV = (
+        _sixteenth_power(hot_A11)
+        + _sixteenth_power(cold_A1V)
+        - _sixteenth_power(hot_A11 - delta_AKV)
+        - _sixteenth_power(cold_A1V + delta_AKV)
+    )
     lacks_AKV = ~held_ARE[row_A1[:, :, None], target_AV[:, None], mine_AK[:, :, None]]
     lacks_AKV &= ~held_ARE[row_A1, hot_A[:, None], theirs_AV][:, None]
     pinned_AV = pinned_ARK.reshape(batch, -1)[row_A1, victim_AV]

@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 from ascend_eplb.metrics import FloatArray
 
 __all__ = [
-    "capped_counts",
+    "balanced_packing_vectorised",
+    "capped_replica_counts",
     "descending_order",
     "difference",
     "difference_peaks",
-    "longest_first",
     "shares",
     "sorted_items",
 ]
 
 Ids = NDArray[np.int64]
-_FEW = 48  # further slots up to which a head start costs more than it saves
+_FEW = 48  # redundant slots up to which `_first_replicas` costs more than it saves
 
 
-def capped_counts(load_BE: NDArray[np.floating], slots: int, cap: int) -> Ids:
+def capped_replica_counts(load_BE: NDArray[np.floating], slots: int, cap: int) -> Ids:
     """Replicas `[B, E]` of each expert: one, then each further slot to the greatest load per replica below `cap`.
 
     This is the method of highest averages; it minimises the greatest load per replica. Quotients are of the loads' own
@@ -36,7 +36,7 @@ def capped_counts(load_BE: NDArray[np.floating], slots: int, cap: int) -> Ids:
     """
     batch, experts = load_BE.shape
     spare = slots - experts
-    count_BE, left_B = _head_start(load_BE, spare, cap) if spare > _FEW else (None, np.full(batch, spare))
+    count_BE, left_B = _first_replicas(load_BE, spare, cap) if spare > _FEW else (None, np.full(batch, spare))
     if count_BE is None:
         count_BE = np.ones((batch, experts), dtype=np.int64)
         share_BE = load_BE.copy()
@@ -57,7 +57,7 @@ def capped_counts(load_BE: NDArray[np.floating], slots: int, cap: int) -> Ids:
     return count_BE
 
 
-def _head_start(load_BE: NDArray[np.floating], spare: int, cap: int) -> tuple[Ids, Ids]:
+def _first_replicas(load_BE: NDArray[np.floating], spare: int, cap: int) -> tuple[Ids, Ids]:
     """Counts `[B, E]` that highest averages pass through, and how many of the `spare` slots are left `[B]`.
 
     All quotients above a threshold come before all below it, so any threshold with at most `spare` quotients above will
@@ -108,7 +108,7 @@ def descending_order(value_BX: NDArray[np.floating]) -> Ids:
 
 
 def sorted_items(load_BE: NDArray[np.floating], count_BE: Ids) -> tuple[Ids, NDArray[np.floating]]:
-    """All replicas, heaviest first, those of one expert side by side: expert and share of each, `[B, S]`."""
+    """All replicas, heaviest first, those of one expert next to each other: expert and load of each, `[B, S]`."""
     batch, experts = load_BE.shape
     share_BE = load_BE / count_BE
     flat_BE = descending_order(share_BE) + np.arange(batch)[:, None] * experts
@@ -122,7 +122,7 @@ def difference(expert_BS: Ids, share_BS: NDArray[np.floating], ranks: int) -> Id
 
     The sorted items form K blocks of R, each a tuple of partial rank sums. The two tuples of widest spread are merged,
     heaviest sum with lightest, until one is left. Pairs (K = 2) are so packed optimally. Tuples are kept in ascending
-    order; who sits where is worked out afterwards, from the last merge back to the first. O(B * S log R).
+    order; the rank of each item is worked out afterwards, from the last merge back to the first. O(B * S log R).
     """
     batch, slots = expert_BS.shape
     blocks = slots // ranks
@@ -169,9 +169,11 @@ def _merge_blocks(
     return merges, first_B, sums_QR[first_B, -1]
 
 
-def longest_first(weight_BG: NDArray[np.float32], packs: int) -> tuple[Ids, Ids]:
-    """As `deepseek.pack_longest_first`, item for item, but for all problems at once: pack and place, `[B, G]`. O(G *
-    B * P)."""
+def balanced_packing_vectorised(weight_BG: NDArray[np.float32], packs: int) -> tuple[Ids, Ids]:
+    """What `deepseek.balanced_packing` returns, computed for all problems at once: pack and place, `[B, G]`.
+
+    Complexity: O(G * B * P).
+    """
     batch, items = weight_BG.shape
     capacity = items // packs
     if capacity == 1:

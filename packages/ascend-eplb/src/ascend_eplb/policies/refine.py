@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swap refinement: hot ranks trade one slot each with cold ranks, in all layers at once.
+"""Swap refinement: hot ranks swap one slot each with cold ranks, in all layers at once.
 
 Legend: B problems, R ranks, K slots per rank, P = R // 2 pairs of ranks.
 """
@@ -19,8 +19,8 @@ __all__ = ["refine"]
 def refine(ids_BRK: NDArray[Any], share_BRK: FloatArray, goal_B: FloatArray, rounds: int) -> None:
     """Swap slots between paired ranks while that lowers the hotter of the two. Both arrays change in place.
 
-    Round t pairs the i-th hottest rank with the (i + t')-th coldest, where t' runs over small shifts, so that a pair
-    that cannot trade meets another partner. A swap never puts an expert twice on a rank that had it not.
+    Round t pairs the i-th hottest rank with the (i + t')-th coldest, where t' runs over small shifts, so that a rank
+    that cannot swap with one partner meets another. A swap never puts an expert on a rank that holds it already.
 
     Args:
         ids_BRK: experts `[B, R, K]`.
@@ -45,19 +45,18 @@ def refine(ids_BRK: NDArray[Any], share_BRK: FloatArray, goal_B: FloatArray, rou
         hot_AP = order_AR[:, : ranks - pairs - 1 : -1]
         shift = turn % pairs if turn % 2 else 0
         cold_AP = order_AR[:, (np.arange(pairs) - shift) % pairs]
-        swapped_A = _trade(narrow_BRK, loads_BRK, total_BR, (active, hot_AP, cold_AP))
+        swapped_A = _swap_best_slots(narrow_BRK, loads_BRK, total_BR, (active, hot_AP, cold_AP))
         idle_B[active] = np.where(swapped_A, 0, idle_B[active] + 1)
     ids_BRK[...], share_BRK[...] = narrow_BRK, loads_BRK
 
 
-def _trade(
+def _swap_best_slots(
     ids_BRK: NDArray[Any],
     share_BRK: FloatArray,
     total_BR: FloatArray,
     pairing: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
 ) -> NDArray[np.bool_]:
-    """Make the best swap of each pair that gains by one; bool `[A]`: whether a problem's hottest pair changed at
-    all."""
+    """Make the best swap of each pair that gains by one; bool `[A]`: whether any pair of a problem did."""
     active, hot_AP, cold_AP = pairing
     ranks, slots = ids_BRK.shape[1:]
     first_A1 = active[:, None] * ranks

@@ -16,7 +16,7 @@ POLICIES = MappingProxyType({"balanced": balanced, "incremental": incremental, "
 
 
 def policy_names() -> tuple[str, ...]:
-    """The names that `rebalance` knows.
+    """The names of the policies that `rebalance` accepts.
 
     O(1). No errors.
     Source: the registry.

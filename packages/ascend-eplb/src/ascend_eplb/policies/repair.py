@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking apart replicas of one expert that share a rank, which no expert map can express.
+"""Repair of placements in which replicas of one expert share a rank, which no expert map can express.
 
 Legend: B independent problems (layers, or layers x nodes), R ranks, K slots per rank, E logical experts, D problems
-at hand.
+that still have duplicates.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def repair_duplicates(ids_BRK: NDArray[Any], load_BE: FloatArray) -> NDArray[Any
 
 
 def _repair_one(ids_DRK: NDArray[Any], load_DE: FloatArray, slot_D: NDArray[np.int64]) -> NDArray[Any]:
-    """Take away the duplicate in flat slot `slot_D` of each problem."""
+    """Replace the duplicate in flat slot `slot_D` of each problem, by a swap or by another expert."""
     batch, ranks, slots = ids_DRK.shape
     experts = load_DE.shape[1]
     row_D, rank_D = np.arange(batch), slot_D // slots

@@ -2,7 +2,7 @@
 """Search over replica counts, for ranks of few slots: there the counts decide, and highest averages are not the best.
 
 With two slots a rank, pairing heaviest with lightest is optimal for given counts, so the peak is known without packing.
-`ladder_counts` builds counts for a peak that one aims at; `anneal_counts` walks at random and is for small problems.
+`search_pair_counts` builds counts for several target peaks; `anneal_counts` is simulated annealing, for small problems.
 
 Legend: B problems, E experts, S slots, R ranks, K slots per rank, A problems at hand, X = chains of all problems.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ascend_eplb.metrics import FloatArray
 from ascend_eplb.policies.packing import difference_peaks, sorted_items
 
-__all__ = ["anneal_counts", "ladder_counts", "pair_peaks"]
+__all__ = ["anneal_counts", "pair_peaks", "search_pair_counts"]
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.floating]
@@ -28,12 +28,12 @@ _STEPS = np.array(
     dtype=np.float32,
 )
 _LEAST = np.array((-0.02, 0.0), dtype=np.float32)
-_DONE = 7e-4  # how close to the lower bound is close enough
-_HIGH = 1 if sys.byteorder == "little" else 0  # which half of a 64-bit key counts first
+_DONE = 7e-4  # a peak within this part of the lower bound is good enough
+_HIGH = 1 if sys.byteorder == "little" else 0  # the more significant half of a 64-bit key
 _CHAINS, _ROUNDS, _HEAT = 16, 100, 0.04
 
 
-def ladder_counts(load_BE: FloatArray, count_BE: Ids, *, ranks: int, cap: int) -> Ids:
+def search_pair_counts(load_BE: FloatArray, count_BE: Ids, *, ranks: int, cap: int) -> Ids:
     """Counts `[B, E]` for two slots a rank, built for several peaks T and kept where they beat `count_BE`.
 
     With all shares at most T / 2 any pairing fits, but that takes too many slots. Each expert can save one by having a
