@@ -125,7 +125,6 @@ class Deployment:
         expert_parallel: whether `enable_expert_parallel` is on.
         kv_role: "producer" (prefill only), "consumer" (decode only) or "both".
         speculative: whether a draft is decoded speculatively.
-        adapters: whether LoRA is on.
         microbatches: whether steps are cut into overlapping microbatches (DBO).
         prompt_embeddings: whether requests may carry embeddings instead of tokens.
         round_robin_experts: whether vLLM's `expert_placement_strategy` is "round_robin".
@@ -137,7 +136,6 @@ class Deployment:
     expert_parallel: bool = False
     kv_role: str = "both"
     speculative: bool = False
-    adapters: bool = False
     microbatches: bool = False
     prompt_embeddings: bool = False
     round_robin_experts: bool = False
@@ -172,7 +170,6 @@ class Deployment:
             expert_parallel=parallel.enable_expert_parallel,
             kv_role=role.removeprefix("kv_"),
             speculative=vllm_config.speculative_config is not None,
-            adapters=vllm_config.lora_config is not None,
             microbatches=parallel.use_ubatching,
             prompt_embeddings=model.enable_prompt_embeds,
             round_robin_experts=parallel.expert_placement_strategy == "round_robin",
