@@ -39,7 +39,7 @@ def paged(lengths, heads, size, block, dtype, flat=True):
     ids = iter(torch.randperm(len(cache)).tolist())
     table = torch.full(
         (len(lengths), max([1, *counts])), -7, dtype=torch.int32
-    )  # what lies behind a request is never read
+    )  # entries after a request's blocks are never read
     for row, count in enumerate(counts):
         table[row, :count] = torch.tensor([next(ids) for _ in range(count)], dtype=torch.int32)
     rows = [cache[table[b, : counts[b]].long()].flatten(0, 1)[: lengths[b]] for b in range(len(lengths))]

@@ -11,7 +11,7 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 strict_only = pytest.mark.skipif(not torch.ops.ascend_sim.strict(), reason="ASCEND_SIM_STRICT=0")
 relaxed_only = pytest.mark.skipif(torch.ops.ascend_sim.strict(), reason="float32 needs ASCEND_SIM_STRICT=0")
 grouped_matmul = torch_npu.npu_grouped_matmul
-COUNTS = {  # rows of each expert, rows behind the last
+COUNTS = {  # rows of each expert, rows after the last
     "even": ([2, 2, 2], 0),
     "empty experts": ([0, 9, 0, 1, 0], 0),
     "all to one": ([0, 0, 30], 0),
@@ -58,9 +58,9 @@ def numbers(*shape, dtype):
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("name", COUNTS)
 def test_floating(dtype, single, biased, name):
-    counts, behind = COUNTS[name]
+    counts, padding = COUNTS[name]
     k, n, experts = 37, 530, len(counts)
-    x, weight = numbers(sum(counts) + behind, k, dtype=dtype), numbers(experts, k, n, dtype=dtype)
+    x, weight = numbers(sum(counts) + padding, k, dtype=dtype), numbers(experts, k, n, dtype=dtype)
     bias = numbers(experts, n, dtype=torch.float16 if dtype == torch.float16 else torch.float32) if biased else None
     expected, allowed = torch.zeros(len(x), n, dtype=torch.double), torch.zeros(len(x), n, dtype=torch.double)
     for e, rows in enumerate(groups(counts)):
@@ -111,8 +111,8 @@ def int8(*shape):
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("biased", [False, True])
 def test_int8_to_int32_is_exact(name, biased):
-    counts, behind = COUNTS[name]
-    x, weight = int8(sum(counts) + behind, 2051), int8(len(counts), 2051, 19)  # sums beyond float32's integers
+    counts, padding = COUNTS[name]
+    x, weight = int8(sum(counts) + padding, 2051), int8(len(counts), 2051, 19)  # sums beyond float32's integers
     bias = torch.randint(-1000, 1000, (len(counts), 19), dtype=torch.int32) if biased else None
     expected = torch.zeros(len(x), 19, dtype=torch.long)
     for e, rows in enumerate(groups(counts)):
@@ -167,8 +167,8 @@ def swiglu(x, left=True, roundings=0):
 
 @pytest.mark.parametrize("name", [name for name in COUNTS if name != "no rows"])
 def test_grouped_matmul_swiglu_quant(name):
-    counts, behind = COUNTS[name]
-    x, weight = int8(sum(counts) + behind, 64), int8(len(counts), 64, 32)
+    counts, padding = COUNTS[name]
+    x, weight = int8(sum(counts) + padding, 64), int8(len(counts), 64, 32)
     weight_scale, x_scale = torch.rand(len(counts), 32) * 1e-3, torch.rand(len(x)) * 0.1
     y, scale, _ = run(
         torch_npu.npu_grouped_matmul_swiglu_quant, x, weight, torch.tensor(counts).cumsum(0), weight_scale, x_scale

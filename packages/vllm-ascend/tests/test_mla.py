@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head latent attention without an engine: against plain float64 mathematics, and what is refused."""
 
-import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm_ascend.attention.limits import check_latent
 
 LATENT, ROPE, HEADS, BLOCK = 512, 64, 4, 128
 SCALE = 0.05
@@ -112,48 +108,6 @@ def test_no_padding_slots_without_a_step(backend):
     assert not cache.any()
 
 
-@pytest.mark.parametrize(
-    ("sizes", "heads", "message"),
-    [
-        ({"kv_lora_rank": 256}, 16, "kv_lora_rank of this model is 256: .*takes 512 only"),
-        ({"qk_rope_head_dim": 32}, 16, "qk_rope_head_dim of this model is 32: .*takes 64 only"),
-        ({}, 20, "with 20 heads a rank: .*takes 1, 2, 4, 8, 16, 32, 64, 128; change tensor_parallel_size"),
-    ],
-)
-def test_models_that_do_not_fit_are_refused(sizes, heads, message):
-    fits = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
-    check_latent(SimpleNamespace(**fits), 16)
-    with pytest.raises(ValueError, match=message):
-        check_latent(SimpleNamespace(**{**fits, **sizes}), heads)
-
-
-def test_a_model_that_does_not_fit_stops_the_engine_before_its_workers(tmp_path):
-    """Twenty heads: not over one rank, nor over two. And its cache cannot be transferred."""
-    config = {
-        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 64, "num_attention_heads": 20,
-        "num_key_value_heads": 20, "kv_lora_rank": 512, "q_lora_rank": 48, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
-        "v_head_dim": 128, "num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 256,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    code = (
-        "from vllm.config import KVTransferConfig\n"
-        "from vllm.engine.arg_utils import EngineArgs\n"
-        "connector = KVTransferConfig(kv_connector='ExampleConnector', kv_role='kv_both')\n"
-        "for more in ({}, {'kv_transfer_config': connector}):\n"
-        "    try:\n"
-        f"        EngineArgs(model={str(tmp_path)!r}, skip_tokenizer_init=True, tensor_parallel_size=2, **more).create_engine_config()\n"
-        "    except ValueError as error:\n"
-        "        print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "multi-head latent attention with 10 heads a rank" in done.stdout
-    assert (
-        "kv_transfer_config (connector 'ExampleConnector') cannot be used with multi-head latent attention"
-        in done.stdout
-    )
-
-
 def test_backends_by_kind_of_attention():
     from vllm_ascend.platform import AscendPlatform
 
@@ -165,3 +119,7 @@ def test_backends_by_kind_of_attention():
     assert AscendPlatform.get_attn_backend_cls(None, asked()).endswith("gqa.AscendAttentionBackend")
     with pytest.raises(ValueError, match="no attention backend for sparse attention"):
         AscendPlatform.get_attn_backend_cls(None, asked(use_mla=True, use_sparse=True))
+    grouped, latent = (SimpleNamespace(name=name) for name in ("ASCEND_ATTN", "ASCEND_MLA"))
+    assert AscendPlatform.get_attn_backend_cls(latent, asked(use_mla=True)).endswith("mla.AscendMLABackend")
+    with pytest.raises(ValueError, match="'ASCEND_ATTN': vllm-ascend has 'ASCEND_MLA' for this layer"):
+        AscendPlatform.get_attn_backend_cls(grouped, asked(use_mla=True))

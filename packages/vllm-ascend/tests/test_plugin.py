@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 from vllm_ascend import envs
@@ -47,11 +48,56 @@ def test_doctor_explains_without_cann():
     broken = run(sys.executable, "-c", "import torch", ASCEND_SIM="0")
     assert broken.returncode != 0
     assert "libhccl.so" in broken.stderr
-    done = run(*DOCTOR, ASCEND_SIM="0", COLUMNS="200")
+    done = run(*DOCTOR, ASCEND_SIM="0")
     assert done.returncode == 1
-    assert "inactive because torch_npu does not load" in done.stdout
+    assert "inactive because torch_npu does not load (libhccl.so: cannot open shared object file" in done.stdout
+    assert "not active because ASCEND_SIM=0 switches it off; on an Ascend host install CANN and source" in done.stdout
     assert "vllm-ascend[sim]" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "because"),
+    [
+        ("ASCEND_SIM", "yes", "ASCEND_SIM is 'yes'; allowed: 0 (off), 1 (on)"),
+        ("ASCEND_SIM_MEMORY", "lots", "ASCEND_SIM_MEMORY is 'lots'; allowed: a number with one of KiB, MiB, GiB"),
+        ("ASCEND_SIM_MEMORY", "9" * 400, "ASCEND_SIM_MEMORY is '999"),
+        ("ASCEND_SIM_DEVICES", "0", "ASCEND_SIM_DEVICES is '0'; allowed: 1 to 64"),
+        ("ASCEND_SIM_SOC", "Ascend1", "ASCEND_SIM_SOC is 'Ascend1'; allowed: Ascend910B3, Ascend910_9391"),
+        ("ASCEND_SIM_STRICT", "2", "ASCEND_SIM_STRICT is '2'; allowed: 1 (as hardware), 0 (relaxed)"),
+        ("ASCEND_RT_VISIBLE_DEVICES", "99", "torch_npu sees no NPU with ASCEND_RT_VISIBLE_DEVICES='99'"),
+        ("ASCEND_RT_VISIBLE_DEVICES", "", "torch_npu sees no NPU with ASCEND_RT_VISIBLE_DEVICES=''"),
+    ],
+)
+def test_doctor_names_the_variable_that_is_wrong(name, value, because):
+    done = run(*DOCTOR, **{name: value})
+    assert done.returncode == 1
+    assert "plugin: inactive because" in done.stdout
+    assert because in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_doctor_counts_the_visible_devices():
+    done = run(*DOCTOR, "--json", ASCEND_RT_VISIBLE_DEVICES="2,5,99,3")
+    assert len(json.loads(done.stdout[done.stdout.index("{") :])["devices"]) == 2
+
+
+def test_the_remedy_fits_a_host_whose_cann_is_not_sourced(monkeypatch, tmp_path):
+    from vllm_ascend import doctor
+
+    def load(name):
+        raise RuntimeError("a backend extension failed") from OSError("libhccl.so: cannot open shared object file")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", load)
+    monkeypatch.setattr(doctor, "_simulator", doctor.Simulator)
+    said = doctor.inactive_because()
+    assert said.startswith(
+        "torch_npu does not load (libhccl.so: cannot open shared object file); on an Ascend host install CANN"
+    )
+    script = tmp_path / "set_env.sh"
+    script.touch()
+    monkeypatch.setattr(doctor, "CANN_SCRIPTS", (str(tmp_path / "absent.sh"), str(script)))
+    assert f"run `source {script}`, for CANN is installed" in doctor.inactive_because()
 
 
 def test_doctor_names_a_version_that_does_not_fit(monkeypatch):
@@ -143,24 +189,39 @@ def test_slot_mapping_follows_the_block_table():
     assert slots.tolist() == [4 * 16 + 14, 4 * 16 + 15, 9 * 16, 7 * 16, 5 * 16 + 1, -1, -1, -1]
 
 
-def test_v2_runner_is_refused(monkeypatch):
-    from types import SimpleNamespace
+class AnswersEveryName:
+    """As llvmlite's library of functions: it has no `__dict__`, and answers that name with another object."""
 
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    from vllm_ascend.platform import AscendPlatform
+    __slots__ = ()
 
-    with pytest.raises(ValueError, match="V1 model runner only"):
-        AscendPlatform.check_and_update_config(SimpleNamespace(additional_config={}))
+    def __getattr__(self, name):
+        return object()
 
 
-def test_speculative_decoding_is_refused():
-    from types import SimpleNamespace
+def test_the_slot_mapping_is_replaced_whatever_other_modules_hold(monkeypatch):
+    from vllm.v1.worker.block_table import ComputeSlotMappingKernel
+    from vllm_ascend import compat
 
-    from vllm_ascend.platform import AscendPlatform
+    module = ModuleType("some_library")
+    module.functions = AnswersEveryName()
+    monkeypatch.setitem(sys.modules, "some_library", module)
+    monkeypatch.setattr(ComputeSlotMappingKernel, "kernel", ComputeSlotMappingKernel.kernel)
+    compat.register_slot_mapping()
+    assert ComputeSlotMappingKernel.kernel.func is compat.compute_slot_mapping
 
-    wanted = SimpleNamespace(additional_config={}, speculative_config=SimpleNamespace(method="ngram"))
-    with pytest.raises(ValueError, match=r"speculative decoding \(method 'ngram'\) is not supported"):
-        AscendPlatform.check_and_update_config(wanted)
+
+def test_streams_and_events_of_cuda_are_classes(monkeypatch):
+    import torch
+    from vllm_ascend import compat
+
+    for name in ("Stream", "Event", "stream", "current_stream", "default_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(torch.cuda, name))
+    compat.alias_cuda_streams()
+    event = torch.cuda.Event(blocking=True)
+    assert isinstance(event, torch.cuda.Event)
+    event.record(torch.cuda.Stream())
+    event.synchronize()
+    assert not isinstance(3, torch.cuda.Event)
 
 
 def test_an_error_without_words_is_a_reason_too(monkeypatch):
@@ -170,16 +231,18 @@ def test_an_error_without_words_is_a_reason_too(monkeypatch):
         raise ImportError
 
     monkeypatch.setattr(doctor.importlib, "import_module", load)
+    monkeypatch.setattr(doctor, "_simulator", doctor.Simulator)
     assert "torch_npu does not load (ImportError())" in doctor.inactive_because()
 
 
 def test_prompt_logprobs_are_refused_where_the_lm_head_is_shared(monkeypatch):
     from vllm import PoolingParams, SamplingParams
+    from vllm.exceptions import VLLMValidationError
     from vllm_ascend.platform import AscendPlatform
 
     AscendPlatform.validate_request({}, SamplingParams(prompt_logprobs=1))
     monkeypatch.setattr(AscendPlatform, "lmhead_is_shared", True)
     AscendPlatform.validate_request({}, SamplingParams(logprobs=1))
     AscendPlatform.validate_request({}, PoolingParams())
-    with pytest.raises(ValueError, match="prompt_logprobs=0: must be None with finegrained_tp_config"):
+    with pytest.raises(VLLMValidationError, match=r"prompt_logprobs, or echo with logprobs.* are not available with"):
         AscendPlatform.validate_request({}, SamplingParams(prompt_logprobs=0))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm serve` as a user runs it, called with the OpenAI client."""
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ import openai
 import pytest
 
 pytestmark = pytest.mark.slow
+# The embedding and the LM head in a group of one rank: what the front end refuses is the same for more.
+SHARED = {"embedding_tensor_parallel_size": 1, "lmhead_tensor_parallel_size": 1}
 
 
 def free_port():
@@ -29,7 +32,7 @@ def server(smollm2, tmp_path_factory, alive):
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     command = [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(smollm2), "--served-model-name", "smollm2", "--port", str(port),
-        "--max-model-len", "512", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(128 << 20), "--host", "127.0.0.1",
+        "--additional-config", json.dumps({"finegrained_tp_config": SHARED}), "--max-model-len", "512", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(128 << 20), "--host", "127.0.0.1",
     ]  # fmt: skip
     env = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with open(log, "w") as handle:
@@ -109,6 +112,20 @@ def test_errors_of_the_api(server):
         chat(client, "word " * 2000, max_tokens=4)
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="no-such-model", prompt="x", max_tokens=1)
+
+
+def test_a_refused_request_gets_its_reason(server):
+    _, client, _ = server
+    ask = {"model": "smollm2", "prompt": "Once upon a time", "max_tokens": 2}
+    for more in ({"extra_body": {"prompt_logprobs": 0}}, {"echo": True, "logprobs": 1}):
+        with pytest.raises(
+            openai.BadRequestError, match=r"log-probabilities of the prompt .* are not available"
+        ) as caught:
+            client.completions.create(**ask, **more)
+        assert caught.value.param == "prompt_logprobs"
+    with pytest.raises(openai.BadRequestError, match="log-probabilities of the prompt"):
+        chat(client, "Hello", max_tokens=2, extra_body={"prompt_logprobs": 1})
+    assert client.completions.create(**ask, logprobs=1).choices[0].logprobs is not None
 
 
 def test_sigterm_ends_everything(server, alive):

@@ -28,7 +28,8 @@ def register_general() -> None:
     from vllm.v1.attention.backends.registry import register_backend
 
     from vllm_ascend import quantization
+    from vllm_ascend.attention import BACKENDS
 
-    register_backend("ASCEND_ATTN", "vllm_ascend.attention.gqa.AscendAttentionBackend")
-    register_backend("ASCEND_MLA", "vllm_ascend.attention.mla.AscendMLABackend")
+    for name, path in BACKENDS.values():
+        register_backend(name, path)
     quantization.register()

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
 
 import torch
 
@@ -17,14 +17,10 @@ def alias_cuda_streams() -> None:
     """Let `torch.cuda.Stream`, `Event` and their kin mean the NPU's.
 
     Reason: vLLM 0.32's V1 model runner names torch.cuda for its copy streams (asynchronous scheduling).
-    Retired by: vLLM using `torch.Stream`/`torch.Event` there, as its V2 runner begins to do.
+    Both stay classes, for torch asks `isinstance` of them. Retired by: vLLM using `torch.Stream`/`torch.Event` there, as its V2 runner begins to do.
     """
-
-    def event(*args: Any, blocking: bool | None = None, **kwargs: Any) -> Any:
-        return torch.npu.Event(*args, **kwargs)  # NPU events know no `blocking`
-
     torch.cuda.Stream = torch.npu.Stream  # type: ignore[misc]
-    torch.cuda.Event = event  # type: ignore[assignment,misc]
+    torch.cuda.Event = torch.npu.Event  # type: ignore[misc]
     torch.cuda.stream = torch.npu.stream
     torch.cuda.current_stream = torch.npu.current_stream
     torch.cuda.default_stream = torch.npu.default_stream
@@ -75,7 +71,7 @@ def compute_slot_mapping(
     PAD_ID: int = -1,  # noqa: N803
     BLOCK_SIZE: int = 1024,  # noqa: N803
 ) -> None:
-    """Slot of each token: block * block_size + offset within it; `PAD_ID` behind the last token and for another rank's tokens.
+    """Slot of each token: block * block_size + offset within it; `PAD_ID` after the last token and for another rank's tokens.
 
     Args:
         num_tokens: tokens of this step.
@@ -112,8 +108,19 @@ def compute_slot_mapping(
 def register_slot_mapping() -> None:
     """Replace vLLM's one Triton kernel on the V1 path through its own hook.
 
-    Reason: it needs Triton, which this plugin never asks for. Retired by: nothing, this is vLLM's way for other platforms.
+    Reason: it needs Triton, which this plugin never asks for. The hook looks for the kernel in every module of the process, and takes
+    `__dict__` of whatever it finds there for a dictionary; of an object that answers every name (llvmlite has one) it is not, and the start ended with
+    "'_lib_fn_wrapper' object has no attribute 'get'". Only vLLM's modules hold the kernel, so that the hook is shown no others.
+    Retired by: for the hook nothing, it is vLLM's way for other platforms; for the modules a check of the type in `_rebind_kernels`.
     """
-    from vllm.triton_utils.dispatcher import register_kernels
+    from vllm.triton_utils import dispatcher
 
-    register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping})
+    modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "vllm"}
+    kept = dispatcher.sys
+    try:
+        dispatcher.sys = SimpleNamespace(modules=modules)  # type: ignore[assignment]
+        dispatcher.register_kernels(
+            {"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping}
+        )
+    finally:
+        dispatcher.sys = kept

@@ -9,6 +9,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 __all__ = ["Report", "examine", "inactive_because", "log_inactive"]
 
@@ -16,7 +17,28 @@ __all__ = ["Report", "examine", "inactive_because", "log_inactive"]
 REQUIRED = {"torch": "2.13.0", "torch-npu": "2.13.0", "vllm": "0.32.0"}
 # The public index has another project of this name, and a vLLM for CUDA; a clone's settings build the right one.
 ALL_THREE = "in a clone of the repository, `uv pip install ./packages/vllm-ascend` brings what fits"
-NO_NPU = "install CANN on an Ascend host, or in a clone of the repository `uv pip install './packages/vllm-ascend[sim]'` for the simulated NPU"
+NO_NPU = (
+    "on an Ascend host install CANN and source its set_env.sh; elsewhere, in a clone of the repository, "
+    "`uv pip install './packages/vllm-ascend[sim]'` brings the simulated NPU"
+)
+CANN_SCRIPTS = ("/usr/local/Ascend/ascend-toolkit/set_env.sh", "/usr/local/Ascend/cann/set_env.sh")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulator:
+    """What ascend-sim says of itself.
+
+    Attributes:
+        installed: whether it is there.
+        active: whether it answers for CANN in this process.
+        reason: why it is active or not, as a clause.
+        problem: the variable of its own that cannot be understood, with its value and what is allowed; empty where there is none.
+    """
+
+    installed: bool = False
+    active: bool = False
+    reason: str = ""
+    problem: str = ""
 
 
 def installed(package: str) -> str | None:
@@ -35,14 +57,42 @@ def inactive_because() -> str | None:
             return f"{package} is not installed; {ALL_THREE}"
         if found.split("+")[0] != wanted:
             return f"{package} {found} is installed, vllm-ascend {installed('vllm-ascend')} needs {wanted}; {ALL_THREE}"
+    simulator = _simulator()
+    if simulator.problem:
+        return f"{simulator.problem}; set it to what is allowed, or unset it"
     try:
         torch = importlib.import_module("torch")
         importlib.import_module("torch_npu")
-    except (ImportError, RuntimeError, OSError) as error:
-        return f"torch_npu does not load ({(str(error).strip() or repr(error)).splitlines()[-1]}); {NO_NPU}"
+    except (ImportError, RuntimeError, OSError, ValueError) as error:
+        cause = _cause(error)
+        return f"torch_npu does not load ({(str(cause).strip() or repr(cause)).splitlines()[-1]}); {_remedy(simulator)}"
     if not torch.npu.is_available():
-        return f"torch_npu sees no NPU; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES, or {NO_NPU}"
+        from vllm_ascend import envs
+
+        if (named := envs.visible_devices()) is not None:
+            return f"torch_npu sees no NPU with ASCEND_RT_VISIBLE_DEVICES={named!r}; name devices that `npu-smi info` lists, or unset it"
+        return f"torch_npu sees no NPU; check `npu-smi info`; {NO_NPU}"
     return None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first of the errors that led to `error`: torch reports a library that is missing as a backend extension that failed."""
+    seen = {id(error)}
+    while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        if id(inner) in seen:
+            break
+        seen.add(id(inner))
+        error = inner
+    return error
+
+
+def _remedy(simulator: Simulator) -> str:
+    """What to do where torch_npu finds no CANN."""
+    if script := next((path for path in CANN_SCRIPTS if Path(path).exists()), None):
+        return f"run `source {script}`, for CANN is installed and not in this environment"
+    if simulator.installed and not simulator.active:
+        return f"the simulated NPU is installed and not active because {simulator.reason}; {NO_NPU}"
+    return NO_NPU
 
 
 def log_inactive(reason: str) -> None:
@@ -92,15 +142,21 @@ def examine() -> Report:
     if not reason:
         torch = importlib.import_module("torch")
         devices = [torch.npu.get_device_name(index) for index in range(torch.npu.device_count())]
-    simulated = _simulated()
+    simulated = _simulator().active
     versions["CANN"] = "simulated" if simulated else _cann_version() if not reason else "missing"
     return Report(active=not reason, reason=reason or "", versions=versions, devices=devices, simulated=simulated)
 
 
-def _simulated() -> bool:
+def _simulator() -> Simulator:
     if importlib.util.find_spec("ascend_sim") is None:
-        return False
-    return bool(importlib.import_module("ascend_sim.loader").decide().active)
+        return Simulator()
+    try:
+        decision = importlib.import_module("ascend_sim.loader").decide()
+    except ValueError as error:
+        return Simulator(installed=True, problem=str(error))
+    return Simulator(
+        installed=True, active=decision.active, reason=decision.reason, problem=getattr(decision, "problem", "")
+    )
 
 
 def _cann_version() -> str:

@@ -12,7 +12,14 @@ from collections.abc import Mapping
 
 from ascend_comm.hccl import DEFAULT_BUFFER_MB
 
-__all__ = ["hccl_buffsize_mb", "retired_variables", "set_defaults_for_vllm", "wants_v2_model_runner"]
+__all__ = [
+    "hccl_buffsize_mb",
+    "offloads_without_unified_memory",
+    "retired_variables",
+    "set_defaults_for_vllm",
+    "visible_devices",
+    "wants_v2_model_runner",
+]
 
 # Variable of the public plugin -> (its default, the key of additional_config that took its place).
 RETIRED: Mapping[str, tuple[str, str]] = {
@@ -36,6 +43,16 @@ def set_defaults_for_vllm() -> None:
 def wants_v2_model_runner() -> bool:
     """Whether the user asked for the V2 model runner."""
     return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0", "false", "False")
+
+
+def visible_devices() -> str | None:
+    """ASCEND_RT_VISIBLE_DEVICES, the devices that CANN shows to this process; None where it shows all."""
+    return os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+
+
+def offloads_without_unified_memory() -> bool:
+    """Whether vLLM copies the weights that it keeps in host memory, and makes no view of them."""
+    return os.environ.get("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA", "0").strip() not in ("", "0")
 
 
 def hccl_buffsize_mb() -> int:

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
-from vllm_ascend import compat, envs, rules
-from vllm_ascend.attention import limits
-from vllm_ascend.config import AscendConfig
-from vllm_ascend.deployment import Deployment
+from vllm_ascend import compat, start
+from vllm_ascend.attention import BACKENDS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -66,7 +64,11 @@ class AscendPlatform(Platform):
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: AttentionSelectorConfig, num_heads: int | None = None
     ) -> str:
-        """Qualified name of the attention backend; ValueError for what none of them can do."""
+        """Qualified name of the attention backend.
+
+        Raises:
+            ValueError: what none of them can do, and the start could not see in the model's configuration; a backend of another platform.
+        """
         asked = attn_selector_config
         for wanted, name in ((asked.use_sparse, "sparse attention"), (asked.has_sink, "attention sinks"),
                              (asked.use_mm_prefix, "bidirectional multimodal prefixes")):  # fmt: skip
@@ -74,9 +76,10 @@ class AscendPlatform(Platform):
                 raise ValueError(
                     f"vllm-ascend has no attention backend for {name} (head size {asked.head_size}, {asked.dtype})"
                 )
-        if asked.use_mla:
-            return "vllm_ascend.attention.mla.AscendMLABackend"
-        return "vllm_ascend.attention.gqa.AscendAttentionBackend"
+        name, path = BACKENDS[asked.use_mla]
+        if selected_backend is not None and selected_backend.name != name:
+            raise ValueError(f"attention backend {selected_backend.name!r}: vllm-ascend has {name!r} for this layer")
+        return path
 
     @classmethod
     def get_mla_prefill_backend_cls(cls, mla_selector_config: MLAPrefillSelectorConfig) -> type[MLAPrefillBackend]:
@@ -100,28 +103,8 @@ class AscendPlatform(Platform):
         """The last word on vLLM's configuration; ValueError for what this plugin cannot do."""
         from vllm.config import CUDAGraphMode
 
-        config = AscendConfig.of(vllm_config.additional_config, envs.retired_variables())
-        if envs.wants_v2_model_runner():
-            raise ValueError(
-                "VLLM_USE_V2_MODEL_RUNNER=1: vllm-ascend serves vLLM's V1 model runner only; unset it or set it to 0"
-            )
-        if vllm_config.speculative_config is not None:
-            raise ValueError(
-                f"speculative decoding (method {vllm_config.speculative_config.method!r}) is not supported by vllm-ascend; "
-                "leave --speculative-config out"
-            )
-        if vllm_config.model_config is not None:
-            rules.check(config, Deployment.of(vllm_config))
-            if vllm_config.model_config.use_mla:
-                if vllm_config.kv_transfer_config is not None:
-                    raise ValueError(
-                        f"kv_transfer_config (connector {vllm_config.kv_transfer_config.kv_connector!r}) cannot be used with multi-head latent "
-                        "attention: the cache's blocks do not lie in one piece here; leave it out"
-                    )
-                limits.check_latent(
-                    vllm_config.model_config.hf_text_config,
-                    vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
-                )
+        host = start.Host(devices=torch.npu.device_count(), chip=torch.npu.get_device_name(0))
+        config = start.check(vllm_config, host)
         cls.lmhead_is_shared = config.finegrained_tp_config.lmhead_tensor_parallel_size > 0
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         parallel = vllm_config.parallel_config
@@ -130,13 +113,20 @@ class AscendPlatform(Platform):
 
     @classmethod
     def validate_request(cls, processed_inputs: Any, params: SamplingParams | PoolingParams) -> None:
-        """ValueError for a request whose logits would be computed apart from the step in which other ranks wait for them."""
+        """Refuse a request whose logits would be computed apart from the step in which other ranks wait for them.
+
+        Raises:
+            VLLMValidationError: the request cannot be served; the server answers 400 with the message, and 500 without one for any other error.
+        """
+        from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import SamplingParams
 
         if cls.lmhead_is_shared and isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
-            raise ValueError(
-                f"prompt_logprobs={params.prompt_logprobs}: must be None with finegrained_tp_config.lmhead_tensor_parallel_size, "
-                "for the ranks that share the LM head meet once a step"
+            raise VLLMValidationError(
+                "log-probabilities of the prompt (prompt_logprobs, or echo with logprobs) are not available with "
+                "finegrained_tp_config.lmhead_tensor_parallel_size: the ranks that share the LM head compute it once a step",
+                parameter="prompt_logprobs",
+                value=params.prompt_logprobs,
             )
 
     @classmethod
@@ -173,9 +163,8 @@ class AscendPlatform(Platform):
 
     @classmethod
     def get_current_memory_usage(cls, device: torch.types.Device | None = None) -> float:
-        """Peak bytes allocated since the last question."""
-        torch.npu.reset_peak_memory_stats(device)
-        return float(torch.npu.max_memory_allocated(device))
+        """Bytes that tensors occupy now: vLLM's DeviceMemoryProfiler takes the difference before and after loading a model."""
+        return float(torch.npu.memory_allocated(device))
 
     @classmethod
     def num_compute_units(cls, device_id: int = 0) -> int:

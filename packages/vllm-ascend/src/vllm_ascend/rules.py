@@ -160,19 +160,26 @@ def _broken_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]
     yield from _broken_flashcomm_rules(config, deployment)
     yield from _broken_finegrained_rules(config, deployment)
     model, names = deployment.model, list(config.layer_sharding)
+    if config.eplb_config.expert_map_path and model.unknown_selectors:
+        yield (
+            f"option 'eplb_config.expert_map_path' ({config.eplb_config.expert_map_path!r}) cannot be used with this model: its config seems to choose "
+            f"its MoE layers by {', '.join(model.unknown_selectors)}, which vllm-ascend does not know; leave the option out"
+        )
     if config.enable_shared_expert_dp and not (model.moe.routed_experts and model.shared_experts):
         yield "option 'enable_shared_expert_dp' (True) needs a MoE model with shared experts"
     if names and not config.flashcomm2_parallel_size:
         yield f"option 'layer_sharding' ({names}) needs flashcomm2_parallel_size > 0, and must be ['o_proj'] then"
     idle = AscendConfig(flashcomm1_dense_threshold=config.flashcomm1_dense_threshold)
-    if not config.weight_prefetch_config.enabled:  # its ratios ask for nothing then
+    if not config.weight_prefetch_config.enabled:  # its ratios have no effect then
         idle = replace(idle, weight_prefetch_config=config.weight_prefetch_config)
     changes_layers = replace(config, eplb_config=idle.eplb_config) != idle
     if deployment.microbatches and model.moe.routed_experts:
         yield "microbatches (enable_dbo) cannot be used with a MoE model; leave enable_dbo out"
-    for wanted, what in ((deployment.adapters, "LoRA"), (deployment.microbatches, "microbatches (enable_dbo)")):
-        if wanted and changes_layers:
-            yield f"{what} cannot be used with this plugin's options for linear layers; leave one of the two out"
+    if deployment.microbatches and changes_layers:
+        yield "microbatches (enable_dbo) cannot be used with this plugin's options for linear layers; leave one of the two out"
+    routed, chosen = model.moe.routed_experts, model.experts_per_token
+    if routed and chosen > routed:
+        yield f"the model's config asks for {chosen} experts a token, and its MoE layers have {routed}"
 
 
 def _broken_flashcomm_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]:

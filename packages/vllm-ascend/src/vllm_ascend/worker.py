@@ -17,6 +17,8 @@ from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_ascend import layers, parallel
+from vllm_ascend.attention import probe
+from vllm_ascend.attention.limits import Attention
 from vllm_ascend.model_runner import AscendModelRunner
 
 __all__ = ["AscendWorker"]
@@ -34,6 +36,7 @@ class AscendWorker(Worker):
         """Take the device, join vLLM's process groups and ours, measure free memory."""
         self.device = torch.device("npu", self._device_index())
         torch.npu.set_device(self.device)
+        probe.check(Attention.of(self.vllm_config), self.device)
         init_worker_distributed_environment(
             self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, current_platform.dist_backend
         )

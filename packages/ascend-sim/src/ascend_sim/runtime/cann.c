@@ -44,9 +44,22 @@ static long long from_environment(const char *name, long long fallback) {
   return text && *text ? atoll(text) : fallback;
 }
 
+// Visible devices: as CANN does it, the entries of ASCEND_RT_VISIBLE_DEVICES before the first that is no device.
 static int32_t device_count(void) {
   long long count = from_environment("ASCEND_SIM_DEVICES", 8);
-  return (int32_t)(count < 1 ? 1 : count > MAX_DEVICES ? MAX_DEVICES : count);
+  count = count < 1 ? 1 : count > MAX_DEVICES ? MAX_DEVICES : count;
+  const char *entry = getenv("ASCEND_RT_VISIBLE_DEVICES");
+  if (!entry) return (int32_t)count;
+  int32_t visible = 0;
+  while (visible < count) {
+    char *end;
+    const long long device = strtoll(entry, &end, 10);
+    if (end == entry || device < 0 || device >= count) break;
+    ++visible;
+    if (*end != ',') break;
+    entry = end + 1;
+  }
+  return visible;
 }
 
 static size_t device_bytes(void) { return (size_t)from_environment("ASCEND_SIM_MEMORY_BYTES", 4LL << 30); }

@@ -25,7 +25,6 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_ascend import kernels
-from vllm_ascend.attention.limits import check_cache_dtype
 
 __all__ = ["AscendAttentionBackend", "AscendAttentionImpl", "AscendAttentionMetadata", "AscendAttentionMetadataBuilder"]
 
@@ -163,7 +162,6 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
         for name, value in (("alibi_slopes", alibi_slopes), ("logits_soft_cap", logits_soft_cap), *extra.items()):
             if value:
                 raise ValueError(f"the NPU attention kernel has no {name} (got {value!r})")
-        check_cache_dtype(kv_cache_dtype)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.attn_type = attn_type

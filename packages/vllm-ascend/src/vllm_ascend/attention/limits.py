@@ -1,38 +1,147 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the attention kernels take of a model and its cache. No vLLM here."""
+"""What the attention kernels, as this plugin calls them, take of a model and its cache. No vLLM here."""
 
 from __future__ import annotations
 
-__all__ = ["check_cache_dtype", "check_latent"]
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
-LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
-LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
+__all__ = ["Attention", "broken"]
+
+_LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+_LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
+_SIZE_MULTIPLE = _BLOCK_MULTIPLE = 16
+_LARGEST_SIZE = _LARGEST_BLOCK = 512
+_MOST_HEADS, _MOST_QUERIES_A_KEY = 256, 64
+# Keys of a config that ask for attention sinks, and architectures whose attention always has them.
+_SINK_KEYS = (
+    "add_swa_attention_sink_bias",
+    "add_full_attention_sink_bias",
+    "swa_attention_sink_enabled",
+    "attention_sinks",
+)
+_SINK_ARCHITECTURES = ("GptOssForCausalLM", "OpenAIPrivacyFilterForTokenClassification")
 
 
-def check_cache_dtype(kv_cache_dtype: str) -> None:
-    """Raise ValueError for a KV cache of another dtype than the model's float one."""
-    if kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; vllm-ascend supports auto, float16, bfloat16")
-
-
-def check_latent(text_config: object, heads: int) -> None:
-    """Check that a model's multi-head latent attention fits `npu_fused_infer_attention_score` in its absorbed form.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """A model's attention and its cache; 0 is for sizes that are not known.
 
     Args:
-        text_config: the Hugging Face config of the language model.
-        heads: attention heads of one rank.
-
-    Raises:
-        ValueError: a size that the kernel does not take.
+        heads: query heads, of all ranks together.
+        kv_heads: key and value heads, likewise.
+        head_size: width of a query's and a key's head.
+        value_size: width of a value's head.
+        latent: `kv_lora_rank` and `qk_rope_head_dim` of a model whose attention runs as multi-head latent attention; None otherwise.
+        missing: what the model's attention needs and the kernels do not have, each with the key or class of the model that asks for it.
+        ranks: tensor parallel ranks.
+        dtype: of keys and values, such as "bfloat16".
+        cache_dtype: what the user gave as kv_cache_dtype.
+        block_size: tokens of a block of the cache, where the user gave one.
     """
-    for name, size in LATENT_SIZES.items():
-        found = getattr(text_config, name, None)
+
+    heads: int = 0
+    kv_heads: int = 0
+    head_size: int = 0
+    value_size: int = 0
+    latent: tuple[int, int] | None = None
+    missing: tuple[str, ...] = ()
+    ranks: int = 1
+    dtype: str = "bfloat16"
+    cache_dtype: str = "auto"
+    block_size: int = 0
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Attention:
+        """From vLLM's `VllmConfig`, whose `model_config` is there."""
+        model, cache, text = vllm_config.model_config, vllm_config.cache_config, vllm_config.model_config.hf_text_config
+        head_size = model.get_head_size()
+        first, second = (getattr(text, name, None) or 0 for name in _LATENT_SIZES)
+        latent = (first, second) if model.use_mla else None
+        own_values = latent is None and not getattr(text, "kv_lora_rank", None) and getattr(text, "head_dim", None)
+        return cls(
+            heads=model.model_arch_config.total_num_attention_heads,
+            kv_heads=model.get_total_num_kv_heads(),
+            head_size=head_size,
+            value_size=(getattr(text, "v_head_dim", None) if own_values else None) or head_size,
+            latent=latent,
+            missing=tuple(_missing(model)),
+            ranks=vllm_config.parallel_config.tensor_parallel_size,
+            dtype=str(model.dtype).removeprefix("torch."),
+            cache_dtype=cache.cache_dtype,
+            block_size=cache.block_size if cache.user_specified_block_size else 0,
+        )
+
+
+def _missing(model: Any) -> Iterator[str]:
+    """What vLLM's `ModelConfig` says that the kernels do not have."""
+    text, architectures = model.hf_text_config, model.architectures
+    if cap := getattr(text, "attn_logit_softcapping", None):
+        yield f"a soft cap on attention logits (attn_logit_softcapping {cap})"
+    if model.uses_alibi or "Step1ForCausalLM" in architectures:
+        yield f"ALiBi position biases ({architectures[0]})"
+    sinks = [key for key in _SINK_KEYS if getattr(text, key, False)]
+    if sinks or any(name in _SINK_ARCHITECTURES for name in architectures):
+        yield f"attention sinks ({sinks[0] if sinks else architectures[0]})"
+    if topk := getattr(text, "index_topk", None):
+        yield f"sparse attention (index_topk {topk})"
+    if model.is_mm_prefix_lm:
+        yield f"bidirectional multimodal prefixes ({architectures[0]})"
+    if model.is_encoder_decoder:
+        yield f"cross-attention of encoder-decoder models ({architectures[0]})"
+
+
+def broken(attention: Attention) -> Iterator[str]:
+    """One finding for each limit that a model, its cache or the tensor parallel size exceeds.
+
+    Source: torch_npu's documentation of `npu_fused_infer_attention_score` and `npu_scatter_pa_kv_cache`.
+    """
+    for feature in attention.missing:
+        yield f"vllm-ascend has no attention kernel for {feature}; serve a model without it"
+    if attention.heads:
+        yield from _broken_latent(attention) if attention.latent is not None else _broken_heads(attention)
+    if attention.cache_dtype not in ("auto", attention.dtype):
+        yield (
+            f"kv_cache_dtype ({attention.cache_dtype!r}) must be 'auto' or the model's dtype, {attention.dtype!r}: keys and values are kept as they are"
+        )
+    block, largest = (
+        attention.block_size,
+        _LARGEST_BLOCK if attention.latent is None else math.inf,
+    )  # vLLM cuts those into smaller ones
+    if block % _BLOCK_MULTIPLE or block > largest:
+        allowed = f"a multiple of {_BLOCK_MULTIPLE}" + (f", at most {largest}" if attention.latent is None else "")
+        yield f"block_size ({block}) must be {allowed}; the default is 128"
+
+
+def _broken_heads(attention: Attention) -> Iterator[str]:
+    heads, kv_heads, ranks = attention.heads, attention.kv_heads, attention.ranks
+    if heads % ranks:
+        yield f"tensor_parallel_size ({ranks}) must divide the model's {heads} attention heads"
+    if kv_heads and kv_heads % ranks and ranks % kv_heads:
+        yield f"tensor_parallel_size ({ranks}) must divide the model's {kv_heads} key and value heads, or be a multiple of them"
+    if kv_heads and heads % kv_heads:
+        yield f"the model's {heads} attention heads must be a multiple of its {kv_heads} key and value heads"
+    elif kv_heads and heads // kv_heads > _MOST_QUERIES_A_KEY:
+        yield f"the model has {heads // kv_heads} attention heads for each key and value head; the kernel takes at most {_MOST_QUERIES_A_KEY}"
+    if heads // ranks > _MOST_HEADS:
+        yield f"the model has {heads // ranks} attention heads a rank; the kernel takes at most {_MOST_HEADS}; raise tensor_parallel_size"
+    if attention.head_size != attention.value_size:
+        yield f"the model's heads of keys ({attention.head_size} wide) and of values ({attention.value_size}) must be of one size"
+    for size in sorted({attention.head_size, attention.value_size}):
+        if size % _SIZE_MULTIPLE or size > _LARGEST_SIZE:
+            yield f"the model's heads are {size} wide: the kernel takes multiples of {_SIZE_MULTIPLE} up to {_LARGEST_SIZE}"
+
+
+def _broken_latent(attention: Attention) -> Iterator[str]:
+    assert attention.latent is not None
+    for (name, size), found in zip(_LATENT_SIZES.items(), attention.latent, strict=True):
         if found != size:
-            raise ValueError(
-                f"{name} of this model is {found}: the NPU's kernel for multi-head latent attention takes {size} only"
-            )
-    if heads not in LATENT_HEADS:
-        raise ValueError(
-            f"multi-head latent attention with {heads} heads a rank: the NPU's kernel takes "
-            f"{', '.join(map(str, LATENT_HEADS))}; change tensor_parallel_size if another one fits"
+            yield f"{name} of this model is {found}: the NPU's kernel for multi-head latent attention takes {size} only"
+    heads, left = divmod(attention.heads, attention.ranks)
+    if left or heads not in _LATENT_HEADS:
+        yield (
+            f"multi-head latent attention with {attention.heads} heads over tensor_parallel_size {attention.ranks}: the NPU's kernel takes "
+            f"{', '.join(map(str, _LATENT_HEADS))} heads a rank; change tensor_parallel_size if another one fits"
         )

@@ -29,7 +29,6 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_ascend import kernels
 from vllm_ascend.attention.gqa import AscendAttentionMetadata, AscendAttentionMetadataBuilder
-from vllm_ascend.attention.limits import check_cache_dtype
 
 __all__ = [
     "AscendMLABackend",
@@ -198,7 +197,6 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         for name, value in (("alibi_slopes", alibi_slopes), ("sliding_window", sliding_window), ("logits_soft_cap", logits_soft_cap)):  # fmt: skip
             if value:
                 raise ValueError(f"multi-head latent attention on an NPU has no {name} (got {value!r})")
-        check_cache_dtype(kv_cache_dtype)
         self.num_heads, self.scale = num_heads, scale
         self.kv_lora_rank = kv_lora_rank
         self.kv_cache_dtype = kv_cache_dtype

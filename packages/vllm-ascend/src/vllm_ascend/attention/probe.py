@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One token's attention on the device, before the model is loaded: what a kernel refuses is found here and not at the first request.
+
+Which dtypes and sizes a kernel takes differs between chips and versions of CANN. Only the kernel itself knows it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_ascend import kernels
+from vllm_ascend.attention.limits import Attention
+
+__all__ = ["check"]
+
+_BLOCK = 128  # tokens of a block of the cache, where the user has asked for no other size
+
+
+def check(attention: Attention, device: torch.device) -> None:
+    """Write one token's keys and values into a cache of one block, and attend to them.
+
+    Args:
+        attention: of the model; nothing is computed where its sizes are not known.
+        device: the NPU of this worker.
+
+    Raises:
+        ValueError: a kernel refuses the model's dtype or sizes; the message has the kernel's own words.
+    """
+    if not attention.heads:
+        return
+    try:
+        _latent(attention, device) if attention.latent is not None else _grouped(attention, device)
+        torch.accelerator.synchronize(device)  # a kernel that runs later says later what it refuses
+    except RuntimeError as error:
+        said = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(
+            f"an attention kernel of this NPU does not take the model: dtype {attention.dtype}, {attention.heads} heads and "
+            f"{attention.kv_heads} of keys and values, {attention.head_size} wide, over tensor_parallel_size {attention.ranks}: {said}. "
+            "bfloat16 and float16 (--dtype) are what the kernels are documented for"
+        ) from error
+
+
+def _grouped(attention: Attention, device: torch.device) -> None:
+    heads, kv_heads = attention.heads // attention.ranks, max(attention.kv_heads // attention.ranks, 1)
+    size, block = attention.head_size, attention.block_size or _BLOCK
+    options = {"dtype": getattr(torch, attention.dtype), "device": device}
+    rows = torch.zeros(1, kv_heads, size, **options)
+    keys, values = torch.zeros(2, 1, block, kv_heads, size, **options).unbind()
+    kernels.scatter_kv(rows, rows, keys, values, torch.zeros(1, dtype=torch.int64, device=device))
+    kernels.attention(
+        torch.zeros(1, heads, size, **options),
+        keys.view(1, block, -1),
+        values.view(1, block, -1),
+        num_heads=heads,
+        num_key_value_heads=kv_heads,
+        scale=1.0,
+        block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
+        block_size=block,
+        actual_seq_lengths=[1],
+        actual_seq_lengths_kv=[1],
+        sparse_mode=kernels.SPARSE_CAUSAL,
+        atten_mask=kernels.causal_mask(device),
+    )
+
+
+def _latent(attention: Attention, device: torch.device) -> None:
+    assert attention.latent is not None
+    heads, (latent, rope) = attention.heads // attention.ranks, attention.latent
+    options = {"dtype": getattr(torch, attention.dtype), "device": device}
+    latents, keys = torch.zeros(1, _BLOCK, latent, **options), torch.zeros(1, _BLOCK, rope, **options)
+    kernels.scatter_kv(
+        latents[:, :1],
+        keys[:, :1],
+        latents.unsqueeze(2),
+        keys.unsqueeze(2),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
+    kernels.latent_attention(
+        torch.zeros(1, heads, latent, **options),
+        torch.zeros(1, heads, rope, **options),
+        latents,
+        keys,
+        query_ends=[1],
+        kv_lengths=[1],
+        block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
+        mask=None,
+        scale=1.0,
+    )

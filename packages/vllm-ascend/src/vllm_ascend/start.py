@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is known to be wrong with a run before its worker processes start, found in one place and raised as one error.
+
+What only a device can say, `attention/probe.py` asks in the worker before it loads the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_ascend import envs, experts, rules
+from vllm_ascend.attention import BACKENDS, limits
+from vllm_ascend.config import AscendConfig
+from vllm_ascend.deployment import Deployment
+from vllm_ascend.eplb import placement
+from vllm_ascend.findings import found_by, refuse
+
+__all__ = ["Host", "check"]
+
+# Families of chips that the attention kernels, as they are called here, do not run on, by the start of the chips' names.
+_ABSENT_CHIPS = {"Atlas 300I (310P)": "Ascend310P", "Atlas A5 (950)": "Ascend950"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What is asked of this host: it is known without initialising a device.
+
+    Args:
+        devices: visible NPUs.
+        chip: their name, such as "Ascend910B3".
+    """
+
+    devices: int
+    chip: str
+
+
+def check(vllm_config: Any, host: Host) -> AscendConfig:
+    """Check vLLM's whole configuration, with this plugin's options.
+
+    Args:
+        vllm_config: vLLM's `VllmConfig`.
+        host: the devices here.
+
+    Returns:
+        The options.
+
+    Raises:
+        ValueError: everything that is wrong, each finding with the name, the value and what is allowed.
+    """
+    config, found = AscendConfig.read(vllm_config.additional_config, envs.retired_variables())
+    found += found_by(envs.hccl_buffsize_mb)
+    found += _absent_of_vllm(vllm_config)
+    found += _wrong_with_the_host(vllm_config.parallel_config, host)
+    if vllm_config.model_config is not None:
+        deployment = Deployment.of(vllm_config)
+        found += _absent_for_the_model(vllm_config)
+        found += limits.broken(limits.Attention.of(vllm_config))
+        found += rules.broken(config, deployment)
+        found += _wrong_with_experts(config, deployment, vllm_config.scheduler_config.max_num_seqs, host)
+    refuse(found)
+    return config
+
+
+def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
+    """Findings for what this plugin does not have, whatever the model."""
+    parallel, offload = vllm_config.parallel_config, vllm_config.offload_config
+    if envs.wants_v2_model_runner():
+        yield "VLLM_USE_V2_MODEL_RUNNER=1: vllm-ascend serves vLLM's V1 model runner only; unset it or set it to 0"
+    if (draft := vllm_config.speculative_config) is not None:
+        yield (
+            f"speculative decoding (method {draft.method!r}) is not supported by vllm-ascend; leave --speculative-config out"
+        )
+    if (adapters := vllm_config.lora_config) is not None:
+        yield (
+            f"LoRA (max_lora_rank {adapters.max_lora_rank}) has no kernels in vllm-ascend; leave --enable-lora out, and merge the adapter into the model"
+        )
+    for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
+        if (size := getattr(parallel, name)) > 1:
+            yield f"{name} ({size}) must be 1: the attention backends of vllm-ascend do not spread a request's keys over ranks"
+    if offload.uva.cpu_offload_gb and not envs.offloads_without_unified_memory():
+        yield (
+            f"cpu_offload_gb ({offload.uva.cpu_offload_gb}) needs a view of host memory that an NPU does not have; leave it out, "
+            "or set VLLM_WEIGHT_OFFLOADING_DISABLE_UVA=1"
+        )
+
+
+def _wrong_with_the_host(parallel: Any, host: Host) -> Iterator[str]:
+    for family, chip in _ABSENT_CHIPS.items():
+        if host.chip.startswith(chip):
+            yield f"this host's chip, {host.chip}, is of the family {family}, which vllm-ascend does not support; Atlas A2 and A3 are supported"
+    if parallel.distributed_executor_backend not in (None, "mp", "uni") or parallel.nnodes > 1:
+        return  # the ranks are not all on this host
+    rank = parallel.data_parallel_rank_local  # None: this process starts all replicas of this host
+    replicas = parallel.data_parallel_size_local if rank is None else rank + 1
+    needed = replicas * parallel.world_size
+    if needed > host.devices:
+        yield (
+            f"{needed} NPUs are needed on this host, for {replicas} data parallel replicas of {parallel.world_size} ranks, and {host.devices} are "
+            "visible; lower the parallel sizes or widen ASCEND_RT_VISIBLE_DEVICES"
+        )
+
+
+def _wrong_with_experts(config: AscendConfig, deployment: Deployment, max_num_seqs: int, host: Host) -> Iterator[str]:
+    """Findings for how experts communicate, where it is known where they lie."""
+    if not deployment.model.moe.routed_experts or [*placement.broken(config.eplb_config, deployment)]:
+        return
+    if not found_by(envs.hccl_buffsize_mb):
+        yield from experts.broken(
+            deployment,
+            slots_per_rank=placement.placement_of(config.eplb_config, deployment).slots_per_rank,
+            device_name=host.chip,
+            max_num_seqs=max_num_seqs,
+            hccl_buffsize_mb=envs.hccl_buffsize_mb(),
+        )
+
+
+def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
+    """Findings for what this plugin does not have for the model at hand."""
+    model, attention = vllm_config.model_config, vllm_config.attention_config
+    name = BACKENDS[model.use_mla][0]
+    asked = {"attention_config.backend": attention.backend}
+    asked |= {
+        f"attention_config.backend_per_kind[{kind!r}]": backend for kind, backend in attention.backend_per_kind.items()
+    }
+    asked |= {"attention_config.mla_prefill_backend": attention.mla_prefill_backend}
+    for option, backend in asked.items():
+        if backend is not None and backend.name != name:
+            yield f"{option} ({backend.name!r}) is not a backend of vllm-ascend for this model; leave it out, or give {name!r}"
+    if (transfer := vllm_config.kv_transfer_config) is not None and model.use_mla:
+        yield (
+            f"kv_transfer_config (connector {transfer.kv_connector!r}) cannot be used with multi-head latent attention: the cache's blocks do "
+            "not lie in one piece here; leave it out"
+        )
+    if model.is_attention_free or model.is_hybrid:
+        yield f"{model.architectures[0]} has layers of linear attention or a state space, which have no kernels in vllm-ascend"

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused before worker processes start: vLLM's own configurations, of folders with nothing but a config.json."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm_ascend.attention import probe
+from vllm_ascend.attention.limits import Attention, broken
+
+DENSE = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 12, "num_key_value_heads": 3,
+    "head_dim": 16, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 256,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+MOE = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "head_dim": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 512,
+    "max_position_embeddings": 256, "torch_dtype": "bfloat16",
+}  # fmt: skip
+LATENT = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 64, "num_attention_heads": 20,
+    "num_key_value_heads": 20, "kv_lora_rank": 512, "q_lora_rank": 48, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+    "v_head_dim": 128, "num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 256, "torch_dtype": "bfloat16",
+}  # fmt: skip
+# What differs from DENSE; arguments of vLLM; the environment; what the one finding has.
+ALONE = {
+    "float8 cache": ({}, {"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype ('fp8') must be 'auto' or the model's dtype, 'bfloat16'"),
+    "int8 cache": ({}, {"kv_cache_dtype": "int8_per_token_head"}, {}, "kv_cache_dtype ('int8_per_token_head') must be"),
+    "float16 cache": ({}, {"kv_cache_dtype": "float16"}, {}, "kv_cache_dtype ('float16') must be"),
+    "block": ({}, {"block_size": 8}, {}, "block_size (8) must be a multiple of 16, at most 512; the default is 128"),
+    "large block": ({}, {"block_size": 1024}, {}, "block_size (1024) must be"),
+    "soft cap": ({"attn_logit_softcapping": 50.0}, {}, {}, "no attention kernel for a soft cap on attention logits (attn_logit_softcapping 50.0)"),
+    "ALiBi": ({"alibi": True}, {}, {}, "no attention kernel for ALiBi"),
+    "sinks": ({"add_swa_attention_sink_bias": True}, {}, {}, "no attention kernel for attention sinks (add_swa_attention_sink_bias)"),
+    "sparse": ({"index_topk": 2048}, {}, {}, "no attention kernel for sparse attention (index_topk 2048)"),
+    "KV heads": ({}, {"tensor_parallel_size": 2}, {}, "tensor_parallel_size (2) must divide the model's 3 key and value heads, or be a multiple"),
+    "head size": ({"head_dim": 24}, {}, {}, "the model's heads are 24 wide: the kernel takes multiples of 16 up to 512"),
+    "decode context": ({"num_key_value_heads": 1}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, {}, "decode_context_parallel_size (2) must be 1"),
+    "prefill context": ({}, {"prefill_context_parallel_size": 2}, {}, "prefill_context_parallel_size (2) must be 1"),
+    "backend": ({}, {"attention_backend": "FLASH_ATTN"}, {}, "attention_config.backend ('FLASH_ATTN') is not a backend of vllm-ascend for this model; leave it out, or give 'ASCEND_ATTN'"),
+    "backend of MLA": ({}, {"attention_backend": "ASCEND_MLA"}, {}, "('ASCEND_MLA') is not a backend of vllm-ascend for this model"),
+    "backend of a kind": ({}, {"attention_config": {"backend_per_kind": {"sliding_window": "TRITON_ATTN"}}}, {}, "backend_per_kind['sliding_window'] ('TRITON_ATTN')"),
+    "LoRA": ({}, {"enable_lora": True}, {}, "LoRA (max_lora_rank 16) has no kernels in vllm-ascend"),
+    "speculative": ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, {}, "speculative decoding (method 'ngram') is not supported"),
+    "offload": ({}, {"cpu_offload_gb": 1}, {}, "cpu_offload_gb (1.0) needs a view of host memory"),
+    "devices": ({"num_key_value_heads": 12}, {"tensor_parallel_size": 4, "data_parallel_size": 3}, {}, "12 NPUs are needed on this host, for 3 data parallel replicas of 4 ranks, and 8 are visible"),
+    "V2 runner": ({}, {}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}, "VLLM_USE_V2_MODEL_RUNNER=1: vllm-ascend serves vLLM's V1 model runner only"),
+    "old variable": ({}, {}, {"VLLM_ASCEND_ENABLE_NZ": "2"}, "environment variable VLLM_ASCEND_ENABLE_NZ belongs to the public plugin"),
+    "buffer size": ({}, {}, {"HCCL_BUFFSIZE": "lots"}, "environment variable HCCL_BUFFSIZE='lots': must be a whole number of MB above 0"),
+    "option": ({}, {"additional_config": {"enable_flashcomm1": True}}, {}, "option 'enable_flashcomm1' (True) needs tensor_parallel_size > 1, got 1"),
+    "MLA heads": (LATENT, {}, {}, "multi-head latent attention with 20 heads over tensor_parallel_size 1: the NPU's kernel takes 1, 2, 4,"),
+    "MLA rank": ({**LATENT, "num_attention_heads": 16, "kv_lora_rank": 256}, {}, {}, "kv_lora_rank of this model is 256: the NPU's kernel for multi-head latent attention takes 512 only"),
+    "MLA connector": ({**LATENT, "num_attention_heads": 16}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with multi-head latent attention"),
+    "top k": ({**MOE, "num_experts_per_tok": 5}, {}, {}, "the model's config asks for 5 experts a token, and its MoE layers have 4"),
+    "slots": (MOE, {"tensor_parallel_size": 4, "enable_expert_parallel": True, "additional_config": {"eplb_config": {"num_redundant_experts": 1}}}, {}, "option 'eplb_config.num_redundant_experts' (1)"),
+}  # fmt: skip
+GOOD = {
+    "as it is": ({}, {}, {}),
+    "its own cache": ({}, {"kv_cache_dtype": "bfloat16", "block_size": 64, "attention_backend": "ASCEND_ATTN"}, {}),
+    "replicated KV heads": ({"num_key_value_heads": 2}, {"tensor_parallel_size": 4}, {}),
+    "automatic backend": ({}, {"attention_backend": "auto"}, {}),
+    "MLA": ({**LATENT, "num_attention_heads": 16}, {"attention_backend": "ASCEND_MLA", "block_size": 1024, "tensor_parallel_size": 2}, {}),
+    "copied weights": ({}, {"cpu_offload_gb": 1}, {"VLLM_WEIGHT_OFFLOADING_DISABLE_UVA": "1"}),
+    "experts": (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, {}),
+}  # fmt: skip
+EXPERTS = (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True})
+ELSEWHERE = {  # the name of another host's chip, and what the one finding has
+    "small buffers": (MOE, EXPERTS[1] | {"max_num_seqs": 512}, {"HCCL_BUFFSIZE": "1"}, "Ascend910_9391", "environment variable HCCL_BUFFSIZE (1 MB) must be"),
+    "unknown chip": (*EXPERTS, {}, "Ascend1", "experts over 2 ranks (enable_expert_parallel): device_name='Ascend1'"),
+    "310P": ({}, {}, {}, "Ascend310P3", "this host's chip, Ascend310P3, is of the family Atlas 300I (310P), which vllm-ascend does not support"),
+    "950": ({}, {}, {}, "Ascend950PR", "this host's chip, Ascend950PR, is of the family Atlas A5 (950)"),
+}  # fmt: skip
+FIVE = {
+    "kv_cache_dtype": "fp8",
+    "block_size": 8,
+    "attention_backend": "FLASH_ATTN",
+    "enable_lora": True,
+    "additional_config": {"nope": 1},
+}
+RUN = """
+import json, os, sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm.config import set_current_vllm_config
+from vllm_ascend import start
+from vllm_ascend.worker import AscendWorker
+
+kept = dict(os.environ)
+for name, (folder, arguments, env, chip) in json.load(open(sys.argv[1])).items():
+    os.environ.update(env)
+    try:
+        config = EngineArgs(model=folder, skip_tokenizer_init=True, **arguments).create_engine_config()
+        if chip == "worker":
+            with set_current_vllm_config(config):
+                AscendWorker(config, 0, 0, "tcp://127.0.0.1:1").init_device()
+        elif chip:
+            start.check(config, start.Host(devices=8, chip=chip))
+        said = ""
+    except ValueError as error:
+        said = str(error)
+    os.environ.clear()
+    os.environ.update(kept)
+    print("answer", json.dumps([name, said]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What vLLM says to each configuration, "" where it is taken; all in one process, which starts no other."""
+    root = tmp_path_factory.mktemp("configs")
+    jobs = {}
+    cases = {name: (*case[:3], "") for name, case in (*ALONE.items(), *GOOD.items())}
+    cases |= {name: case[:4] for name, case in ELSEWHERE.items()} | {"five": ({}, FIVE, {}, "")}
+    cases["float32"] = ({}, {"dtype": "float32"}, {}, "worker")
+    for number, (name, (config, arguments, env, chip)) in enumerate(cases.items()):
+        folder = root / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config if "architectures" in config else DENSE | config))
+        jobs[name] = (str(folder), arguments, env, chip)
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    (root / "run.py").write_text(RUN)
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(root / "run.py"), str(root / "jobs.json")], capture_output=True, text=True, timeout=300, env=env, check=False,
+    )  # fmt: skip
+    found = dict(json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("answer "))
+    assert set(found) == set(jobs), done.stderr[-4000:]
+    return found
+
+
+@pytest.mark.parametrize("name", [*ALONE, *ELSEWHERE])
+def test_each_fault_is_found_before_workers_start(answers, name):
+    assert (ALONE | ELSEWHERE)[name][-1] in answers[name]
+    assert "things are wrong" not in answers[name]
+
+
+def test_a_worker_asks_the_kernels_before_it_loads_the_model(answers):
+    """On the simulated NPU in its strict mode, as on hardware, they take no float32."""
+    assert (
+        "an attention kernel of this NPU does not take the model: dtype float32, 12 heads and 3 of"
+        in answers["float32"]
+    )
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_is_supported_is_taken(answers, name):
+    assert answers[name] == ""
+
+
+def test_five_faults_are_one_error(answers):
+    lines = answers["five"].splitlines()
+    first = next(index for index, line in enumerate(lines) if "5 things are wrong with this configuration:" in line)
+    for number, name in enumerate(("'nope'", "LoRA", "FLASH_ATTN", "'fp8'", "block_size (8)"), 1):
+        assert lines[first + number].startswith(f"{number}. ")
+        assert name in lines[first + number]
+
+
+def of(config=(), **model):
+    """`Attention.of` a model about which vLLM says what is given."""
+    text = SimpleNamespace(**dict(config))
+    known = {
+        "uses_alibi": False, "is_mm_prefix_lm": False, "is_encoder_decoder": False, "use_mla": False, "dtype": "torch.bfloat16",
+        "architectures": ["SomeModel"], "get_head_size": lambda: 64, "get_total_num_kv_heads": lambda: 4,
+        "model_arch_config": SimpleNamespace(total_num_attention_heads=8),
+    }  # fmt: skip
+    return Attention.of(
+        SimpleNamespace(
+            model_config=SimpleNamespace(hf_text_config=text, **{**known, **model}),
+            cache_config=SimpleNamespace(cache_dtype="auto", user_specified_block_size=False, block_size=16),
+            parallel_config=SimpleNamespace(tensor_parallel_size=2),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "message"),
+    [
+        ({}, {"architectures": ["GptOssForCausalLM"]}, "attention sinks (GptOssForCausalLM)"),
+        ({}, {"architectures": ["Step1ForCausalLM"]}, "ALiBi position biases (Step1ForCausalLM)"),
+        ({}, {"is_mm_prefix_lm": True}, "bidirectional multimodal prefixes (SomeModel)"),
+        ({}, {"is_encoder_decoder": True}, "cross-attention of encoder-decoder models (SomeModel)"),
+        ({"head_dim": 64, "v_head_dim": 128}, {}, "of keys (64 wide) and of values (128) must be of one size"),
+    ],
+)
+def test_what_a_model_needs_and_no_kernel_has(config, model, message):
+    (found,) = broken(of(config, **model))
+    assert message in found
+
+
+def test_limits_of_the_kernels():
+    fits = of({"v_head_dim": 128, "kv_lora_rank": 512})  # latent attention that vLLM runs in its plain form
+    assert list(broken(fits)) == []
+    assert list(broken(replace(fits, heads=0))) == []
+    for change, message in (
+        ({"heads": 9}, "tensor_parallel_size (2) must divide the model's 9 attention heads"),
+        ({"heads": 10}, "10 attention heads must be a multiple of its 4"),
+        ({"heads": 520}, "130 attention heads for each key and value head; the kernel takes at most 64"),
+        ({"heads": 1024, "kv_heads": 1024}, "512 attention heads a rank; the kernel takes at most 256"),
+        ({"head_size": 1024, "value_size": 1024}, "1024 wide"),
+        ({"latent": (512, 32)}, "qk_rope_head_dim of this model is 32"),
+        ({"latent": (512, 64), "heads": 9}, "with 9 heads over tensor_parallel_size 2"),
+        ({"latent": (512, 64), "block_size": 24}, "block_size (24) must be a multiple of 16; the default is 128"),
+    ):
+        assert any(message in found for found in broken(replace(fits, **change))), message
+    assert list(broken(replace(fits, latent=(512, 64), block_size=1024))) == []
+
+
+GROUPED = Attention(heads=8, kv_heads=4, head_size=64, value_size=64, ranks=2)
+ABSORBED = Attention(heads=8, kv_heads=8, head_size=576, value_size=576, latent=(512, 64), ranks=2)
+
+
+@pytest.mark.parametrize(
+    "attention", [GROUPED, ABSORBED, replace(GROUPED, heads=0), replace(GROUPED, block_size=16, kv_heads=1)]
+)
+def test_the_kernels_take_a_model(attention):
+    probe.check(attention, torch.device("npu"))
+    probe.check(replace(attention, dtype="float16"), torch.device("npu"))
+
+
+@pytest.mark.parametrize(
+    ("attention", "said"),
+    [
+        (replace(GROUPED, dtype="float32"), "query must be float16 or bfloat16, got Float"),
+        (replace(ABSORBED, dtype="float32"), "query must be float16 or bfloat16, got Float"),
+        (replace(GROUPED, head_size=24), "D must be a multiple of 16, got 24"),
+    ],
+)
+def test_what_a_kernel_refuses_is_said_before_the_model_is_loaded(attention, said):
+    """By the simulated NPU in its strict mode, and in the kernel's own words."""
+    with pytest.raises(ValueError, match=said) as caught:
+        probe.check(attention, torch.device("npu"))
+    assert f"dtype {attention.dtype}, 8 heads" in str(caught.value)
+    assert "\n" not in str(caught.value)
