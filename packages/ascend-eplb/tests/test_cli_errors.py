@@ -92,6 +92,7 @@ def write_bad_files():
         ("convert good.json x.npz --layers 1 --moe-layers 0", "--layers=1 and --moe-layers=0 exclude each other"),
         ("check good.json --moe-layers 7-9,x", "--moe-layers='7-9,x' must be whole numbers and ranges of them"),
         ("check good.json --moe-layers 0-99999999999", "100000000000 numbers are more than the 4194304 allowed"),
+        ("check good.json --moe-layers 0-4000000", "4000001 MoE layers: 32000008 slots over all layers, at 8 a layer"),
         ("check layers.json --moe-layers 3-60", "layers.json: its layers 10, 70 are neither among the model's MoE"),
         (
             "plan --load load.npy --ranks 4194304 --slots 4194304 -o x.json",

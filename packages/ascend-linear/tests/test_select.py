@@ -153,6 +153,19 @@ def test_is_moe_layer(prefix, options, expected):
     assert al.is_moe_layer(prefix, moe) is expected
 
 
+def test_moe_layers_by_their_indices():
+    moe = al.MoeLayers(routed_experts=8, layers=frozenset({1, 4}), first_k_dense_replace=0)
+    assert [n for n in range(6) if al.is_moe_layer(f"model.layers.{n}.mlp", moe)] == [1, 4]
+
+
+def test_shared_experts_take_no_part_in_mlp_tp():
+    """The MoE layer sums their output with that of the routed experts, also where no key names the MoE layers."""
+    env = al.LinearEnv(tp=TP1, mlp_tp=K2, moe=al.MoeLayers(routed_experts=8))
+    for direction, name in (("column", "gate_up_proj"), ("row", "down_proj")):
+        assert al.get_parallel_op(direction, f"model.layers.0.mlp.{name}", env).op is not None
+        assert al.get_parallel_op(direction, f"model.layers.0.mlp.shared_expert.{name}", env).op is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -202,15 +202,23 @@ def test_product_and_reduce_scatter_are_one_kernel_where_it_can(precision, tp, f
 def test_model_facts_of_a_config():
     deepseek = {
         "n_routed_experts": 256, "first_k_dense_replace": 3, "moe_layer_freq": 1, "n_shared_experts": 1, "num_attention_heads": 128,
-        "v_head_dim": 128, "hidden_size": 7168, "vocab_size": 129280, "intermediate_size": 18432,
+        "v_head_dim": 128, "hidden_size": 7168, "vocab_size": 129280, "intermediate_size": 18432, "num_hidden_layers": 61,
     }  # fmt: skip
     model = Model.of(deepseek, latent_attention=True)
-    assert model.moe == MoeLayers(routed_experts=256, first_k_dense_replace=3)
+    assert model.moe == MoeLayers(routed_experts=256, layers=frozenset(range(3, 61)))
     assert model.shared_experts
     assert (model.attention_width, model.dense_width, model.vocabulary) == (16384, 18432, 129280)
     plain = Model.of({"num_attention_heads": 4, "hidden_size": 64, "tie_word_embeddings": True})
     assert plain == Model(tied_embeddings=True, attention_width=64, hidden=64)
     assert Model.of({"intermediate_size": [64, 128], "num_experts": [8, 8]}) == Model(moe=MoeLayers(routed_experts=8))
+
+
+def test_a_placement_file_needs_layers_that_are_known():
+    model = Model.of({"num_experts": 8, "num_hidden_layers": 4, "expert_block_every": 2})
+    deployment = over(dp=2, model=model, expert_parallel=True)
+    found = list(broken(AscendConfig.of({"eplb_config": {"expert_map_path": "map.json"}}), deployment))
+    assert any("'eplb_config.expert_map_path' ('map.json')" in one and "expert_block_every" in one for one in found)
+    assert not list(broken(AscendConfig.of({"eplb_config": {"num_redundant_experts": 2}}), deployment))
 
 
 def test_hccl_buffer_size(monkeypatch):

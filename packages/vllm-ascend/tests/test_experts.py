@@ -13,7 +13,7 @@ from vllm_ascend.deployment import Deployment, Model
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.experts import broken, dispatch_config, uses_mc2
 
-DEEPSEEK = Model(moe=MoeLayers(routed_experts=256), moe_layer_ids=tuple(range(3, 61)), experts_per_token=8, hidden=7168)
+DEEPSEEK = Model(moe=MoeLayers(routed_experts=256, layers=frozenset(range(3, 61))), experts_per_token=8, hidden=7168)
 WIDE = Deployment(topology=Topology(32, 32, 1, 1, 1), data_parallel_asked=32, model=DEEPSEEK, expert_parallel=True)
 
 

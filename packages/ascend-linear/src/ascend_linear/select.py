@@ -77,6 +77,7 @@ COLUMN_RULES = (
         layers=("gate_up_proj",),
         op=MLPColumnParallelOp,
         moe_layers=False,
+        shared_experts=False,
     ),
     Rule(
         option="FlashComm2 (flashcomm2_odp) with layer_sharding=('o_proj',)",
@@ -106,6 +107,7 @@ ROW_RULES = (
         layers=("down_proj",),
         op=MLPRowParallelOp,
         moe_layers=False,
+        shared_experts=False,
     ),
     Rule(option="otp", active=lambda env: env.otp is not None, layers=("o_proj",), op=OProjRowParallelOp),
     Rule(
@@ -174,10 +176,14 @@ def get_replicated_op(prefix: str, env: LinearEnv, *, disable_tp: bool = False) 
 def is_moe_layer(prefix: str, moe: MoeLayers) -> bool:
     """Whether the layer at `prefix` is in a MoE layer, by n of its components ``layers.<n>`` and the model's `moe`.
 
-    False without such a pair, without routed experts, and where the model has no `first_k_dense_replace`.
+    False without such a pair, without routed experts, and where `moe` has neither `layers` nor `first_k_dense_replace`.
     """
     layer = layer_index(prefix)
-    if layer is None or moe.routed_experts == 0 or moe.first_k_dense_replace is None:
+    if layer is None or moe.routed_experts == 0:
+        return False
+    if moe.layers is not None:
+        return layer in moe.layers
+    if moe.first_k_dense_replace is None:
         return False
     return layer >= moe.first_k_dense_replace and layer % moe.moe_layer_freq == 0
 

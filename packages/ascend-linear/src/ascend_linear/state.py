@@ -25,10 +25,11 @@ def layer_index(prefix: str) -> int | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeLayers:
-    """Which layers of a model are MoE layers, in the words of its Hugging Face config.
+    """Which layers of a model are MoE layers: their indices, or the two keys of a Hugging Face config that DeepSeek's models have.
 
     Args:
         routed_experts: number of routed experts; 0 for a dense model.
+        layers: indices of the MoE layers, which then decide alone; None: by the two arguments that follow.
         first_k_dense_replace: index of the first MoE layer; None where the config has no such key.
         moe_layer_freq: every how many layers there is one.
 
@@ -37,6 +38,7 @@ class MoeLayers:
     """
 
     routed_experts: int = 0
+    layers: frozenset[int] | None = None
     first_k_dense_replace: int | None = None
     moe_layer_freq: int = 1
 

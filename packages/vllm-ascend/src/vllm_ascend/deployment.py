@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ascend_comm import Topology
 from ascend_linear import MoeLayers
+
+from vllm_ascend.moe_layers import ConfigReader, moe_layers, routed_experts, unknown_selectors
 
 __all__ = ["Deployment", "Model"]
 
@@ -20,7 +21,7 @@ class Model:
     Args:
         moe: which layers are MoE layers; `moe.routed_experts` is 0 for a dense model.
         latent_attention: whether attention runs as multi-head latent attention (MLA).
-        moe_layer_ids: the decoder layers that are MoE layers, ascending.
+        unknown_selectors: keys of its config that seem to choose MoE layers and are not known here, so that `moe` may be wrong.
         decoder_layers: how many decoder layers it has; 0 where unknown.
         experts_per_token: routed experts that a token passes; 0 where unknown.
         shared_experts: whether its MoE layers have shared experts.
@@ -34,7 +35,7 @@ class Model:
     """
 
     moe: MoeLayers = field(default_factory=MoeLayers)
-    moe_layer_ids: tuple[int, ...] = ()
+    unknown_selectors: tuple[str, ...] = ()
     decoder_layers: int = 0
     experts_per_token: int = 0
     latent_attention: bool = False
@@ -47,6 +48,11 @@ class Model:
     hidden: int = 0
     half_precision: bool = True
 
+    @property
+    def moe_layer_ids(self) -> tuple[int, ...]:
+        """The decoder layers that are MoE layers, ascending; empty where that is not known."""
+        return tuple(sorted(self.moe.layers or ()))
+
     @classmethod
     def of(cls, text_config: object, **known: Any) -> Model:
         """Read a Hugging Face config of a language model, or a mapping of its keys.
@@ -56,32 +62,13 @@ class Model:
             known: arguments of this class that are known otherwise.
         """
 
-        def get(*names: str, default: Any = None) -> Any:
-            for name in names:
-                value = text_config.get(name) if isinstance(text_config, Mapping) else getattr(text_config, name, None)
-                if value is not None:
-                    return value
-            return default
-
-        def number(*names: str) -> int:
-            """0 where there is none, or one for each layer."""
-            value = get(*names, default=0)
-            return value if isinstance(value, int) else 0
-
-        experts = get("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts", default=0)
-        experts = max(experts, default=0) if isinstance(experts, (list, tuple)) else experts
-        layers = number("num_hidden_layers") if experts else 0
-        every, first = get("moe_layer_freq", default=1), get("first_k_dense_replace")
-        regular = isinstance(every, int) and every > 0 and isinstance(first, int)  # some list every layer instead
+        config = ConfigReader(text_config)
+        get, number = config.get, config.number
         heads = number("num_attention_heads")
         head = number("v_head_dim", "head_dim") or (number("hidden_size") // heads if heads else 0)
         read = {
-            "moe": MoeLayers(
-                routed_experts=experts,
-                first_k_dense_replace=first if regular else None,
-                moe_layer_freq=every if regular else 1,
-            ),
-            "moe_layer_ids": tuple(layer for layer in range(layers) if _has_experts(layer, get)),
+            "moe": MoeLayers(routed_experts=routed_experts(config), layers=frozenset(moe_layers(config)) or None),
+            "unknown_selectors": unknown_selectors(config),
             "decoder_layers": number("num_hidden_layers"),
             "experts_per_token": number("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"),
             "hidden": number("hidden_size"),
@@ -92,26 +79,6 @@ class Model:
             "attention_width": heads * head,
         }
         return cls(**{**read, **known})
-
-
-def _has_experts(layer: int, get: Callable[..., Any]) -> bool:
-    """Whether a decoder layer of a MoE model is one with experts; `get` reads its config.
-
-    Each family has words of its own: DeepSeek and GLM, Step3 and Llama 4 (a list), Qwen, Ernie.
-    """
-    every = get("moe_layer_freq", default=1)
-    if isinstance(every, (list, tuple)):
-        return layer < len(every) and bool(every[layer])
-    listed = get("moe_layers_enum", "moe_layers")
-    if isinstance(listed, (str, list, tuple)):
-        return layer in [int(one) for one in (listed.split(",") if isinstance(listed, str) else listed)]
-    if layer in get("mlp_only_layers", default=()) or (layer + 1) % get(
-        "decoder_sparse_step", "moe_layer_interval", default=1
-    ):
-        return False
-    if not get("moe_layer_start_index", default=0) <= layer <= get("moe_layer_end_index", default=layer):
-        return False
-    return bool(layer >= get("first_k_dense_replace", default=0) and layer % every == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_ascend.moe_layers import ConfigReader, moe_layers
+
 __all__ = ["ARCHITECTURES", "Linear", "layers_of", "read_config", "stage_layers"]
 
 Config = Mapping[str, Any]
@@ -137,8 +139,7 @@ def _qwen3(config: Config, n: int, path: str) -> Iterator[Linear]:
 
 def _qwen_moe(config: Config, n: int, path: str, *, qkv_bias: bool) -> Iterator[Linear]:
     yield from _attention(config, path, qkv_bias=qkv_bias)
-    dense = n in (config.get("mlp_only_layers") or []) or (n + 1) % config.get("decoder_sparse_step", 1)
-    if dense:
+    if n not in moe_layers(ConfigReader(config)):
         yield from _mlp(config, f"{path}.mlp", config["intermediate_size"])
         return
     yield _gate(config, f"{path}.mlp", config["num_experts"])
@@ -156,12 +157,10 @@ def _qwen3_moe(config: Config, n: int, path: str) -> Iterator[Linear]:
 
 
 def _deepseek_mlp(config: Config, n: int, path: str) -> Iterator[Linear]:
-    first, every = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
-    experts = config.get("n_routed_experts")
-    if not experts or n < first or n % every:
+    if n not in moe_layers(ConfigReader(config)):
         yield from _mlp(config, f"{path}.mlp", config["intermediate_size"])
         return
-    yield _gate(config, f"{path}.mlp", experts)
+    yield _gate(config, f"{path}.mlp", config["n_routed_experts"])
     if shared := config.get("n_shared_experts"):
         width = config["moe_intermediate_size"] * shared
         yield from _mlp(config, f"{path}.mlp.shared_experts", width, shared=True)

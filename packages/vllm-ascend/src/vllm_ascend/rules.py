@@ -160,6 +160,11 @@ def _broken_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]
     yield from _broken_flashcomm_rules(config, deployment)
     yield from _broken_finegrained_rules(config, deployment)
     model, names = deployment.model, list(config.layer_sharding)
+    if config.eplb_config.expert_map_path and model.unknown_selectors:
+        yield (
+            f"option 'eplb_config.expert_map_path' ({config.eplb_config.expert_map_path!r}) cannot be used with this model: its config seems to choose "
+            f"its MoE layers by {', '.join(model.unknown_selectors)}, which vllm-ascend does not know; leave the option out"
+        )
     if config.enable_shared_expert_dp and not (model.moe.routed_experts and model.shared_experts):
         yield "option 'enable_shared_expert_dp' (True) needs a MoE model with shared experts"
     if names and not config.flashcomm2_parallel_size:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 from ascend_linear import LinearEnv, Selected, get_parallel_op, layer_index
@@ -17,14 +16,9 @@ _GATHERED_BEFORE = ("q_b_proj", "kv_b_proj")
 def select(direction: Literal["column", "row"], prefix: str, env: LinearEnv, *, disable_tp: bool = False) -> Selected:
     """The op of a layer, as `get_parallel_op` has it, and a check that FlashComm1 leaves no layer of a model behind.
 
-    Shared experts never take part in mlp-TP: the MoE layer around them sums their output with the routed experts'.
-
     Raises:
         ValueError: FlashComm1 splits tokens before this layer, and no op of it knows of that.
     """
-    shared_expert = not {"shared_expert", "shared_experts"}.isdisjoint(prefix.split("."))
-    if shared_expert and env.mlp_tp is not None:
-        env = replace(env, mlp_tp=None)
     chosen = get_parallel_op(direction, prefix, env, disable_tp=disable_tp)
     name = prefix.rpartition(".")[2]
     if env.enable_flashcomm1 and chosen.op is None and not disable_tp and name not in _GATHERED_BEFORE:
