@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent
 # uv is installed beside nox. What runs inside a session may need it too: a session's environment has no pip.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 PYTHON = "3.11"
-# Packages that need no torch keep more than one promise; CONTRIBUTING.md says why the others have only one.
+# For packages that need no torch. CONTRIBUTING.md says why the others are tested on one version only.
 OTHER_PYTHONS = ["3.12", "3.13"]
 ON_OTHER_PYTHONS = ["ascend-eplb"]
 PACKAGES = ["ascend-eplb", "ascend-comm", "ascend-linear", "ascend-moe", "ascend-sim", "vllm-ascend"]
@@ -65,10 +65,8 @@ CPU_TORCH = [] if LINKS else ["--torch-backend", "cpu"]
 
 def install(session: nox.Session, *what: str) -> None:
     """Install, unless this environment already has exactly this request. The CPU build of torch is preferred everywhere."""
-    sources = [
-        *ROOT.glob("packages/*/pyproject.toml"),
-        *ROOT.glob("packages/*/src/*/__init__.py"),
-    ]  # requirements and versions
+    # Requirements are in the first, versions in the first or the second.
+    sources = [*ROOT.glob("packages/*/pyproject.toml"), *ROOT.glob("packages/*/src/*/__init__.py")]
     manifests = [path.read_bytes() for path in [*sorted(sources), ROOT / "pyproject.toml"]]
     wheels = [Path(entry.rpartition("file://")[2]).read_bytes() for entry in what if entry.endswith(".whl")]
     stamp = hashlib.sha256(repr(what).encode() + b"".join(manifests + wheels)).hexdigest()
@@ -157,10 +155,8 @@ def other_processor(session: nox.Session, processor: str, package: str) -> None:
     level, env = LOWERED[processor]
     install_in_place(session, package)
     folder = Path(session.create_tmp()).resolve()
-    wrapper = folder / "c++"
-    wrapper.write_text(
-        f'#!/bin/sh\nexec {shutil.which(os.environ.get("CXX") or "g++")} "$@" -march={level}\n'
-    )  # the last -march counts
+    wrapper, compiler = folder / "c++", shutil.which(os.environ.get("CXX") or "g++")
+    wrapper.write_text(f'#!/bin/sh\nexec {compiler} "$@" -march={level}\n')  # the last -march counts
     wrapper.chmod(0o755)
     run_tests(session, package, env=env | {"CXX": str(wrapper), "ASCEND_SIM_CACHE": str(folder / "ascend-sim")})
 

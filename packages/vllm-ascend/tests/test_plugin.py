@@ -235,6 +235,19 @@ def test_an_error_without_words_is_a_reason_too(monkeypatch):
     assert "torch_npu does not load (ImportError())" in doctor.inactive_because()
 
 
+def test_memory_usage_is_of_now_and_keeps_the_peak():
+    import torch
+    from vllm_ascend.platform import AscendPlatform
+
+    before = AscendPlatform.get_current_memory_usage()
+    tensor = torch.zeros(1 << 20, dtype=torch.int8, device="npu")
+    peak = AscendPlatform.get_current_memory_usage()
+    assert peak >= before + tensor.numel()  # the allocator rounds up
+    del tensor
+    assert AscendPlatform.get_current_memory_usage() == before
+    assert torch.npu.max_memory_allocated() >= peak
+
+
 def test_prompt_logprobs_are_refused_where_the_lm_head_is_shared(monkeypatch):
     from vllm import PoolingParams, SamplingParams
     from vllm.exceptions import VLLMValidationError

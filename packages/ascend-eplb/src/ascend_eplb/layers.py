@@ -77,9 +77,9 @@ class LayerMatch:
 def match_layers(file_layers: Sequence[int], model_layers: Sequence[int], *, usual: Numbering) -> LayerMatch:
     """Read a file's layer numbers as decoder layers or as positions, whichever fits the model's MoE layers.
 
-    A reading fits where file and model have the same layers, where the file has more (of drafts, for example), or where it
-    has fewer; in this order of preference. Where both readings fit equally well, a file without a layer 0 is taken to have
-    decoder layer numbers, because positions begin at 0; any other file is read as files of its format usually are.
+    A reading fits where file and model have the same layers, where the file has more (of drafts, for example), or where
+    it has fewer; in this order of preference. Where both readings fit equally well, a file without a layer 0 is taken to
+    have decoder layer numbers, because positions begin at 0; any other file is read as files of its format usually are.
 
     Args:
         file_layers: the layer numbers of the file, ascending.
@@ -127,12 +127,13 @@ def fit_layers(placement: Placement, model_layers: Sequence[int], *, usual: Numb
         The placement, and how the file was read.
 
     Raises:
-        ValueError: as `match_layers`.
+        ValueError: as `match_layers`, or more layers than a placement may have.
 
     Complexity: O(L * S).
 
     Source: this project.
     """
+    _check_count(placement, f"{len(model_layers)} MoE layers", len(model_layers))
     match = match_layers(placement.layer_ids, model_layers, usual=usual)
     return _pick(placement, match.wanted, tuple(model_layers)), match
 
@@ -155,7 +156,7 @@ def select_layers(placement: Placement, layers: int | Sequence[int]) -> Placemen
     given = f"layers={layers}" if isinstance(layers, int) else f"{count} layers"
     if count < 1:
         raise ValueError(f"{given} must be at least one layer")
-    check_limit(given, count * placement.slots, MOST_SLOTS, f"slots over all layers, at {placement.slots} a layer,")
+    _check_count(placement, given, count)
     wanted = tuple(range(count)) if isinstance(layers, int) else tuple(layers)
     present = set(placement.layer_ids)
     missing = [layer for layer in wanted if layer not in present]
@@ -166,6 +167,10 @@ def select_layers(placement: Placement, layers: int | Sequence[int]) -> Placemen
             as_ranges(missing), f"; its layers {as_ranges(unused)} are left out" if unused else "",
         )  # fmt: skip
     return _pick(placement, wanted, wanted)
+
+
+def _check_count(placement: Placement, given: str, count: int) -> None:
+    check_limit(given, count * placement.slots, MOST_SLOTS, f"slots over all layers, at {placement.slots} a layer,")
 
 
 def _pick(placement: Placement, numbers: tuple[int, ...], layer_ids: tuple[int, ...]) -> Placement:
@@ -184,7 +189,7 @@ def _numbers_of(numbering: Numbering, model_layers: tuple[int, ...]) -> tuple[in
 
 
 def _fit(found: set[int], wanted: set[int]) -> int:
-    """3: the same layers; 2: more than wanted; 1: fewer; 0: no fit."""
+    """3: the same layers; 2: the file has more; 1: the file has fewer; 0: no fit."""
     if found == wanted:
         return 3
     return 2 if found > wanted else 1 if found < wanted else 0

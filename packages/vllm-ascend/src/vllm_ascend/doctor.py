@@ -32,7 +32,7 @@ class Simulator:
         installed: whether it is there.
         active: whether it answers for CANN in this process.
         reason: why it is active or not, as a clause.
-        problem: the variable of its own that cannot be understood, with its value and what is allowed; empty where there is none.
+        problem: which of its variables cannot be understood, with the value and what is allowed; empty where there is none.
     """
 
     installed: bool = False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only file that reads or writes environment variables.
 
-This package has no variable of its own: options are given in `additional_config` (see `config`). What stands here is what vLLM must
-find in its environment, and what the public plugin's users may still have in theirs.
+This package defines no variable: options are given in `additional_config` (see `config`). This file has the variables that vLLM must find set,
+those of CANN that are checked at the start, and those that users of the public plugin may still have.
 """
 
 from __future__ import annotations

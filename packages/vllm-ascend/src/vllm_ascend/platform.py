@@ -54,7 +54,7 @@ class AscendPlatform(Platform):
 
     @classmethod
     def get_default_ir_op_priority(cls, vllm_config: VllmConfig) -> IrOpPriorityConfig:
-        """NPU kernels first where there are any."""
+        """NPU kernels before vLLM's own, for the operators that have one."""
         from vllm.config.kernel import IrOpPriorityConfig
 
         ours = ["ascend", "native"]
@@ -83,14 +83,14 @@ class AscendPlatform(Platform):
 
     @classmethod
     def get_mla_prefill_backend_cls(cls, mla_selector_config: MLAPrefillSelectorConfig) -> type[MLAPrefillBackend]:
-        """The one there is, which computes nothing: see `attention/mla.py`."""
+        """A class that computes nothing: prompts take the same way as decoding (`attention/mla.py`)."""
         from vllm_ascend.attention.mla import NoMLAPrefill
 
         return NoMLAPrefill
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: VllmConfig) -> None:
-        """Runs before vLLM resolves compilation: there is none here. It is also the first to see the whole configuration."""
+        """Turn compilation off, before vLLM decides about it, and choose the quantisation method by the checkpoint's folder."""
         from vllm.config.compilation import CompilationMode
 
         from vllm_ascend.quantization.config import choose_by_folder
@@ -100,7 +100,11 @@ class AscendPlatform(Platform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """The last word on vLLM's configuration; ValueError for what this plugin cannot do."""
+        """Check the configuration, and set what this plugin decides in it.
+
+        Raises:
+            ValueError: everything that this plugin cannot do.
+        """
         from vllm.config import CUDAGraphMode
 
         host = start.Host(devices=torch.npu.device_count(), chip=torch.npu.get_device_name(0))
@@ -153,12 +157,12 @@ class AscendPlatform(Platform):
 
     @classmethod
     def get_device_uuid(cls, device_id: int = 0) -> str:
-        """An identity of the device on this host."""
+        """A name that no other device of this host has."""
         return f"npu-{device_id}"
 
     @classmethod
     def get_device_total_memory(cls, device_id: int = 0) -> int:
-        """Not answered: vLLM asks while it builds its configuration, where touching the device would break the processes it starts."""
+        """Raise NotImplementedError, which vLLM allows for: it asks in the parent process, where initialising a device would break forked workers."""
         raise NotImplementedError
 
     @classmethod
@@ -173,7 +177,7 @@ class AscendPlatform(Platform):
 
     @classmethod
     def check_if_supports_dtype(cls, dtype: torch.dtype) -> None:
-        """Everything that vLLM offers exists on an NPU; a kernel that refuses a type says so itself."""
+        """Accept every type here; `attention/probe.py` finds what the kernels refuse."""
 
     @classmethod
     def is_pin_memory_available(cls) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["INERT", "KNOWN", "OF_VLLM", "REMEDIES", "changes_nothing"]
 
-# By their path: the values that ask for nothing which this plugin lacks. null, and an object whose "enabled" is false, are always among them.
+# Path -> the values under which the option changes nothing, so that they are accepted. null and an object whose "enabled" is false always are.
 KNOWN: Mapping[str, tuple[Any, ...]] = {
     "enable_dsa_cp": (False,),  # context parallelism of DeepSeek sparse attention, which has no attention backend here
     "enable_sparse_sfa_c8": (False,),  # int8 caches of sparse attention, and of its indexer
@@ -75,7 +75,7 @@ OF_VLLM = ("gdn_prefill_backend", "kda_prefill_backend", "kda_decode_backend")
 
 
 def changes_nothing(path: str, value: object) -> bool:
-    """Whether `value` of the known option at `path` asks for nothing that this plugin lacks."""
+    """Whether the known option at `path` changes nothing when it has this `value`."""
     if isinstance(value, Mapping) and value.get("enabled") is False:
         return True
     return value is None or value in KNOWN[path]

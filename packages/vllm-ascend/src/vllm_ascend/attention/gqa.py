@@ -117,7 +117,7 @@ class AscendAttentionMetadataBuilder(AttentionMetadataBuilder[AscendAttentionMet
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
-        """Build the mask once."""
+        """Copy the causal mask to the device."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.mask = kernels.causal_mask(device)
 
@@ -158,7 +158,11 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         **extra: Any,
     ) -> None:
-        """Keep what the kernel takes; ValueError for what it does not."""
+        """Store the sizes and the masking.
+
+        Raises:
+            ValueError: an argument that the kernel does not have, of a model whose configuration did not show it at the start.
+        """
         for name, value in (("alibi_slopes", alibi_slopes), ("logits_soft_cap", logits_soft_cap), *extra.items()):
             if value:
                 raise ValueError(f"the NPU attention kernel has no {name} (got {value!r})")
@@ -224,7 +228,7 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
     def _masking(self, step: AscendAttentionMetadata) -> dict[str, Any]:
         causal = step.causal and self.attn_type == AttentionType.DECODER
         if self.sliding_window is not None:
-            # The band of mode 4: a query sees `pre_tokens` keys before its own and `next_tokens` behind it.
+            # The band of mode 4: a query sees `pre_tokens` keys before its own and `next_tokens` after it.
             reach = self.sliding_window - 1
             return {
                 "sparse_mode": kernels.SPARSE_BAND,

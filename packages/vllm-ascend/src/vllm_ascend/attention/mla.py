@@ -193,7 +193,11 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         kv_lora_rank: int,
         **dimensions: Any,
     ) -> None:
-        """Keep what the kernel takes; ValueError for what it does not. `dimensions` are vLLM's own business, in its layer."""
+        """Store the sizes. `dimensions` are the widths of the projections, which vLLM's layer computes.
+
+        Raises:
+            ValueError: an argument that the kernel does not have, of a model whose configuration did not show it at the start.
+        """
         for name, value in (("alibi_slopes", alibi_slopes), ("sliding_window", sliding_window), ("logits_soft_cap", logits_soft_cap)):  # fmt: skip
             if value:
                 raise ValueError(f"multi-head latent attention on an NPU has no {name} (got {value!r})")
@@ -202,7 +206,7 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
 
     def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's memory, `[blocks, block_size, 512 + 64]` to vLLM, as latents `[blocks, block_size, 512]` and, behind them all, rotated
+        """The layer's memory, `[blocks, block_size, 512 + 64]` to vLLM, as latents `[blocks, block_size, 512]` and, after all of them, rotated
         keys `[blocks, block_size, 64]`: the kernel wants each of them contiguous."""
         blocks, block_size, _ = kv_cache.shape
         memory, cut = kv_cache.view(-1), blocks * block_size * self.kv_lora_rank

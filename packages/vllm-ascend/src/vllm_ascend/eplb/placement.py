@@ -107,7 +107,7 @@ def _from_file(config: EplbConfig, deployment: Deployment) -> tuple[Placement, L
 
 def _log_match(config: EplbConfig, match: LayerMatch) -> None:
     """Say once, before the workers start, how the file's layer numbers were read."""
-    level = logging.WARNING if match.lacking else logging.INFO
+    level = logging.WARNING if match.lacking or match.unused else logging.INFO
     _logger.log(level, "eplb_config.expert_map_path %r: %s", config.expert_map_path, match)
 
 
@@ -129,7 +129,7 @@ def _broken_rules(config: EplbConfig, deployment: Deployment) -> Iterator[str]:
 
 
 def _given(config: EplbConfig) -> dict[str, object]:
-    """What differs from the defaults."""
+    """The options whose values are not the defaults."""
     names, defaults = EplbConfig.__slots__, EplbConfig()
     return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
 
@@ -141,8 +141,9 @@ class LayerSlots:
     Attributes:
         placed: the layer's own placement, of one layer.
         expert_map: int32 `[E]`, the slot of each expert on this rank, or -1.
-        log2phy: int32 `[E]`, the slot among those of all ranks that serves each expert for tokens of this rank alone; None: slot e for expert e.
-        routing_table: int32 `[P, E]`, the same by token, for tokens that several ranks have; None: as `log2phy`, which is the same on all ranks then.
+        log2phy: int32 `[E]`, for tokens that only this rank has: the slot, among those of all ranks, that serves each expert. None: slot e serves expert e.
+        routing_table: int32 `[P, E]`, the same for tokens that several ranks have: the token at position t uses row t % P. None: `log2phy` serves for these
+            too, because it is then equal on all ranks.
     """
 
     placed: Placement
@@ -152,7 +153,7 @@ class LayerSlots:
 
     @property
     def num_slots(self) -> int:
-        """R * K."""
+        """R * K, the slots of all ranks."""
         return self.placed.slots
 
 
@@ -164,10 +165,10 @@ class ExpertPlacement:
         options: `eplb_config`. Its `layout` is for layers that `placement` lacks and for those with another number of experts; with an
             `expert_map_path` only layers after the model's own (drafts) may take it.
         decoder_layers: how many the model has; 0 where unknown.
-        rank: this one among the R.
+        rank: the number of this rank, from 0 to R - 1.
         tp_size: tensor parallel size; it divides R.
-        replica: data parallel rank, which starts at another row of routing tables: replicas of an expert are used evenly however few tokens
-            each has.
+        replica: data parallel rank. Each starts at another row of the routing tables, so that the replicas of an expert are used evenly even if every
+            data parallel rank has few tokens.
     """
 
     def __init__(

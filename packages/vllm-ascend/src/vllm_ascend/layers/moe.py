@@ -215,8 +215,13 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         self.supports_pre_processed_weights = False
 
     def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]  # as vLLM's own
-        """As vLLM's. ValueError for a layer of another class than this plugin's."""
+        """Register what vLLM registers.
+
+        Raises:
+            ValueError: a layer of another class than this plugin's; an activation that has no kernel, clamping, or biases.
+        """
         check_ours(layer)
+        self.activation = activation_of(layer, has_bias=self.moe.has_bias)
         super().create_weights(layer, *args, **kwargs)
 
     @property
@@ -225,13 +230,8 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         return False
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:  # type: ignore[override]  # as vLLM's own
-        """Lay the weights out as the grouped product reads them: `[L, 2I, H]` -> `[L, H, 2I]`, `[L, H, I]` -> `[L, I, H]`.
-
-        Raises:
-            ValueError: an activation that has no kernel, clamping, or biases.
-        """
+        """Lay the weights out as the grouped product reads them: `[L, 2I, H]` -> `[L, H, 2I]`, `[L, H, I]` -> `[L, I, H]`."""
         super().process_weights_after_loading(layer)
-        self.activation = activation_of(layer, has_bias=self.moe.has_bias)
         w13, w2 = cast(Tensor, layer.w13_weight), cast(Tensor, layer.w2_weight)
         for weight in (w13, w2):
             weight.data = weight.data.transpose(1, 2).contiguous()
