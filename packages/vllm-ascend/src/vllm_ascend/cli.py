@@ -98,17 +98,24 @@ def _explained_table(rows: list[Explained], rank: int, tokens: int) -> Table:
     )
     for column in ("layer", "op", "ranks"):
         table.add_column(column, overflow="fold")
-    for column in ("n", "weight", "sent/token", "sent/step"):
+    for column in ("n", "launches", "weight", "sent/token", "sent/step"):
         table.add_column(column, justify="right", no_wrap=True)
     for row, count in merged(rows):
         ranks = ",".join(map(str, row.ranks)) if len(row.ranks) <= 4 else f"{row.ranks[0]}..{row.ranks[-1]}"
         name = row.path.removeprefix("model.").removeprefix("layers.*.")
         figures = (row.weight_bytes, row.bytes_per_token, row.bytes_per_step)
-        table.add_row(name, row.op or "vLLM's own", ranks, str(count), *map(_in_units, figures))
+        table.add_row(name, row.op or "vLLM's own", ranks, str(count), str(row.launches), *map(_in_units, figures))
     table.add_section()
     sent = sum(row.bytes_per_token for row in rows if row.path != "lm_head")  # whose rows are few
     totals = (sum(row.weight_bytes for row in rows), sent, sum(row.bytes_per_step for row in rows))
-    table.add_row("all", "(sent: without lm_head)", "", str(len(rows)), *map(_in_units, totals))
+    table.add_row(
+        "all",
+        "(sent: without lm_head)",
+        "",
+        str(len(rows)),
+        str(sum(row.launches for row in rows)),
+        *map(_in_units, totals),
+    )
     return table
 
 

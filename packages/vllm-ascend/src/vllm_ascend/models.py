@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from vllm_ascend.moe_layers import ConfigReader, moe_layers
 
-__all__ = ["ARCHITECTURES", "Linear", "layers_of", "read_config", "stage_layers"]
+__all__ = ["ARCHITECTURES", "Linear", "layers_of", "padded_vocabulary", "read_config", "stage_layers"]
 
 Config = Mapping[str, Any]
 
@@ -61,6 +61,11 @@ def read_config(model: str) -> dict[str, Any]:
             ) from error
     inner = config.get("text_config")
     return {**inner, "architectures": config.get("architectures", [])} if isinstance(inner, dict) else config
+
+
+def padded_vocabulary(tokens: int) -> int:
+    """Rows of the embedding and the LM head: vLLM pads the vocabulary to a multiple of 64."""
+    return -(-tokens // 64) * 64
 
 
 def layers_of(config: Config) -> list[Linear]:
