@@ -144,7 +144,11 @@ class _Watched(importlib.machinery.SourceFileLoader):
             with contextlib.redirect_stdout(said):
                 super().exec_module(module)
         finally:  # standard output belongs to the program, and here it is right that the variable is not set
-            print(said.getvalue().replace(NOT_SET, ""), end="")
+            left = said.getvalue().replace(NOT_SET, "")
+            with contextlib.suppress(
+                OSError, AttributeError
+            ):  # it may be full, or closed: no reason for `import torch` to fail
+                sys.stdout.write(left)
         from ascend_sim import activate
 
         activate.activate()
