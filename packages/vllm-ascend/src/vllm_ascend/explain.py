@@ -24,8 +24,10 @@ from ascend_linear import (
 )
 from ascend_linear.select import Rule
 
+from vllm_ascend.attention import limits
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment, Model
+from vllm_ascend.findings import refuse
 from vllm_ascend.layers.select import select
 from vllm_ascend.models import Config, Linear, layers_of, padded_vocabulary, stage_layers
 from vllm_ascend.rules import check, group_config, planned_env
@@ -91,6 +93,15 @@ def explain(
     """
     if dtype not in BYTES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(BYTES)}")
+    body = layers_of(config)
+    stages = topology.pipeline_parallel
+    if stages > config["num_hidden_layers"]:
+        raise ValueError(
+            f"pipeline_parallel_size ({stages}) must be at most the model's {config['num_hidden_layers']} layers"
+        )
+    heads, ranks = config["num_attention_heads"], topology.tensor_parallel
+    kv_heads = 0 if "kv_lora_rank" in config else config.get("num_key_value_heads") or heads
+    refuse(limits.broken(limits.Attention(heads=heads, kv_heads=kv_heads, ranks=ranks)))
     model = Model.of(config, latent_attention="kv_lora_rank" in config, half_precision=dtype != "float32")
     asked = topology.data_parallel
     if not model.moe.routed_experts and asked > 1:  # each replica is a world of its own
@@ -101,12 +112,12 @@ def explain(
     env = planned_env(options, deployment, rank)
     step = plan_step(tokens, env, threshold=options.flashcomm1_dense_threshold)
     costs = _Costs(env, step.flashcomm1, BYTES[dtype])
-    stage, stages = topology.coordinates(rank).pipeline, topology.pipeline_parallel
+    stage = topology.coordinates(rank).pipeline
     here = stage_layers(config["num_hidden_layers"], stages, stage)
-    body = [_explained(linear, env, costs, rules) for linear in layers_of(config) if layer_index(linear.path) in here]
+    explained = [_explained(linear, env, costs, rules) for linear in body if layer_index(linear.path) in here]
     groups = {name: group_of(found, rank) for name, found in group_config(options, deployment).families().items()}
     ends = _Ends(config, env, groups, costs, stages)
-    return [*([ends.embedding()] if stage == 0 else []), *body, *([ends.lm_head()] if stage == stages - 1 else [])]
+    return [*([ends.embedding()] if stage == 0 else []), *explained, *([ends.lm_head()] if stage == stages - 1 else [])]
 
 
 def merged(rows: Iterable[Explained]) -> list[tuple[Explained, int]]:
