@@ -55,6 +55,7 @@ class AscendModelRunner(GPUModelRunner):
         self.load_recorder = moe.load_recorder(model)
         self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())
 
+    @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """A step with requests, on any pipeline stage: vLLM's forward pass with logits or pooling, then the end of the step.
 
@@ -65,6 +66,7 @@ class AscendModelRunner(GPUModelRunner):
             self._end_step()
         return output
 
+    @torch.inference_mode()
     def _dummy_run(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """A step without requests: forward pass, logits where data parallel ranks share the LM head, end of the step.
 

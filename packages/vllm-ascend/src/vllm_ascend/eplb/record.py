@@ -24,9 +24,8 @@ from vllm_ascend.eplb.writer import LoadWriter
 __all__ = ["LoadRecorder"]
 
 _logger = logging.getLogger("vllm_ascend")
-_LAST_MEETING = timedelta(
-    seconds=2
-)  # how long a rank that shuts down waits for the others; vLLM kills workers after four seconds
+# How long a rank that shuts down waits for the others; vLLM kills a worker that takes more than four seconds.
+_LAST_MEETING = timedelta(seconds=2)
 
 
 class LoadRecorder:
@@ -70,7 +69,12 @@ class LoadRecorder:
             return
         self._steps = 0
         here = self._counts_so_far()
-        everywhere = self._ep.all_gather(here, 0).view(self._ep.world_size, *here.shape)
+        try:
+            everywhere = self._ep.all_gather(here, 0).view(self._ep.world_size, *here.shape)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the experts' loads of {self._ep.world_size} ranks, for option 'eplb_config.expert_load_record_path', cannot be gathered: {error}"
+            ) from error
         if self._writer is not None:
             self._writer.put(partial(self._entry, _on_host_soon(everywhere)))
 

@@ -22,9 +22,7 @@ __all__ = ["LoadWriter"]
 
 _logger = logging.getLogger("vllm_ascend")
 _MOST_ENTRIES = 1000
-_MOST_WAITING = (
-    1000  # as many as the file keeps: no entry is left out that would still be there after the file is written
-)
+_MOST_WAITING = 1000  # as many as the file keeps
 _SECONDS_TO_CLOSE = 10.0
 
 
@@ -50,11 +48,13 @@ class LoadWriter:
         atexit.register(self.close)
 
     def put(self, entry: Callable[[], np.ndarray]) -> None:
-        """Have an entry written; where too many wait already, or the thread has failed, it is dropped and the log says so.
+        """Have an entry written; it is left out where too many wait already, or the thread has failed, which the log says.
 
         Args:
             entry: called in the thread, returns loads `[M, E]`.
         """
+        if not self._thread.is_alive():
+            return
         try:
             self._waiting.put_nowait(entry)
         except Full:
