@@ -126,7 +126,7 @@ def answers(tmp_path_factory):
     (root / "run.py").write_text(RUN)
     env = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     done = subprocess.run(
-        [sys.executable, str(root / "run.py"), str(root / "jobs.json")], capture_output=True, text=True, timeout=300, env=env, check=False,
+        [sys.executable, str(root / "run.py"), str(root / "jobs.json")], capture_output=True, text=True, timeout=1800, env=env, check=False,
     )  # fmt: skip
     found = dict(json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("answer "))
     assert set(found) == set(jobs), done.stderr[-4000:]
