@@ -2,6 +2,7 @@
 """The command line in processes of its own, and the README's example."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -53,8 +54,9 @@ def test_show_as_json_holds_every_option():
     [
         ("--world 16 --dp 3", "ascend-comm: world_size=16: must be a multiple of 3"),
         ("--world 0", "ascend-comm: world_size=0: must be at least 1"),
-        ("--world 8 --tp 8 --flashcomm2 3", "ascend-comm: flashcomm2: k=3: "),
-        ("--world 8 --tp 2 --otp 2", "ascend-comm: otp=2: needs tensor_parallel=1, got 2"),
+        ("--world 10000000", "ascend-comm: world_size=10000000: must be at most 65536"),
+        ("--world 8 --tp 8 --flashcomm2 3", "ascend-comm: flashcomm2=3: must divide tensor_parallel=8"),
+        ("--world 8 --tp 2 --otp 2", "ascend-comm: otp=2: cannot be used with tensor_parallel=2"),
     ],
 )
 def test_invalid_sizes_give_one_line(arguments, reason):
@@ -62,6 +64,26 @@ def test_invalid_sizes_give_one_line(arguments, reason):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(reason)
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_standard_output_that_is_closed_or_full(option):
+    code = "import sys; from ascend_comm.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *EXAMPLE, *option]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=1800)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "ascend-comm: standard output cannot be written: No space left on device\n",
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=1800)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]  # from the start
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=False, timeout=1800)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_wrong_usage():

@@ -198,13 +198,45 @@ def test_without_pyyaml_the_error_names_the_extra(tmp_path):
     assert "RuntimeError: YAML needs pyyaml: pip install 'ascend-eplb[yaml]'" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["load.json", "load.npy", "load.npz"])
+@pytest.mark.parametrize("name", ["load.json", "load.jsonl", "load.npy", "load.npz"])
 def test_load_dumps(tmp_path, name):
     history = np.random.default_rng(0).random((3, 2, 5))
     eplb.write_loads(history, tmp_path / name)
     assert np.array_equal(eplb.read_loads(tmp_path / name), history)
     eplb.write_loads(history[0], tmp_path / name)
     assert np.array_equal(eplb.read_loads(tmp_path / name), history[:1])
+
+
+def test_loads_are_appended_and_an_interrupted_line_is_no_loss(tmp_path):
+    history, path = np.random.default_rng(0).random((4, 20, 500)), tmp_path / "load.jsonl"
+    eplb.append_loads(history[0], path)
+    eplb.append_loads(history[1:3], path)
+    assert np.array_equal(eplb.read_loads(path), history[:3])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])  # within the last line, which is longer than what is read at once
+    assert np.array_equal(eplb.read_loads(path), history[:2])
+    eplb.append_loads(history[3], path)
+    assert np.array_equal(eplb.read_loads(path), history[[0, 1, 3]])
+    path.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=r"load.jsonl: has no whole line"):
+        eplb.read_loads(path)
+    eplb.append_loads(history[0], path)
+    assert np.array_equal(eplb.read_loads(path), history[:1])
+    with pytest.raises(ValueError, match=r"load.npz: loads are appended to .jsonl alone"):
+        eplb.append_loads(history, tmp_path / "load.npz")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]\n", "line 1: logical_expert_load is missing"),
+        ('{"logical_expert_load": [[1]]}\n{\n', "line 2: Expecting property name"),
+    ],
+)
+def test_errors_in_json_lines(tmp_path, text, words):
+    (tmp_path / "load.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        eplb.read_loads(tmp_path / "load.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,13 @@ def test_sizes(text, size):
     assert loader.memory_bytes(text) == size
 
 
+@pytest.mark.parametrize("text", ["9" * 400, "1" + "0" * 30 + "GiB", "65537GiB"])
+def test_sizes_that_no_process_can_address(text):
+    assert loader.memory_bytes("65536GiB") == 1 << 46
+    with pytest.raises(ValueError, match=r"ASCEND_SIM_MEMORY is '[0-9]+(GiB)?'; allowed: at most 65536GiB"):
+        loader.memory_bytes(text)
+
+
 # Compiling
 
 

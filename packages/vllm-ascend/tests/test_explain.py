@@ -3,6 +3,7 @@
 test_linear.py."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -175,3 +176,70 @@ def test_what_it_cannot_explain():
         rows(DENSE | {"architectures": ["NewForCausalLM"]})
     with pytest.raises(ValueError, match="dtype='int4': must be one of bfloat16"):
         rows(DENSE, dtype="int4")
+
+
+NO_CONFIGS = {
+    "null": (b"null", "must be one JSON object, got null"),
+    "list": (b"[1, 2]", "must be one JSON object, got list"),
+    "cut": (b'{"num_hidden', "is not JSON"),
+    "deep": (b'{"a":' * 100_000, "is nested too deeply"),
+    "long": (b'{"num_hidden_layers": ' + b"9" * 5000 + b"}", "is not JSON: Exceeds the limit"),
+    "latin": (b'{"a": "\xe9"}', "is not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("name", [*NO_CONFIGS, "folder"])
+def test_a_file_that_is_no_config_is_one_line(tmp_path, name):
+    content, message = NO_CONFIGS.get(name, (b"", "cannot be read: Is a directory"))
+    file = tmp_path / "config.json"
+    file.mkdir() if name == "folder" else file.write_bytes(content)
+    done = CliRunner().invoke(app, ["explain", str(tmp_path)])
+    assert done.exit_code == 1, done.output
+    assert done.stderr.startswith(f"error: {file} ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "message"),
+    [
+        ({"num_hidden_layers": None}, {}, "lacks num_hidden_layers, which architecture 'Qwen3ForCausalLM' must have"),
+        ({"num_hidden_layers": "four"}, {}, "has num_hidden_layers 'four': it must be a whole number, 1 to 10000"),
+        ({"num_hidden_layers": 10**12}, {}, "has num_hidden_layers 1000000000000: it must be a whole number"),
+        ({"hidden_size": -64}, {}, "has hidden_size -64: it must be a whole number"),
+        ({"num_attention_heads": 0}, {}, "has num_attention_heads 0: it must be"),
+        ({"vocab_size": True}, {}, "has vocab_size True"),
+        ({"intermediate_size": None}, {}, "lacks intermediate_size"),
+        ({"architectures": None}, {}, "has architectures None: it must be a list"),
+        ({"num_attention_heads": 9, "num_key_value_heads": 3}, {"tp": 7}, r"tensor_parallel_size \(7\) must divide the model's 9 attention heads"),
+        ({"num_key_value_heads": 3, "num_attention_heads": 12}, {"tp": 2}, r"tensor_parallel_size \(2\) must divide the model's 3 key and value heads"),
+        ({}, {"pp": 99}, r"pipeline_parallel_size \(99\) must be at most the model's 4 layers"),
+        ({}, {"tp": 3_000_000}, "world_size=3000000: must be at most 65536"),
+    ],
+)  # fmt: skip
+def test_sizes_that_make_no_model(changes, sizes, message):
+    config = {
+        name: value for name, value in {**DENSE, **changes}.items() if value is not None or name == "architectures"
+    }
+    with pytest.raises(ValueError, match=message):
+        rows(config, **sizes)
+
+
+def test_standard_output_that_is_closed_or_full(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DENSE))
+    code = "from vllm_ascend.cli import main; main()"
+    command = [sys.executable, "-c", code, "explain", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=1800)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: standard output cannot be written: No space left on device\n",
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=1800)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]  # from the start
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=False, timeout=1800)
+    assert (done.returncode, done.stderr) == (0, "")

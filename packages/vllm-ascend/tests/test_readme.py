@@ -40,6 +40,19 @@ def test_the_quantised_example_works(smollm2, tmp_path, monkeypatch):
     assert (tmp_path / "smollm2-w8a8" / "quant_model_description.json").is_file()
 
 
+def test_a_new_op_is_explained(tmp_path):
+    """The end of docs/add-an-op.md: its program imports the op of the page's first one."""
+    page = (Path(__file__).parents[3] / "docs" / "add-an-op.md").read_text(encoding="utf-8")
+    example, program = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "example.py").write_text(example)
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=1800, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == re.findall(r"```text\n(.*?)```", page, re.DOTALL)[1]
+
+
 def test_the_table_of_kernels_is_complete():
     source = Path(kernels.__file__).read_text(encoding="utf-8")
     assert set(re.findall(r"`(npu_\w+)`", README)) == set(re.findall(r"_npu\(\)\.(npu_\w+)", source))

@@ -9,7 +9,7 @@ from ascend_comm.errors import InvalidValueError
 from ascend_comm.hccl import DEFAULT_BUFFER_MB, HcclOptions, options_for
 from ascend_comm.topology import Groups, Topology, check_size
 
-__all__ = ["GroupConfig", "Handle", "memory_bytes", "plan"]
+__all__ = ["GroupConfig", "Handle", "memory_by_rank", "memory_bytes", "plan"]
 
 _PARALLEL = ("tp", "pcp", "pp", "dp")
 _ROLES = ("both", "producer", "consumer")
@@ -205,6 +205,15 @@ def plan(config: GroupConfig) -> list[Handle]:
     return [Handle(names=tuple(shared), ranks=ranks, options=options) for (ranks, options), shared in names.items()]
 
 
+def memory_by_rank(config: GroupConfig) -> list[int]:
+    """Device memory in bytes that the HCCL buffers take, for each global rank."""
+    found = [0] * config.topology.world_size
+    for handle in plan(config):
+        for rank in handle.ranks:
+            found[rank] += handle.options.memory_bytes(config.hccl_buffsize_mb)
+    return found
+
+
 def memory_bytes(config: GroupConfig, rank: int) -> int:
     """Device memory in bytes that the HCCL buffers of global `rank` take.
 
@@ -212,4 +221,4 @@ def memory_bytes(config: GroupConfig, rank: int) -> int:
         ValueError: `rank` is not in the topology.
     """
     config.topology.coordinates(rank)
-    return sum(h.options.memory_bytes(config.hccl_buffsize_mb) for h in plan(config) if rank in h.ranks)
+    return memory_by_rank(config)[rank]

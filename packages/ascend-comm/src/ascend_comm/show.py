@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ascend_comm.config import GroupConfig, memory_bytes, plan
+from ascend_comm.config import GroupConfig, memory_by_rank, plan
 from ascend_comm.hccl import options_for
 from ascend_comm.topology import Groups, Topology
 
@@ -93,7 +93,7 @@ def _describe(config: GroupConfig) -> dict[str, Any]:
         "communicators": [
             {"names": list(h.names), "ranks": list(h.ranks), "buffer_mb": h.options.buffer_mb} for h in plan(config)
         ],
-        "hccl_bytes_per_rank": [memory_bytes(config, rank) for rank in range(topology.world_size)],
+        "hccl_bytes_per_rank": memory_by_rank(config),
     }
 
 
@@ -114,7 +114,7 @@ def _draw(config: GroupConfig) -> None:
         table.add_row(name, str(size), f"{buffer} MB" if size > 1 else "-", _members(groups))
     console = Console()
     console.print(table)
-    most = max(memory_bytes(config, rank) for rank in range(topology.world_size))
+    most = max(memory_by_rank(config))
     console.print(
         f"HCCL buffers: {most // _MB} MB a rank, two for each communicator; groups of equal ranks share one.",
         soft_wrap=True,

@@ -21,6 +21,9 @@ __all__ = ["Coordinates", "Groups", "Topology", "group_of"]
 
 Groups = list[list[int]]
 
+MOST_RANKS = 1 << 16
+"""Ranks of a world at most: a family of groups has an entry for each, and no cluster has so many."""
+
 
 def group_of(groups: Sequence[Sequence[int]], rank: int) -> list[int]:
     """The group of `groups` that holds global `rank`.
@@ -100,8 +103,8 @@ class Topology:
         tensor_parallel: ranks that share a layer (TP).
 
     Raises:
-        ValueError: a size below 1, or sizes whose product does not divide `world_size`. What is left of it is external
-            data parallel.
+        InvalidValueError: a size below 1, a world of more than `MOST_RANKS`, or sizes whose product does not divide
+            `world_size`. What is left of it is external data parallel.
         TypeError: a size that is no int.
     """
 
@@ -114,6 +117,8 @@ class Topology:
     def __post_init__(self) -> None:
         """Check the sizes."""
         check_size("world_size", self.world_size)
+        if self.world_size > MOST_RANKS:
+            raise InvalidValueError("world_size", self.world_size, f"must be at most {MOST_RANKS}")
         check_size("data_parallel", self.data_parallel)
         check_size("pipeline_parallel", self.pipeline_parallel)
         check_size("prefill_context_parallel", self.prefill_context_parallel)

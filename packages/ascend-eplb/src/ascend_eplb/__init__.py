@@ -3,7 +3,7 @@
 
 from ascend_eplb.cluster import Cluster
 from ascend_eplb.dispatch import log2phy_balanced, received_loads
-from ascend_eplb.formats import load_placement, read_loads, save_placement, usual_numbering, write_loads
+from ascend_eplb.formats import append_loads, load_placement, read_loads, save_placement, usual_numbering, write_loads
 from ascend_eplb.layers import LayerMatch, Numbering, fit_layers, match_layers, select_layers
 from ascend_eplb.load import LoadWindow, decayed_load, logical_load, mean_load, merge_ranks, peak_load
 from ascend_eplb.maps import expert_map, expert_map_all, log2phy, log2phy_all, routing_table
@@ -30,6 +30,7 @@ __all__ = [
     "Score",
     "TransferPlan",
     "align_slots",
+    "append_loads",
     "balancedness",
     "best_balancedness",
     "checkpoint",

@@ -4,6 +4,7 @@
 `get_parallel_op` chooses the op of a layer by its path and the options of a run; every op is also usable on its own.
 """
 
+from ascend_linear.cost import Cost, LayerSize
 from ascend_linear.flashcomm2 import Flashcomm2OProjRowParallelOp, Flashcomm2OshardQKVParallelOp
 from ascend_linear.layer_shard import LayerShard, StreamedWeight
 from ascend_linear.matmul_allreduce import MatmulAllreduceRowParallelOp
@@ -26,6 +27,7 @@ from ascend_linear.sharded_cp import ShardedCPColumnParallelOp, ShardedCPRowPara
 from ascend_linear.state import LinearEnv, MoeLayers, StepState, layer_index, plan_step
 
 __all__ = [
+    "Cost",
     "CustomColumnParallelOp",
     "CustomLinearOp",
     "CustomReplicatedOp",
@@ -34,6 +36,7 @@ __all__ = [
     "Flashcomm2OshardQKVParallelOp",
     "Gemm",
     "LayerShard",
+    "LayerSize",
     "LinearEnv",
     "LinearParams",
     "LinearResult",

@@ -13,9 +13,10 @@ import torch
 from ascend_comm import Solo
 from torch import Tensor
 
+from ascend_linear.cost import Cost, LayerSize, all_gather_bytes, all_to_all_bytes, reduce_scatter_bytes
 from ascend_linear.op import CustomColumnParallelOp, CustomRowParallelOp, own_rank
 from ascend_linear.quant import W8A8Static
-from ascend_linear.sequence import gather_tokens
+from ascend_linear.sequence import gather_cost, gather_tokens
 from ascend_linear.state import LinearEnv, StepState, layer_index
 
 __all__ = ["Flashcomm2OProjRowParallelOp", "Flashcomm2OshardQKVParallelOp"]
@@ -53,6 +54,10 @@ class Flashcomm2OshardQKVParallelOp(CustomColumnParallelOp):
             self.o_shard.reach(self.layer)
         return self.gather_features(self.gemm(input_))
 
+    def cost(self, layer: LayerSize, *, flashcomm1: bool = False) -> Cost:
+        """The all-gather of tokens where FlashComm1 is active, and the product. The broadcast is a cost of the o_proj that it brings."""
+        return gather_cost(self, layer, flashcomm1)
+
 
 class Flashcomm2OProjRowParallelOp(CustomRowParallelOp):
     """``[N, in / TP]`` -> all-to-all ODP -> ``[P / G, in / k]`` -> product -> reduce-scatter OTP -> ``[P / TP, out]``.
@@ -72,6 +77,7 @@ class Flashcomm2OProjRowParallelOp(CustomRowParallelOp):
     """
 
     must_reduce = True
+    streams_weight = True
 
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
         """Take the two groups of FlashComm2 from `env`."""
@@ -101,6 +107,16 @@ class Flashcomm2OProjRowParallelOp(CustomRowParallelOp):
         if self.tp_size > 1:
             output = self.group.reduce_scatter(output, 0)
         return output if state.flashcomm1 else tp.all_gather(output, 0)[:tokens]
+
+    def cost(self, layer: LayerSize, *, flashcomm1: bool = False) -> Cost:
+        """The all-to-all, the product and the reduce-scatter; the all-gather without FlashComm1; the broadcast under layer sharding."""
+        tp, g, k = self.env.tp.world_size, self.odp.world_size, self.tp_size
+        sent = all_to_all_bytes(layer.input_bytes / tp, g) + reduce_scatter_bytes(layer.output_bytes / g, k)
+        if not flashcomm1:
+            sent += all_gather_bytes(layer.output_bytes / tp, tp)
+        sharers = 1 if self.env.o_shard is None else self.env.o_shard.group.world_size
+        launches = 2 + (k > 1) + (not flashcomm1) + (sharers > 1)
+        return Cost(bytes_per_token=sent, launches=launches, weight_ranks=sharers)
 
     def _exchange(self, input_: Tensor) -> Tensor:
         """Tokens for heads over ODP: ``[P, w] -> [P / G, G * w]``.

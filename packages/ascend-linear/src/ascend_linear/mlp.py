@@ -7,6 +7,7 @@ between.
 
 from torch import Tensor
 
+from ascend_linear.cost import Cost, LayerSize, all_gather_bytes, reduce_scatter_bytes
 from ascend_linear.op import CustomColumnParallelOp, CustomRowParallelOp
 from ascend_linear.state import LinearEnv, StepState
 
@@ -24,6 +25,8 @@ class MLPColumnParallelOp(CustomColumnParallelOp):
         ValueError: `env` has no `mlp_tp`.
     """
 
+    pads_input = True
+
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
         """Take `mlp_tp` from `env`."""
         if env.mlp_tp is None:
@@ -35,6 +38,11 @@ class MLPColumnParallelOp(CustomColumnParallelOp):
         self.check_tokens_by_features(input_)
         self.check_equal_tokens(state)
         return self.gather_features(self.gemm(self.group.all_gather(input_, 0)))
+
+    def cost(self, layer: LayerSize, *, flashcomm1: bool = False) -> Cost:
+        """The all-gather of tokens, of which a rank has its chunk alone under FlashComm1, and the product."""
+        own = layer.input_bytes / (self.env.tp.world_size if flashcomm1 else 1)
+        return Cost(bytes_per_token=all_gather_bytes(own, self.tp_size), launches=2 if self.tp_size > 1 else 1)
 
 
 class MLPRowParallelOp(CustomRowParallelOp):
@@ -49,6 +57,7 @@ class MLPRowParallelOp(CustomRowParallelOp):
     """
 
     must_reduce = True
+    cuts_output = True
 
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
         """Take `mlp_tp` from `env`."""
@@ -65,3 +74,9 @@ class MLPRowParallelOp(CustomRowParallelOp):
             )
         self.check_equal_tokens(state)
         return self.group.reduce_scatter(self.partial_product(self.own_features(input_, self.group)), 0)
+
+    def cost(self, layer: LayerSize, *, flashcomm1: bool = False) -> Cost:
+        """The product and the reduce-scatter of all ranks' tokens."""
+        tokens = self.tp_size / (self.env.tp.world_size if flashcomm1 else 1)
+        sent = reduce_scatter_bytes(tokens * layer.output_bytes, self.tp_size)
+        return Cost(bytes_per_token=sent, launches=2 if self.tp_size > 1 else 1)

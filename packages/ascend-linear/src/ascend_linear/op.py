@@ -11,11 +11,13 @@ in]``; column ops cut `out`, row ops cut `in`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from ascend_comm import CommGroup, Solo
 from torch import Tensor
 
+from ascend_linear.cost import Cost, LayerSize, all_reduce_bytes
 from ascend_linear.layer_shard import StreamedWeight
 from ascend_linear.quant import QuantMethod
 from ascend_linear.state import LinearEnv, StepState
@@ -82,7 +84,17 @@ class CustomLinearOp:
         env: groups and options.
         group: the group whose ranks share the weight.
         prefix: the layer's path in the model, for messages.
+
+    Attributes:
+        pads_input: the group is along DP, and the input has this rank's own tokens, of which all ranks of the group must have equally many:
+            a caller whose ranks have different counts pads them to the largest.
+        cuts_output: the same of the output: the caller drops the rows of the padding.
+        streams_weight: the op can compute with a weight that layer sharding brings (`LinearParams.streamed`).
     """
+
+    pads_input: ClassVar[bool] = False
+    cuts_output: ClassVar[bool] = False
+    streams_weight: ClassVar[bool] = False
 
     def __init__(self, env: LinearEnv, *, group: CommGroup, prefix: str = "") -> None:
         """Store the arguments. The weight is set by `update_attrs`."""
@@ -148,6 +160,15 @@ class CustomLinearOp:
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
         """Communication and product, without the bias that is returned. This is what ops override."""
         raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def cost(self, layer: LayerSize, *, flashcomm1: bool = False) -> Cost:
+        """What `forward` costs for a layer of this size; ops that communicate override it.
+
+        Args:
+            layer: the whole layer.
+            flashcomm1: whether FlashComm1 is active in the step.
+        """
+        return Cost()
 
     def gemm(self, input_: Tensor, *, add_bias: bool = True) -> Tensor:
         """The product on this rank, with the bias unless `add_bias` is False or the layer skips it."""
@@ -242,6 +263,12 @@ class CustomRowParallelOp(CustomLinearOp):
         """Product, then the sum where it is asked for."""
         output = self.partial_product(self.own_features(input_, self.group))
         return self.group.all_reduce(output) if self.params.reduce_results and self.tp_size > 1 else output
+
+    def cost(self, layer: LayerSize, *, flashcomm1: bool = False) -> Cost:
+        """The product, then the all-reduce, unless the model reduces later."""
+        if self.tp_size == 1 or layer.reduced_later:
+            return Cost()
+        return Cost(bytes_per_token=all_reduce_bytes(layer.output_bytes, self.tp_size), launches=2)
 
     def own_features(self, input_: Tensor, group: CommGroup) -> Tensor:
         """This rank's slice of the last axis over `group`, where the layer's input is not parallel yet.

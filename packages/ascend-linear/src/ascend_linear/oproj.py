@@ -3,6 +3,7 @@
 
 from torch import Tensor
 
+from ascend_linear.cost import Cost, LayerSize, all_to_all_bytes, reduce_scatter_bytes
 from ascend_linear.op import CustomRowParallelOp
 from ascend_linear.state import LinearEnv, StepState
 
@@ -23,6 +24,8 @@ class OProjRowParallelOp(CustomRowParallelOp):
     """
 
     must_reduce = True
+    pads_input = True
+    cuts_output = True
 
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
         """Take `otp` from `env`."""
@@ -40,3 +43,9 @@ class OProjRowParallelOp(CustomRowParallelOp):
         width = features // self.tp_size
         by_rank = input_.view(tokens, self.tp_size, width).transpose(0, 1).reshape(self.tp_size * tokens, width)
         return self.group.reduce_scatter(self.partial_product(self.group.all_to_all(by_rank)), 0)
+
+    def cost(self, layer: LayerSize, *, flashcomm1: bool = False) -> Cost:
+        """The all-to-all, the product, and the reduce-scatter of all ranks' tokens."""
+        k = self.tp_size
+        sent = all_to_all_bytes(layer.input_bytes, k) + reduce_scatter_bytes(k * layer.output_bytes, k)
+        return Cost(bytes_per_token=sent, launches=3 if k > 1 else 1)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ascend_linear import kernels
+from ascend_linear.cost import Cost, LayerSize, all_gather_bytes, reduce_scatter_bytes
 from ascend_linear.op import CustomColumnParallelOp, CustomRowParallelOp
 from ascend_linear.quant import W8A8Static
 from ascend_linear.state import LinearEnv, StepState
 
-__all__ = ["SequenceColumnParallelOp", "SequenceRowParallelOp", "gather_tokens"]
+__all__ = ["SequenceColumnParallelOp", "SequenceRowParallelOp", "gather_cost", "gather_tokens"]
 
 
 def gather_tokens(op: CustomColumnParallelOp, input_: Tensor, state: StepState) -> Tensor:
@@ -28,6 +29,14 @@ def gather_tokens(op: CustomColumnParallelOp, input_: Tensor, state: StepState) 
     return gathered[: gathered.shape[0] - state.pad_size]
 
 
+def gather_cost(op: CustomColumnParallelOp, layer: LayerSize, flashcomm1: bool) -> Cost:
+    """Of `gather_tokens` and the product."""
+    if not flashcomm1:
+        return Cost()
+    tp = op.group.world_size
+    return Cost(bytes_per_token=all_gather_bytes(layer.input_bytes / tp, tp), launches=2)
+
+
 class SequenceColumnParallelOp(CustomColumnParallelOp):
     """``[P / TP, in]`` -> all-gather of tokens, padding dropped -> ``[N, in]`` -> product -> ``[N, out / TP]``.
 
@@ -37,6 +46,10 @@ class SequenceColumnParallelOp(CustomColumnParallelOp):
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
         """All-gather of tokens where FlashComm1 is active, then the product."""
         return self.gather_features(self.gemm(gather_tokens(self, input_, state)))
+
+    def cost(self, layer: LayerSize, *, flashcomm1: bool = False) -> Cost:
+        """The all-gather of tokens where FlashComm1 is active, and the product."""
+        return gather_cost(self, layer, flashcomm1)
 
 
 class SequenceRowParallelOp(CustomRowParallelOp):
@@ -72,6 +85,13 @@ class SequenceRowParallelOp(CustomRowParallelOp):
                 f"must be a multiple of {self.tp_size} ranks"
             )
         return self._reduce_scattered_product(input_)
+
+    def cost(self, layer: LayerSize, *, flashcomm1: bool = False) -> Cost:
+        """The product and the reduce-scatter, in one kernel under `enable_matmul_reduce_scatter`; without FlashComm1 as the base."""
+        if not flashcomm1:
+            return super().cost(layer)
+        launches = 1 if self.env.enable_matmul_reduce_scatter else 2
+        return Cost(bytes_per_token=reduce_scatter_bytes(layer.output_bytes, self.tp_size), launches=launches)
 
     def _reduce_scattered_product(self, input_: Tensor) -> Tensor:
         """``[P, in / TP] -> [P / TP, out]``. The fused kernel takes no bias: every rank adds it to its own rows."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -106,6 +107,8 @@ def install() -> None:
 
 def _create(options: _DistributedBackendOptions, pg_options: object) -> SimulatedHCCL:
     _forget_destroyed()
+    if folder := os.environ.get("ASCEND_SIM_COLLECTIVES"):
+        torch.ops.ascend_sim.log_collectives(folder)
     backend = _alive[options.group_id] = SimulatedHCCL(options)
     return backend
 

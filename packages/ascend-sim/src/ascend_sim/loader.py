@@ -32,6 +32,7 @@ __all__ = [
 SONAMES = ("libhccl", "libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel", "libopapi", "libruntime")
 CANN_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
 SMALLEST_MEMORY = 32 << 20
+LARGEST_MEMORY = 1 << 46  # half of what a process can address
 SOC_NAMES = ("Ascend910B3", "Ascend910_9391")  # Atlas A2, Atlas A3
 NOT_SET = "Warning: ASCEND_HOME_PATH environment variable is not set.\n"  # torch_npu says this on standard output
 UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -81,12 +82,14 @@ def memory_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if not match or match[2] not in UNITS:
         raise ValueError(f"ASCEND_SIM_MEMORY is {text!r}; allowed: a number with one of KiB, MiB, GiB, such as 4GiB")
-    size = int(float(match[1]) * UNITS[match[2]])
+    size = min(float(match[1]) * UNITS[match[2]], 2.0 * LARGEST_MEMORY)  # a number of 400 digits is infinite as a float
+    if size > LARGEST_MEMORY:
+        raise ValueError(f"ASCEND_SIM_MEMORY is {text!r}; allowed: at most {LARGEST_MEMORY >> 30}GiB")
     if size < SMALLEST_MEMORY:
         raise ValueError(
             f"ASCEND_SIM_MEMORY is {text!r}; allowed: at least 32MiB, which torch_npu's allocator takes at a time"
         )
-    return size
+    return int(size)
 
 
 def device_count() -> int:
@@ -141,7 +144,11 @@ class _Watched(importlib.machinery.SourceFileLoader):
             with contextlib.redirect_stdout(said):
                 super().exec_module(module)
         finally:  # standard output belongs to the program, and here it is right that the variable is not set
-            print(said.getvalue().replace(NOT_SET, ""), end="")
+            left = said.getvalue().replace(NOT_SET, "")
+            with contextlib.suppress(
+                OSError, AttributeError
+            ):  # it may be full, or closed: no reason for `import torch` to fail
+                sys.stdout.write(left)
         from ascend_sim import activate
 
         activate.activate()

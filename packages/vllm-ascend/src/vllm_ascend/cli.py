@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -68,20 +71,21 @@ def explain(
 
     from vllm_ascend import explain as explanation
     from vllm_ascend.config import AscendConfig
+    from vllm_ascend.json_object import parse_object
     from vllm_ascend.models import read_config
 
     sizes = (data_parallel_size, pipeline_parallel_size, 1, tensor_parallel_size)
     try:
         rows = explanation.explain(
             read_config(model),
-            AscendConfig.of(json.loads(additional_config)),
+            AscendConfig.of(parse_object(additional_config, "--additional-config")),
             Topology(data_parallel_size * pipeline_parallel_size * tensor_parallel_size, *sizes),
             expert_parallel=enable_expert_parallel,
             rank=rank,
             tokens=tokens,
             dtype=dtype,
         )
-    except ValueError as error:  # JSON that is none is one too
+    except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     if as_json:
@@ -98,17 +102,24 @@ def _explained_table(rows: list[Explained], rank: int, tokens: int) -> Table:
     )
     for column in ("layer", "op", "ranks"):
         table.add_column(column, overflow="fold")
-    for column in ("n", "weight", "sent/token", "sent/step"):
+    for column in ("n", "launches", "weight", "sent/token", "sent/step"):
         table.add_column(column, justify="right", no_wrap=True)
     for row, count in merged(rows):
         ranks = ",".join(map(str, row.ranks)) if len(row.ranks) <= 4 else f"{row.ranks[0]}..{row.ranks[-1]}"
         name = row.path.removeprefix("model.").removeprefix("layers.*.")
         figures = (row.weight_bytes, row.bytes_per_token, row.bytes_per_step)
-        table.add_row(name, row.op or "vLLM's own", ranks, str(count), *map(_in_units, figures))
+        table.add_row(name, row.op or "vLLM's own", ranks, str(count), str(row.launches), *map(_in_units, figures))
     table.add_section()
     sent = sum(row.bytes_per_token for row in rows if row.path != "lm_head")  # whose rows are few
     totals = (sum(row.weight_bytes for row in rows), sent, sum(row.bytes_per_step for row in rows))
-    table.add_row("all", "(sent: without lm_head)", "", str(len(rows)), *map(_in_units, totals))
+    table.add_row(
+        "all",
+        "(sent: without lm_head)",
+        "",
+        str(len(rows)),
+        str(sum(row.launches for row in rows)),
+        *map(_in_units, totals),
+    )
     return table
 
 
@@ -122,8 +133,31 @@ def _in_units(size: float) -> str:
 
 
 def main() -> None:
-    """Entry point of the `vllm-ascend` command."""
-    app()
+    """Entry point of the `vllm-ascend` command. Exit status 1, without a traceback, where standard output is closed or full."""
+    status: object = 0
+    if sys.stdout is None:  # closed before the start: nothing is printed, as with Python's print
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    try:
+        app()
+    except SystemExit as stop:
+        status = stop.code
+    except OSError as error:
+        status = _no_output(error)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        status = _no_output(error)
+    sys.exit(status)  # type: ignore[arg-type]  # what SystemExit had
+
+
+def _no_output(error: OSError) -> int:
+    """Say that standard output cannot be written, unless its reader has closed it, and drop what is left; the exit status."""
+    if not isinstance(error, BrokenPipeError):
+        print(f"error: standard output cannot be written: {error.strerror or error}", file=sys.stderr)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,29 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each linear layer of a model will do under given options: op, group, bytes of weight and of communication. Starts nothing.
 
-Bytes of communication are what one rank sends, by the collectives' bandwidth-optimal algorithms: with n ranks and b bytes that a rank puts in,
-all-reduce 2b(n-1)/n, all-gather b(n-1), reduce-scatter and all-to-all b(n-1)/n, broadcast b at its source.
+Bytes of communication are what one rank sends; `ascend_linear.cost` says how they are counted, and each op what it costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 
-import ascend_linear as al
-from ascend_comm import Topology, group_of
-from ascend_linear import CustomLinearOp, LinearEnv, get_replicated_op, layer_index, plan_step
+from ascend_comm import Solo, Topology, group_of
+from ascend_linear import (
+    Cost,
+    CustomColumnParallelOp,
+    CustomLinearOp,
+    CustomRowParallelOp,
+    LayerSize,
+    LinearEnv,
+    get_replicated_op,
+    layer_index,
+    plan_step,
+)
+from ascend_linear.select import Rule
 
+from vllm_ascend.attention import limits
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment, Model
+from vllm_ascend.findings import refuse
 from vllm_ascend.layers.select import select
-from vllm_ascend.models import Config, Linear, layers_of, stage_layers
+from vllm_ascend.models import Config, Linear, layers_of, padded_vocabulary, stage_layers
 from vllm_ascend.rules import check, group_config, planned_env
 
 __all__ = ["BYTES", "Explained", "explain", "merged"]
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_VOCABULARY_PADDING = 64  # vLLM's
+Rules = Mapping[str, Sequence[Rule]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +49,7 @@ class Explained:
         weight_bytes: of weight and bias on this rank; under layer sharding the mean over the ranks, without the buffers.
         bytes_per_token: what this rank sends for each token of its TP group; of the LM head, for each row that is sampled.
         bytes_per_step: what it sends in every step whatever the tokens, on average over ranks (streamed weights).
+        launches: products and collectives that a forward launches.
     """
 
     path: str
@@ -45,6 +58,7 @@ class Explained:
     weight_bytes: int
     bytes_per_token: float
     bytes_per_step: float = 0.0
+    launches: int = 1
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -60,6 +74,7 @@ def explain(
     rank: int = 0,
     tokens: int = 4096,
     dtype: str = "bfloat16",
+    rules: Rules = MappingProxyType({}),
 ) -> list[Explained]:
     """Every linear layer of the pipeline stage of `rank`, with the embedding before and the LM head behind, where they are on it.
 
@@ -71,12 +86,22 @@ def explain(
         rank: global rank.
         tokens: tokens of a step, which decide whether FlashComm1 takes part.
         dtype: of weights and activations, a key of `BYTES`.
+        rules: the tables by which "column" and "row" layers get their ops; ascend-linear's own where there is none.
 
     Raises:
         ValueError: options that do not fit, a rank or type that does not exist, an unknown architecture.
     """
     if dtype not in BYTES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(BYTES)}")
+    body = layers_of(config)
+    stages = topology.pipeline_parallel
+    if stages > config["num_hidden_layers"]:
+        raise ValueError(
+            f"pipeline_parallel_size ({stages}) must be at most the model's {config['num_hidden_layers']} layers"
+        )
+    heads, ranks = config["num_attention_heads"], topology.tensor_parallel
+    kv_heads = 0 if "kv_lora_rank" in config else config.get("num_key_value_heads") or heads
+    refuse(limits.broken(limits.Attention(heads=heads, kv_heads=kv_heads, ranks=ranks)))
     model = Model.of(config, latent_attention="kv_lora_rank" in config, half_precision=dtype != "float32")
     asked = topology.data_parallel
     if not model.moe.routed_experts and asked > 1:  # each replica is a world of its own
@@ -87,12 +112,12 @@ def explain(
     env = planned_env(options, deployment, rank)
     step = plan_step(tokens, env, threshold=options.flashcomm1_dense_threshold)
     costs = _Costs(env, step.flashcomm1, BYTES[dtype])
-    stage, stages = topology.coordinates(rank).pipeline, topology.pipeline_parallel
+    stage = topology.coordinates(rank).pipeline
     here = stage_layers(config["num_hidden_layers"], stages, stage)
-    body = [_explained(linear, env, costs) for linear in layers_of(config) if layer_index(linear.path) in here]
+    explained = [_explained(linear, env, costs, rules) for linear in body if layer_index(linear.path) in here]
     groups = {name: group_of(found, rank) for name, found in group_config(options, deployment).families().items()}
     ends = _Ends(config, env, groups, costs, stages)
-    return [*([ends.embedding()] if stage == 0 else []), *body, *([ends.lm_head()] if stage == stages - 1 else [])]
+    return [*([ends.embedding()] if stage == 0 else []), *explained, *([ends.lm_head()] if stage == stages - 1 else [])]
 
 
 def merged(rows: Iterable[Explained]) -> list[tuple[Explained, int]]:
@@ -110,27 +135,30 @@ def _inner_sizes(topology: Topology) -> tuple[int, int, int]:
     return topology.pipeline_parallel, topology.prefill_context_parallel, topology.tensor_parallel
 
 
-def _explained(linear: Linear, env: LinearEnv, costs: _Costs) -> Explained:
+def _explained(linear: Linear, env: LinearEnv, costs: _Costs, rules: Rules) -> Explained:
     op: CustomLinearOp | None
     if linear.kind == "replicated":
         op, cut = get_replicated_op(linear.path, env), 1
     else:
-        op, _, cut = select(linear.kind, linear.path, env)
-    without_op = env.tp.ranks if cut > 1 else [env.tp.ranks[env.tp.rank_in_group]]
-    ranks = without_op if op is None else op.group.ranks
+        op, _, cut = select(linear.kind, linear.path, env, rules=rules.get(linear.kind))
+    plain = _plain(linear, env, cut)
+    cost = costs.of(linear, op or plain)
     weight = costs.weight(linear, cut)
-    per_step = 0.0
-    if isinstance(op, al.Flashcomm2OProjRowParallelOp) and env.o_shard is not None:
-        sharers = env.o_shard.group.world_size
-        weight, per_step = weight // sharers, weight / sharers if sharers > 1 else 0.0
     return Explained(
         path=linear.path,
         op="" if op is None else type(op).__name__,
-        ranks=tuple(ranks),
-        weight_bytes=weight,
-        bytes_per_token=costs.of(linear, op),
-        bytes_per_step=per_step,
+        ranks=tuple((op or plain).group.ranks),
+        weight_bytes=weight // cost.weight_ranks,
+        bytes_per_token=cost.bytes_per_token,
+        bytes_per_step=weight / cost.weight_ranks if cost.weight_ranks > 1 else 0.0,
+        launches=cost.launches,
     )
+
+
+def _plain(linear: Linear, env: LinearEnv, cut: int) -> CustomLinearOp:
+    """The op that does what a layer without one does: tensor parallelism, or nothing where its weight is whole."""
+    kind = CustomRowParallelOp if linear.kind == "row" else CustomColumnParallelOp
+    return kind(env, group=env.tp if cut > 1 else Solo(env.tp.ranks[env.tp.rank_in_group]), prefix=linear.path)
 
 
 class _Costs:
@@ -149,28 +177,12 @@ class _Costs:
         outputs = linear.outputs // cut + max(1, pairs // cut) * pair
         return outputs * (linear.inputs + linear.bias) * self.size
 
-    def of(self, linear: Linear, op: CustomLinearOp | None) -> float:
-        """Bytes sent per token."""
-        tp = self.env.tp.world_size
-        x, y = linear.inputs * self.size, linear.outputs * self.size
-        k = 1 if op is None else op.group.world_size
-        if isinstance(op, (al.Flashcomm2OshardQKVParallelOp, al.SequenceColumnParallelOp)):
-            return x * (tp - 1) / tp if self.flashcomm1 else 0.0
-        if isinstance(op, al.SequenceRowParallelOp) and self.flashcomm1:
-            return y * (tp - 1) / tp
-        if isinstance(op, al.MLPColumnParallelOp):
-            return x * (k - 1) / (tp if self.flashcomm1 else 1)
-        if isinstance(op, al.MLPRowParallelOp):
-            return y * (k - 1) / (tp if self.flashcomm1 else 1)
-        if isinstance(op, al.OProjRowParallelOp):
-            return x * (k - 1) / k + y * (k - 1)
-        if isinstance(op, al.Flashcomm2OProjRowParallelOp):
-            peers = op.odp.world_size
-            exchanged = x / tp * (peers - 1) / peers + y / peers * (k - 1) / k
-            return exchanged if self.flashcomm1 else exchanged + y * (tp - 1) / tp
-        if isinstance(op, al.ShardedCPRowParallelOp):
-            return 0.0
-        return 2 * y * (tp - 1) / tp if linear.kind == "row" and not linear.reduced_later else 0.0
+    def of(self, linear: Linear, op: CustomLinearOp) -> Cost:
+        """What a forward of the layer costs under `op`."""
+        size = LayerSize(
+            inputs=linear.inputs, outputs=linear.outputs, element_bytes=self.size, reduced_later=linear.reduced_later
+        )
+        return op.cost(size, flashcomm1=self.flashcomm1)
 
 
 class _Ends:
@@ -181,7 +193,7 @@ class _Ends:
     ) -> None:
         self.env, self.groups, self.costs = env, groups, costs
         self.hidden = config["hidden_size"] * costs.size
-        self.vocabulary = -(-config["vocab_size"] // _VOCABULARY_PADDING) * _VOCABULARY_PADDING
+        self.vocabulary = padded_vocabulary(config["vocab_size"])
         self.tied = bool(config.get("tie_word_embeddings")) and stages == 1  # a last stage has a copy of its own
 
     def embedding(self) -> Explained:

@@ -3,17 +3,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_ascend.findings import shown
+from vllm_ascend.json_object import parse_object
 from vllm_ascend.moe_layers import ConfigReader, moe_layers
 
-__all__ = ["ARCHITECTURES", "Linear", "layers_of", "read_config", "stage_layers"]
+__all__ = ["ARCHITECTURES", "Linear", "layers_of", "padded_vocabulary", "read_config", "stage_layers"]
 
 Config = Mapping[str, Any]
+
+
+_REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+_MAY_BE_0 = ("experts", "_replace", "shared_expert_intermediate_size")
+_SIZES = (
+    *_REQUIRED, "intermediate_size", "num_key_value_heads", "head_dim", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim",
+    "v_head_dim", "num_experts", "n_routed_experts", "num_local_experts", "n_shared_experts", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "decoder_sparse_step", "first_k_dense_replace",
+)  # fmt: skip
+_MOST_LAYERS, _LARGEST_SIZE = 10_000, 2**31 - 1  # far beyond every model; a table of that many layers can still be made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +54,15 @@ def read_config(model: str) -> dict[str, Any]:
     """The config of a model's folder, or of a model on the Hugging Face hub; of a model of several parts that of its language model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it cannot be read.
     """
     file = Path(model) / "config.json"
     if file.exists():
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+        config = parse_object(content, str(file))
     elif Path(model).exists():
         raise ValueError(f"{model}: there is no config.json in it")
     else:
@@ -63,17 +78,43 @@ def read_config(model: str) -> dict[str, Any]:
     return {**inner, "architectures": config.get("architectures", [])} if isinstance(inner, dict) else config
 
 
+def padded_vocabulary(tokens: int) -> int:
+    """Rows of the embedding and the LM head: vLLM pads the vocabulary to a multiple of 64."""
+    return -(-tokens // 64) * 64
+
+
 def layers_of(config: Config) -> list[Linear]:
     """Every linear layer between the embedding and the LM head, in the order of the model.
 
     Raises:
-        ValueError: an architecture that is not in `ARCHITECTURES`.
+        ValueError: an architecture that is not in `ARCHITECTURES`, or a config that lacks a size or has a wrong one.
     """
-    names = config.get("architectures") or ["?"]
-    build = next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"the model's config has architectures {names!r}: it must be a list with one name or more")
+    build = next((ARCHITECTURES[name] for name in names if isinstance(name, str) and name in ARCHITECTURES), None)
     if build is None:
         raise ValueError(f"architecture {names[0]!r} is not known here; known are {', '.join(sorted(ARCHITECTURES))}")
-    return [layer for n in range(config["num_hidden_layers"]) for layer in build(config, n, f"model.layers.{n}")]
+    _check_sizes(config, names[0])
+    try:
+        return [layer for n in range(config["num_hidden_layers"]) for layer in build(config, n, f"model.layers.{n}")]
+    except KeyError as error:
+        raise ValueError(
+            f"the model's config lacks {error.args[0]}, which architecture {names[0]!r} must have"
+        ) from None
+
+
+def _check_sizes(config: Config, architecture: str) -> None:
+    """ValueError unless every size is a whole number within reason."""
+    for name in _SIZES:
+        value, least = config.get(name), 0 if name.endswith(_MAY_BE_0) else 1
+        if value is None and name in _REQUIRED:
+            raise ValueError(f"the model's config lacks {name}, which architecture {architecture!r} must have")
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST_SIZE
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most):
+            raise ValueError(
+                f"the model's config has {name} {shown(value)}: it must be a whole number, {least} to {most}"
+            )
 
 
 def stage_layers(layers: int, stages: int, stage: int) -> range:

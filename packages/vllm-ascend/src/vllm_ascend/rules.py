@@ -19,6 +19,7 @@ from vllm_ascend.config import AscendConfig, FinegrainedTP
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb import placement
 from vllm_ascend.findings import refuse
+from vllm_ascend.models import padded_vocabulary
 
 __all__ = ["broken", "check", "group_config", "linear_env", "planned_env"]
 
@@ -39,7 +40,6 @@ _OPTIONS = {
     "pipeline_parallel": "pipeline_parallel_size",
     "prefill_context_parallel": "prefill_context_parallel_size",
 }
-_VOCABULARY_PADDING = 64  # vLLM pads the vocabulary to a multiple of it
 _MATMUL_REDUCE_SCATTER_RANKS = (2, 4, 8)  # of the fused kernel
 
 
@@ -202,7 +202,7 @@ def _broken_flashcomm_rules(config: AscendConfig, deployment: Deployment) -> Ite
 
 def _broken_finegrained_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]:
     fine, model, top = config.finegrained_tp_config, deployment.model, deployment.topology
-    vocabulary = -(-model.vocabulary // _VOCABULARY_PADDING) * _VOCABULARY_PADDING
+    vocabulary = padded_vocabulary(model.vocabulary)
     sizes = {
         "lmhead": (fine.lmhead_tensor_parallel_size, "the padded vocabulary", vocabulary),
         "oproj": (fine.oproj_tensor_parallel_size, "the features of o_proj", model.attention_width),

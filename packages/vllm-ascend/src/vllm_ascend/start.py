@@ -10,22 +10,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ascend_eplb import Placement
+
 from vllm_ascend import envs, experts, rules
 from vllm_ascend.attention import BACKENDS, limits
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
-from vllm_ascend.eplb import placement
+from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.findings import found_by, refuse
 
 __all__ = ["Host", "check"]
 
 # Families of chips that the attention kernels, as they are called here, do not run on, by the start of the chips' names.
 _ABSENT_CHIPS = {"Atlas 300I (310P)": "Ascend310P", "Atlas A5 (950)": "Ascend950"}
+# Methods of vLLM's own whose layers compute with torch's operators alone; the rest of them need compiled kernels for other devices.
+_WITHOUT_KERNELS = ("experts_int8", "int8_per_channel_weight_only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """What is asked of this host: it is known without initialising a device.
+    """The NPUs of this host, as far as they are known without initialising one.
 
     Args:
         devices: visible NPUs.
@@ -104,16 +108,19 @@ def _wrong_with_the_host(parallel: Any, host: Host) -> Iterator[str]:
 
 def _wrong_with_experts(config: AscendConfig, deployment: Deployment, max_num_seqs: int, host: Host) -> Iterator[str]:
     """Findings for how experts communicate, where it is known where they lie."""
-    if not deployment.model.moe.routed_experts or [*placement.broken(config.eplb_config, deployment)]:
+
+    def place() -> Placement:
+        return placement_of(config.eplb_config, deployment)
+
+    if not deployment.model.moe.routed_experts or found_by(place) or found_by(envs.hccl_buffsize_mb):
         return
-    if not found_by(envs.hccl_buffsize_mb):
-        yield from experts.broken(
-            deployment,
-            slots_per_rank=placement.placement_of(config.eplb_config, deployment).slots_per_rank,
-            device_name=host.chip,
-            max_num_seqs=max_num_seqs,
-            hccl_buffsize_mb=envs.hccl_buffsize_mb(),
-        )
+    yield from experts.broken(
+        deployment,
+        slots_per_rank=place().slots_per_rank,
+        device_name=host.chip,
+        max_num_seqs=max_num_seqs,
+        hccl_buffsize_mb=envs.hccl_buffsize_mb(),
+    )
 
 
 def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
@@ -132,6 +139,12 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
         yield (
             f"kv_transfer_config (connector {transfer.kv_connector!r}) cannot be used with multi-head latent attention: the cache's blocks do "
             "not lie in one piece here; leave it out"
+        )
+    method = vllm_config.quant_config
+    if type(method).__module__.startswith("vllm.") and model.quantization not in _WITHOUT_KERNELS:
+        yield (
+            f"quantization ({model.quantization!r}) has no kernels in vllm-ascend, which serves ModelSlim's W8A8 checkpoints ('ascend') and those "
+            "without quantisation"
         )
     if model.is_attention_free or model.is_hybrid:
         yield f"{model.architectures[0]} has layers of linear attention or a state space, which have no kernels in vllm-ascend"

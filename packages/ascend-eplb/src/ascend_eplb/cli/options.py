@@ -41,7 +41,7 @@ From = Annotated[Path | None, typer.Option("--from", help="Placement in force; s
 Groups = Annotated[int, typer.Option(help="Expert groups, bound to nodes where nodes > 1 divides them.")]
 HalfLife = Annotated[float | None, typer.Option(help="Steps for --weighting decayed; a quarter of all by default.")]
 LayerMoves = Annotated[int | None, typer.Option("--max-moves-per-layer", help="Most slots that may move in a layer.")]
-Load = Annotated[Path, typer.Option(help="Load dump: .npy, .npz or load_history .json.", show_default=False)]
+Load = Annotated[Path, typer.Option(help="Load dump: .npy, .npz, .jsonl or load_history .json.", show_default=False)]
 MoeLayers = Annotated[
     str,
     typer.Option(

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ascend_eplb.formats.arrays import read_arrays, write_arrays
 from ascend_eplb.formats.ascend_json import read_ascend_json, write_ascend_json
-from ascend_eplb.formats.loads import read_loads, write_loads
+from ascend_eplb.formats.loads import append_loads, read_loads, write_loads
 from ascend_eplb.formats.tensorrt import read_tensorrt_yaml, write_tensorrt_yaml
 from ascend_eplb.layers import Numbering, select_layers
 from ascend_eplb.placement import Placement
 
-__all__ = ["load_placement", "read_loads", "save_placement", "usual_numbering", "write_loads"]
+__all__ = ["append_loads", "load_placement", "read_loads", "save_placement", "usual_numbering", "write_loads"]
 
 _KINDS = ".json (Ascend map), .npz or .npy (DeepSeek arrays), .yaml or .yml (TensorRT-LLM)"
 

@@ -15,4 +15,8 @@ c10::intrusive_ptr<c10d::ProcessGroup> over_gloo(const c10::intrusive_ptr<c10d::
 // One more call of a collective, or of a kernel that has one in it, on a group, and the bytes that this rank sent.
 void count_traffic(const std::string& name, const c10d::ProcessGroup& group, int64_t bytes);
 
+// A line about a call that begins, where a log is wanted (collective_log.cpp); `more` is further members of its JSON object. Kernels that
+// communicate call it; collectives of torch.distributed are seen without.
+void log_collective(const std::string& name, const c10d::ProcessGroup& group, const std::string& more = "");
+
 }  // namespace ascend_sim

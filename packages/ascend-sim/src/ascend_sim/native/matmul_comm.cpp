@@ -86,6 +86,7 @@ at::Tensor mm_all_reduce(const at::Tensor& x1, const at::Tensor& x2, c10::string
   const Group group = group_named(op, hcom);
   const int64_t size = group->getSize();
   STRICT(size == 1 || size == 2 || size == 4 || size == 8, op, ": the group must have 1, 2, 4 or 8 ranks, got ", size);
+  log_collective(op, *group);
   std::vector<at::Tensor> sum{partial(x1, x2, bias, per_token, dequant_scale, type)};
   count_call(mine, 2 * sum[0].numel() * x1.size(-1));
   count_traffic(op, *group, 2 * static_cast<int64_t>(sum[0].nbytes()) * (size - 1) / size);
@@ -125,6 +126,7 @@ at::Tensor mm_reduce_scatter(const at::Tensor& x1, const at::Tensor& x2, c10::st
   TORCH_CHECK(world_size == size, op, ": world_size ", world_size, " is not that of the group, ", size);
   STRICT(size == 2 || size == 4 || size == 8 || size == 16, op, ": world_size must be 2, 4, 8 or 16, got ", size);
   TORCH_CHECK(x1.size(0) % size == 0, op, ": the rows of input must be a multiple of world_size ", size, ", got ", x1.size(0));
+  log_collective(op, *group);
   at::Tensor sum = partial(x1, x2, bias, x1_scale, x2_scale, type);
   count_call(mine, 2 * sum.numel() * x1.size(1));
   count_traffic(op, *group, static_cast<int64_t>(sum.nbytes()) * (size - 1) / size);

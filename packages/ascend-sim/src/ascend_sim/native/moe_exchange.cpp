@@ -24,6 +24,7 @@ Layout layout_of(const char* op, c10::string_view group_ep, int64_t ep_world_siz
   STRICT(l.experts <= 1024, op, ": moe_expert_num must lie in [1, 1024], got ", l.experts);
   l.local = l.experts / l.world;
   l.gloo = over_gloo(l.group);
+  log_collective(op, *l.group);
   return l;
 }
 

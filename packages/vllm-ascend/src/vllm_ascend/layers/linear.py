@@ -15,14 +15,10 @@ from typing import Any
 import torch
 from ascend_linear import (
     CustomLinearOp,
-    Flashcomm2OProjRowParallelOp,
     LayerShard,
     LinearEnv,
     LinearParams,
     LinearResult,
-    MLPColumnParallelOp,
-    MLPRowParallelOp,
-    OProjRowParallelOp,
     QuantMethod,
     Selected,
     StepState,
@@ -124,7 +120,7 @@ class WithOp(LinearBase):
         """The op's forward (`LinearResult`); vLLM's own where there is none."""
         if self.op is None:
             result: LinearResult = super().forward(input_)
-        elif isinstance(self.op, (MLPColumnParallelOp, MLPRowParallelOp, OProjRowParallelOp)):
+        elif self.op.pads_input or self.op.cuts_output:
             result = _over_data_parallel(self.op, input_, parallel.step())
         else:
             result = self.op.apply(input_, parallel.step())
@@ -141,16 +137,16 @@ def _over_data_parallel(op: CustomLinearOp, input_: Tensor, state: StepState) ->
     if state.flashcomm1 or counts is None or len(set(counts)) == 1:  # FlashComm1 has padded all replicas to one length
         return op.apply(input_, state)
     own, longest = counts[op.group.rank_in_group], max(counts)
-    if not isinstance(op, MLPRowParallelOp):
+    if op.pads_input:
         input_ = torch.nn.functional.pad(input_, (0, 0, 0, longest - own))
     result = op.apply(input_, replace(state, dp_tokens=None))
-    if isinstance(op, MLPColumnParallelOp):
+    if not op.cuts_output:
         return result
     return (result[0][:own], result[1]) if isinstance(result, tuple) else result[:own]
 
 
 def _prefetch(following: tuple[str, WithOp], result: LinearResult) -> None:
-    """Begin to prefetch the weight of the layer that follows, behind what has just been computed."""
+    """Begin to prefetch the weight of the layer that follows, after what has just been computed."""
     shared = parallel.current()
     if shared is None or shared.prefetcher is None:
         return
@@ -215,7 +211,7 @@ def _stream(layers: list[WithOp], o_shard: LayerShard) -> None:
     series = [
         layer
         for layer in layers
-        if layer.prefix.endswith(".o_proj") and isinstance(layer.op, Flashcomm2OProjRowParallelOp)
+        if layer.prefix.endswith(".o_proj") and layer.op is not None and layer.op.streams_weight
     ]
     for layer in series:
         index = layer_index(layer.prefix)

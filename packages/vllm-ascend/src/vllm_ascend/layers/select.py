@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from ascend_linear import LinearEnv, Selected, get_parallel_op, layer_index
+from ascend_linear.select import Rule
 
 __all__ = ["select"]
 
@@ -13,13 +15,20 @@ __all__ = ["select"]
 _GATHERED_BEFORE = ("q_b_proj", "kv_b_proj")
 
 
-def select(direction: Literal["column", "row"], prefix: str, env: LinearEnv, *, disable_tp: bool = False) -> Selected:
+def select(
+    direction: Literal["column", "row"],
+    prefix: str,
+    env: LinearEnv,
+    *,
+    disable_tp: bool = False,
+    rules: Sequence[Rule] | None = None,
+) -> Selected:
     """The op of a layer, as `get_parallel_op` has it, and a check that FlashComm1 leaves no layer of a model behind.
 
     Raises:
         ValueError: FlashComm1 splits tokens before this layer, and no op of it knows of that.
     """
-    chosen = get_parallel_op(direction, prefix, env, disable_tp=disable_tp)
+    chosen = get_parallel_op(direction, prefix, env, disable_tp=disable_tp, rules=rules)
     name = prefix.rpartition(".")[2]
     if env.enable_flashcomm1 and chosen.op is None and not disable_tp and name not in _GATHERED_BEFORE:
         # A neighbour that FlashComm1 is made for tells whether tokens are split here: not in towers, shared experts or outside of layers.
