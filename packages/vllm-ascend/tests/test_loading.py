@@ -16,6 +16,7 @@ from test_quantization_engines import PROMPTS as MANY
 from test_quantization_engines import quantise_statically
 from torch import nn
 from vllm_ascend.loaded import LoadRecord, region_of
+from vllm_ascend.quantization.linear import float_scale
 
 GREEDY = {"temperature": 0, "max_tokens": 3, "ignore_eos": True, "detokenize": False, "prompt_logprobs": 0}
 SMALL = {
@@ -198,11 +199,11 @@ def models():
 
 
 def merged(static, dynamic, folder):
-    """A checkpoint whose o_proj and q_proj are those of `static`, everything else of `dynamic`."""
+    """A checkpoint whose o_proj and q_proj are those of `static`, everything else of `dynamic`; with what ModelSlim keeps beside a rotated model."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(dynamic, folder)
-    kinds, tensors = {}, {}
+    kinds, tensors = {"is_rot_used": True}, {"rot.weight": torch.eye(256)}
     for source, wanted in ((dynamic, False), (static, True)):
         described = json.loads((source / "quant_model_description.json").read_text())
         for name, tensor in load_file(source / "quant_model_weights.safetensors").items():
@@ -210,6 +211,25 @@ def merged(static, dynamic, folder):
                 kinds[name], tensors[name] = described[name], tensor
     save_file(tensors, folder / "quant_model_weights.safetensors", metadata={"format": "pt"})
     (folder / "quant_model_description.json").write_text(json.dumps(kinds))
+    return folder
+
+
+def as_older(folder):
+    """The checkpoint as older ModelSlim has it: the weights' own scales and offsets beside the others, and another name of the description."""
+    from safetensors.torch import load_file, save_file
+
+    description = folder / "quant_model_description.json"
+    kinds = json.loads(description.read_text())
+    file = folder / "quant_model_weights.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(".deq_scale")]:
+        layer = name.removesuffix(".deq_scale")
+        scale = float_scale(tensors[name]) / tensors[f"{layer}.input_scale"]
+        tensors |= {f"{layer}.weight_scale": scale[:, None], f"{layer}.weight_offset": torch.zeros(len(scale), 1)}
+        kinds |= {f"{layer}.weight_scale": "W8A8", f"{layer}.weight_offset": "W8A8"}
+    save_file(tensors, file, metadata={"format": "pt"})
+    description.unlink()
+    (folder / "quant_model_description_w8a8.json").write_text(json.dumps(kinds))
     return folder
 
 
@@ -231,7 +251,7 @@ def checkpoints(tmp_path_factory):
             model.save_pretrained(source)
             static = quantise_statically(model, source, root / f"{name}-static-{letter}", PROMPTS[:1])
             if name == "static":
-                made["static", letter] = static
+                made["static", letter] = as_older(static)
             else:
                 made["float", letter] = source
                 dynamic = quantise(source, root / f"dynamic-{letter}", keep_float=())
@@ -254,7 +274,7 @@ def without(folder, name, target):
 ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
 ABSENT = {
     "static": [
-        *(f"{ATTENTION}.{name}" for name in ("q_proj.weight", "k_proj.quant_bias", "v_proj.input_scale", "k_proj.input_offset", "q_proj.deq_scale")),
+        *(f"{ATTENTION}.{name}" for name in ("q_proj.weight", "k_proj.quant_bias", "v_proj.input_scale", "k_proj.input_offset", "q_proj.deq_scale", "v_proj.weight_scale")),
         f"{MLP}.down_proj.weight", f"{MLP}.down_proj.quant_bias", f"{MLP}.gate_proj.weight", "model.layers.0.input_layernorm.weight",
         "model.embed_tokens.weight",
     ],
