@@ -401,7 +401,10 @@ def test_which_method_a_model_gets(tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         for file, content in files.items():
             (tmp_path / name / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    for name, inside in (("inside", CONTENT), ("inside w4a8", CONTENT | {f"{MLP}.up_proj.weight": "W4A8_DYNAMIC"})):
+    for name, inside in (
+        ("inside", CONTENT),
+        ("inside w4a8", {"model_quant_type": "W4A8", f"{MLP}.up_proj.weight": "W4A8_DYNAMIC"}),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config | {"quantization_config": inside}))
     lacks = tmp_path / "lacks"

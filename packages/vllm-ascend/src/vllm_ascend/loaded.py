@@ -96,13 +96,10 @@ def _runs(region: Region) -> Iterator[tuple[int, int]]:
     offset, sizes, strides = region
     if 0 in sizes:
         return
-    axes = sorted(zip(strides, sizes, strict=True))
+    axes = sorted((stride, size) for stride, size in zip(strides, sizes, strict=True) if stride and size > 1)
     length = 1
-    while axes and (
-        axes[0][0] in (length, 0) or axes[0][1] == 1
-    ):  # an axis that goes on where the run ends, or is none
-        stride, size = axes.pop(0)
-        length *= size if stride and size > 1 else 1
+    while axes and axes[0][0] == length:  # an axis along which the run goes on
+        length *= axes.pop(0)[1]
     for steps in product(*(range(0, stride * size, stride) for stride, size in axes)):
         begin = offset + sum(steps)
         yield begin, begin + length

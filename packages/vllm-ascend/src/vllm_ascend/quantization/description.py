@@ -39,8 +39,8 @@ _ROTATIONS_OF_STEPS = ("heads_rotation", "kronecker_rotation", "kronecker_rotati
 
 def describes_tensors(content: object) -> bool:
     """Whether `content` is a mapping with types of tensors in it, such as a description is."""
-    kinds = content.values() if isinstance(content, Mapping) else ()
-    return any(isinstance(kind, str) and kind in _TENSORS for kind in kinds)
+    described = content.items() if isinstance(content, Mapping) else ()
+    return any(str(name).endswith(".weight") and isinstance(kind, str) for name, kind in described)
 
 
 def needed_tensors(types: Mapping[str, str]) -> list[str]:
