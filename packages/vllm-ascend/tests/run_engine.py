@@ -110,9 +110,9 @@ def refusal(function, *args, **kwargs):
         return str(error)
 
 
-def reload(llm, folder):
-    """Load the weights in another folder; what is said if they are refused."""
-    said = refusal(llm.collective_rpc, "reload_weights", kwargs={"weights_path": folder})
+def reload(llm, arguments):
+    """Load weights anew; what is said if they are refused."""
+    said = refusal(llm.collective_rpc, "reload_weights", kwargs=arguments)
     llm.reset_prefix_cache()
     return said
 
@@ -143,7 +143,7 @@ def main(job_file, result_file):
         inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
         runs, collectives, refusals = [], [], []
         for run in engine["runs"]:
-            refusals.append([reload(llm, folder) for folder in run.get("reload", ())])
+            refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
             runs.append(generate(llm, run))
             collectives.append(llm.collective_rpc(traffic) if inspected else None)
         results.append(

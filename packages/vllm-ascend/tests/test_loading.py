@@ -312,7 +312,8 @@ def test_what_a_checkpoint_lacks_is_named_and_weights_are_replaced(checkpoints, 
     for kind, names in ABSENT.items():
         b = checkpoints[kind, "B"]
         incomplete[kind] = [without(b, name, tmp_path / f"{kind}-{at}") for at, name in enumerate(names)]
-        runs = [{}, {"reload": [*incomplete[kind][::ANEW], str(b)]}]
+        anew = [{"weights_path": folder} for folder in [*incomplete[kind][::ANEW], str(b)]]
+        runs = [{}, {"reload": [{"is_checkpoint_format": False}, *anew]}]
         jobs += [job(checkpoints[kind, "A"], *runs, load=[*incomplete[kind], str(b)]), job(b, {})]
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -321,12 +322,13 @@ def test_what_a_checkpoint_lacks_is_named_and_weights_are_replaced(checkpoints, 
     jobs.append(job(empty, {}, options={"load_format": "dummy"}))
     *results, dummy = run_engines(jobs, **ENVIRONMENT, **ONE_PROCESS)
     for kind, anew, started in zip(ABSENT, results[::2], results[1::2], strict=True):
-        *refused, taken = anew["refusals"][1]
+        of_kernels, *refused, taken = anew["refusals"][1]
         *not_loaded, (loaded,) = anew["loads"]
         for name, (message,) in zip(ABSENT[kind], not_loaded, strict=True):
             assert LACKS.format(name) in str(message), (kind, name)
         for name, message in zip(ABSENT[kind][::ANEW], refused, strict=True):
             assert "what was given to reload_weights " + LACKS.format(name) in str(message), (kind, name)
+        assert "give the weights as a checkpoint has them" in of_kernels, kind
         assert loaded is None, kind
         assert taken is None, kind
         assert said(anew["runs"][1]) == said(started["runs"][0]), kind
@@ -341,7 +343,7 @@ def test_weights_are_replaced_on_ranks_with_shards_and_replicas(checkpoints, run
         "tensor_parallel_size": 2, "enable_expert_parallel": True, "additional_config": {"eplb_config": {"num_redundant_experts": 4}},
     }  # fmt: skip
     a, b = (checkpoints["mixed", letter] for letter in "AB")
-    jobs = [job(a, {}, {"reload": [str(b)]}, options=options), job(b, {}, options=options)]
+    jobs = [job(a, {}, {"reload": [{"weights_path": str(b)}]}, options=options), job(b, {}, options=options)]
     anew, started = run_engines(jobs, **ENVIRONMENT)
     assert anew["refusals"][1] == [None]
     assert said(anew["runs"][1]) == said(started["runs"][0])

@@ -63,10 +63,17 @@ class AscendModelRunner(GPUModelRunner):
         Cached prefixes are of the old weights: `reset_prefix_cache` drops them.
 
         Raises:
-            ValueError: tensors that are missing, or layer sharding, whose weights are not all on this rank.
+            ValueError: tensors that are missing; layer sharding, whose weights are not all on this rank; weights in the form of kernels for a model that
+                keeps more than they are.
         """
         linear.refuse_to_reload()
         model = self.get_model()
+        derives = self.model_config.quantization is not None or self.model_config.use_mla
+        if not is_checkpoint_format and derives:
+            raise ValueError(
+                "reload_weights with is_checkpoint_format=False: what a quantised model, or one with latent attention, derives from its weights "
+                "would stay as it is; give the weights as a checkpoint has them"
+            )
         if is_checkpoint_format:
             checked = loader.reloading(model, self.model_config, partial=weights_iterator is not None)
             model.load_weights = checked  # type: ignore[assignment]  # vLLM calls this attribute
