@@ -131,7 +131,7 @@ def wheels(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("wheels")
     for package in PACKAGES:
         command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
-        done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False, timeout=1800)
         assert done.returncode == 0, done.stderr
     return {path.name.split("-")[0].replace("_", "-"): path for path in folder.glob("*.whl")}
 

@@ -182,7 +182,7 @@ def test_the_product_is_exact_on_older_processors():
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=1800,
         )
         assert done.returncode == 0, done.stderr
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from ascend_eplb import balancedness, checkpoint, load_placement, read_loads, spread
 
@@ -143,37 +142,3 @@ def test_a_bad_map_file_ends_the_engine_before_it_starts(tiny, tmp_path):
     assert "expert 6 is already in slot 2 of this device" in done.stdout + done.stderr
     assert "eplb_config.expert_map_path" in done.stdout + done.stderr
     assert "EngineCore" not in done.stdout + done.stderr
-
-
-def test_the_recorded_file_survives_what_it_cannot_write(tmp_path, caplog):
-    """One rank in this process: entries that could not be written come with the next one."""
-    import torch
-    from ascend_comm import Solo
-    from vllm_ascend.config import EplbConfig
-    from vllm_ascend.eplb.record import LoadRecorder
-
-    path = tmp_path / "gone" / "load.npy"
-    counts = [torch.zeros(4, dtype=torch.int64) for _ in range(2)]
-    config = EplbConfig(expert_load_record_path=str(path), expert_heat_collection_interval=2)
-    recorder = LoadRecorder(config, [spread(num_experts=4, ranks=1)] * 2, counts, Solo(), writes=True)
-    for step in range(3):
-        for layer, count in enumerate(counts):
-            count += torch.tensor([1, 0, step, layer])
-        recorder.step()
-    assert "load.npy" in caplog.text
-    path.parent.mkdir()
-    recorder.step()
-    assert np.array_equal(read_loads(path), [[[2, 0, 1, 0], [2, 0, 1, 2]], [[1, 0, 2, 0], [1, 0, 2, 1]]])
-
-
-def test_layers_with_other_numbers_of_experts_cannot_be_recorded():
-    from ascend_comm import Solo
-    from vllm_ascend.config import EplbConfig
-    from vllm_ascend.eplb.record import LoadRecorder
-
-    placed = [spread(num_experts=4, ranks=1), spread(num_experts=8, ranks=1)]
-    with pytest.raises(
-        ValueError,
-        match=r"expert_load_record_path' \('load.npy'\) needs MoE layers with equal numbers of experts, got \[4, 8\]",
-    ):
-        LoadRecorder(EplbConfig(expert_load_record_path="load.npy"), placed, [], Solo(), writes=True)

@@ -279,7 +279,7 @@ def test_what_does_not_fit_is_refused(eplb, change, message):
         ({"layout": "random"}, "layout' ('random') must be one of spread, checkpoint"),
         ({"layout": "checkpoint", "expert_map_path": "map.json"}, "cannot be used with expert_map_path"),
         ({"expert_heat_collection_interval": 0}, "(0) must be 1 or more"),
-        ({"expert_load_record_path": "load.csv"}, "('load.csv') must end in .npz, .npy or .json"),
+        ({"expert_load_record_path": "load.csv"}, "('load.csv') must end in .jsonl, .npz, .npy or .json"),
         ({"expert_map_path": 3}, "'eplb_config.expert_map_path' (3) must be a text"),
         ({"num_redundant_experts": -1}, "a whole number, 0 or more"),
         ({"redundant": 2}, "unknown option 'redundant' (2); did you mean num_redundant_experts"),

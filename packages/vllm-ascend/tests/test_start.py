@@ -48,6 +48,8 @@ ALONE = {
     "backend of a kind": ({}, {"attention_config": {"backend_per_kind": {"sliding_window": "TRITON_ATTN"}}}, {}, "backend_per_kind['sliding_window'] ('TRITON_ATTN')"),
     "LoRA": ({}, {"enable_lora": True}, {}, "LoRA (max_lora_rank 16) has no kernels in vllm-ascend"),
     "speculative": ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, {}, "speculative decoding (method 'ngram') is not supported"),
+    "float8 weights": ({}, {"quantization": "fp8"}, {}, "quantization ('fp8') has no kernels in vllm-ascend, which serves ModelSlim's W8A8"),
+    "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}}, {"dtype": "bfloat16"}, {}, "quantization ('auto_gptq') has no kernels"),
     "offload": ({}, {"cpu_offload_gb": 1}, {}, "cpu_offload_gb (1.0) needs a view of host memory"),
     "devices": ({"num_key_value_heads": 12}, {"tensor_parallel_size": 4, "data_parallel_size": 3}, {}, "12 NPUs are needed on this host, for 3 data parallel replicas of 4 ranks, and 8 are visible"),
     "V2 runner": ({}, {}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}, "VLLM_USE_V2_MODEL_RUNNER=1: vllm-ascend serves vLLM's V1 model runner only"),
@@ -67,6 +69,8 @@ GOOD = {
     "automatic backend": ({}, {"attention_backend": "auto"}, {}),
     "MLA": ({**LATENT, "num_attention_heads": 16}, {"attention_backend": "ASCEND_MLA", "block_size": 1024, "tensor_parallel_size": 2}, {}),
     "copied weights": ({}, {"cpu_offload_gb": 1}, {"VLLM_WEIGHT_OFFLOADING_DISABLE_UVA": "1"}),
+    "int8 experts": (MOE, {"quantization": "experts_int8"}, {}),
+    "int8 weights": ({}, {"quantization": "int8_per_channel_weight_only"}, {}),
     "experts": (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, {}),
 }  # fmt: skip
 EXPERTS = (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True})
@@ -126,7 +130,7 @@ def answers(tmp_path_factory):
     (root / "run.py").write_text(RUN)
     env = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     done = subprocess.run(
-        [sys.executable, str(root / "run.py"), str(root / "jobs.json")], capture_output=True, text=True, timeout=300, env=env, check=False,
+        [sys.executable, str(root / "run.py"), str(root / "jobs.json")], capture_output=True, text=True, timeout=1800, env=env, check=False,
     )  # fmt: skip
     found = dict(json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("answer "))
     assert set(found) == set(jobs), done.stderr[-4000:]

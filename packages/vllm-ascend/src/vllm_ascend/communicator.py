@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's groups communicate with: torch.distributed over HCCL."""
+"""The communicator of vLLM's groups: torch.distributed over HCCL."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["AscendCommunicator"]
 
 
 class AscendCommunicator(DeviceCommunicatorBase):
-    """vLLM's base class. Its expert parallel group has a manager, which vLLM wants to see: MoE layers here move tokens themselves."""
+    """vLLM's base class, with an all-to-all manager for the expert parallel group: vLLM requires one, though MoE layers here move tokens themselves."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's."""
+        """Build vLLM's communicator, and the manager where the group is the expert parallel one."""
         super().__init__(*args, **kwargs)
         if self.use_all2all:
             self.all2all_manager = AgRsAll2AllManager(self.cpu_group)  # type: ignore[no-untyped-call]

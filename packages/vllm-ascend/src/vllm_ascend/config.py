@@ -88,7 +88,7 @@ class EplbConfig:
         expert_map_path: a placement file in any format of ascend-eplb; "": `layout` says where experts lie.
         num_redundant_experts: slots beyond one for each expert, in each layer; with a file, what the file has, or 0.
         layout: "spread" or "checkpoint" (an option of this plugin alone); see ascend-eplb.
-        expert_load_record_path: where rank 0 writes how many tokens each expert got, .npz, .npy or .json; "": nowhere (of this plugin alone).
+        expert_load_record_path: where rank 0 writes how many tokens each expert got, .jsonl, .npz, .npy or .json; "": nowhere (of this plugin alone).
         expert_heat_collection_interval: steps that one entry of that file sums up.
     """
 
@@ -110,8 +110,10 @@ class EplbConfig:
             yield f"{path}layout' ({self.layout!r}) cannot be used with expert_map_path: the file says where experts lie"
         if self.expert_heat_collection_interval < 1:
             yield f"{path}expert_heat_collection_interval' ({self.expert_heat_collection_interval}) must be 1 or more"
-        if self.expert_load_record_path and not self.expert_load_record_path.endswith((".npz", ".npy", ".json")):
-            yield f"{path}expert_load_record_path' ({self.expert_load_record_path!r}) must end in .npz, .npy or .json"
+        if self.expert_load_record_path and not self.expert_load_record_path.endswith(
+            (".jsonl", ".npz", ".npy", ".json")
+        ):
+            yield f"{path}expert_load_record_path' ({self.expert_load_record_path!r}) must end in .jsonl, .npz, .npy or .json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's V1 model runner on an NPU."""
+"""vLLM's V1 model runner on an NPU, and the order in which a step joins collectives.
+
+Ranks that share a group must join their collectives in one order, whatever each of them has to do: in a step with requests (`execute_model`), in
+the step without any that a data parallel rank runs while another is busy (`_dummy_run`), and in the profiling run. The order is
+
+    1. the model's forward pass, with embedding, o_proj, dense MLPs and experts, layer by layer;
+    2. the logits, where this is the last pipeline stage of a model that generates;
+    3. the end of the step (`_end_step`), where what counts steps over all ranks meets.
+
+Sampling comes after that and joins no collective of data parallel ranks. A feature with a collective of its own outside the model belongs into
+`_end_step`, and nowhere else. `tests/test_collective_order.py` compares the orders of ranks.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
@@ -16,11 +27,14 @@ from vllm_ascend.attention import mla
 from vllm_ascend.eplb.record import LoadRecorder
 from vllm_ascend.layers import linear, moe, sequence
 
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
 __all__ = ["AscendModelRunner"]
 
 
 class AscendModelRunner(GPUModelRunner):
-    """The GPU runner, with NPU streams and events."""
+    """The GPU runner, with NPU streams and events, and with one order of collectives in all kinds of steps."""
 
     load_recorder: LoadRecorder | None = None
     splits_hidden_states: bool
@@ -41,17 +55,43 @@ class AscendModelRunner(GPUModelRunner):
         self.load_recorder = moe.load_recorder(model)
         self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())
 
-    def eplb_step(self, is_dummy: bool = False, is_profile: bool = False) -> None:
-        """What vLLM calls after each step of all ranks that share experts."""
-        super().eplb_step(is_dummy, is_profile)
-        if self.load_recorder is not None and not is_profile:
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """A step with requests, on any pipeline stage: vLLM's forward pass with logits or pooling, then the end of the step.
+
+        Without tokens it is no step: the engine runs a dummy one next, for which the other ranks wait.
+        """
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        if scheduler_output.total_num_scheduled_tokens:
+            self._end_step()
+        return output
+
+    @torch.inference_mode()
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step without requests: forward pass, logits where data parallel ranks share the LM head, end of the step.
+
+        After a profiling run (`is_profile`) vLLM computes the logits itself, on all ranks. Neither that run nor one that warms kernels up (`skip_eplb`)
+        is a step that counts.
+        """
+        hidden, last = super()._dummy_run(*args, **kwargs)
+        if kwargs.get("is_profile"):
+            return hidden, last
+        if self._shares_lmhead() and get_pp_group().is_last_rank and not self.is_pooling_model:
+            self.model.compute_logits(last)  # type: ignore[operator]
+        if not kwargs.get("skip_eplb"):
+            self._end_step()
+        return hidden, last
+
+    def _end_step(self) -> None:
+        """The last part of every step, on every rank: what all ranks do together after the forward pass and the logits."""
+        if self.load_recorder is not None:
             self.load_recorder.step()
 
-    def _pool(self, *args: Any, **kwargs: Any) -> Any:
-        """The end of a step of a pooling model, after which vLLM does not call `eplb_step`."""
-        output = super()._pool(*args, **kwargs)
-        self.eplb_step()
-        return output
+    def eplb_step(self, is_dummy: bool = False, is_profile: bool = False) -> None:
+        """Nothing. vLLM calls this after the logits in a step with requests, and before them in a dummy step: `_end_step` is for such work.
+
+        vLLM's own load balancing (`enable_eplb`), which it is for, is not offered on this platform.
+        """
 
     def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
         """How many tokens each replica's step has. One token becomes two where layers hand hidden states on split over TP ranks.
@@ -65,26 +105,23 @@ class AscendModelRunner(GPUModelRunner):
             over_replicas = None if over_replicas is None else over_replicas.clamp(min=2)
         return mode, batch, microbatches, over_replicas, statistics
 
-    def _dummy_run(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step without requests. Where data parallel ranks share the LM head, it goes on to the logits, for which the others wait.
-
-        A profiling run computes them itself.
-        """
-        hidden, last = super()._dummy_run(*args, **kwargs)
-        computes_logits = get_pp_group().is_last_rank and not self.is_pooling_model
-        if self._lmhead_is_shared() and computes_logits and not kwargs.get("is_profile"):
-            self.model.compute_logits(last)  # type: ignore[operator]
-        return hidden, last
-
     def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Log-probabilities of prompts, for which the LM head runs once more. `AscendPlatform.validate_request` refuses them where it is shared."""
-        if self._lmhead_is_shared() and self.num_prompt_logprobs:
+        if self._shares_lmhead() and self.num_prompt_logprobs:
             raise RuntimeError(
                 "a request with prompt_logprobs has come to an engine with finegrained_tp_config.lmhead_tensor_parallel_size"
             )
         return super()._get_prompt_logprobs_dict(*args, **kwargs)
 
     @staticmethod
-    def _lmhead_is_shared() -> bool:
+    def _shares_lmhead() -> bool:
+        """Whether data parallel ranks share the LM head."""
         shared = parallel.current()
         return shared is not None and "lmhead_tp" in shared.groups
+
+    def shutdown(self) -> None:
+        """Write what the recorder still holds, then release what vLLM built."""
+        if self.load_recorder is not None:
+            self.load_recorder.close()
+            self.load_recorder = None
+        super().shutdown()

@@ -20,9 +20,9 @@ from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.experts import ExpertGroups, MoeContext
 
-__all__ = ["Parallel", "close", "current", "forward_context", "start", "step"]
+__all__ = ["Parallel", "close", "current", "forward_context", "most_tokens", "start", "step"]
 
-_STEP = "ascend_step"  # key in the forward context
+_STEP, _MOST_TOKENS = "ascend_step", "ascend_most_tokens"  # keys in the forward context
 _UNSPLIT = StepState()
 _current: Parallel | None = None
 
@@ -54,7 +54,7 @@ class Parallel:
         )
 
     def plan(self, tokens: int, dp_tokens: tuple[int, ...] | None) -> StepState:
-        """The state of the step that begins now. `last_step` keeps it for what runs behind the model, such as the LM head."""
+        """The state of the step that begins now. `last_step` keeps it for what runs after the forward pass, such as the LM head."""
         self.last_step = plan_step(
             tokens, self.env, threshold=self.config.flashcomm1_dense_threshold, dp_tokens=dp_tokens
         )
@@ -153,7 +153,7 @@ def forward_context(num_tokens: int | None, num_tokens_across_dp: Tensor | None)
     if _current is None or num_tokens is None:
         return {}
     counts = None if num_tokens_across_dp is None else tuple(num_tokens_across_dp.tolist())
-    return {_STEP: _current.plan(num_tokens, counts)}
+    return {_STEP: _current.plan(num_tokens, counts), _MOST_TOKENS: max(counts or (num_tokens,))}
 
 
 def step() -> StepState:
@@ -162,3 +162,9 @@ def step() -> StepState:
         return _UNSPLIT
     state: StepState = get_forward_context().additional_kwargs.get(_STEP, _UNSPLIT)
     return state
+
+
+def most_tokens() -> int:
+    """Tokens of the step whose forward pass runs: the most of any data parallel rank, before they are split over TP."""
+    most: int = get_forward_context().additional_kwargs[_MOST_TOKENS]
+    return most

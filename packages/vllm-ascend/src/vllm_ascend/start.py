@@ -23,6 +23,8 @@ __all__ = ["Host", "check"]
 
 # Families of chips that the attention kernels, as they are called here, do not run on, by the start of the chips' names.
 _ABSENT_CHIPS = {"Atlas 300I (310P)": "Ascend310P", "Atlas A5 (950)": "Ascend950"}
+# Methods of vLLM's own whose layers compute with torch's operators alone; the rest of them need compiled kernels for other devices.
+_WITHOUT_KERNELS = ("experts_int8", "int8_per_channel_weight_only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +139,12 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
         yield (
             f"kv_transfer_config (connector {transfer.kv_connector!r}) cannot be used with multi-head latent attention: the cache's blocks do "
             "not lie in one piece here; leave it out"
+        )
+    method = vllm_config.quant_config
+    if type(method).__module__.startswith("vllm.") and model.quantization not in _WITHOUT_KERNELS:
+        yield (
+            f"quantization ({model.quantization!r}) has no kernels in vllm-ascend, which serves ModelSlim's W8A8 checkpoints ('ascend') and those "
+            "without quantisation"
         )
     if model.is_attention_free or model.is_hybrid:
         yield f"{model.architectures[0]} has layers of linear attention or a state space, which have no kernels in vllm-ascend"

@@ -49,7 +49,7 @@ class AscendWorker(Worker):
         self._init_workspace_and_model_runner()
 
     def _device_index(self) -> int:
-        """Index among the visible devices; the ranks of data parallel replicas on this host lie behind one another."""
+        """Index among the visible devices; data parallel replicas on this host take consecutive ones."""
         parallel = self.parallel_config
         assigned = parallel.assigned_physical_gpu_ids
         if assigned is not None:  # `vllm serve` gives this replica its share

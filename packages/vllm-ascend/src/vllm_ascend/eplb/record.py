@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many tokens each expert got, summed up over intervals of steps and written to a file that `ascend-eplb plan` reads.
 
-Legend: M MoE layers, R ranks that share the experts, K slots of a rank.
+Legend: M MoE layers, R ranks that share the experts, K slots of a rank, E experts.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed
 from ascend_comm import CommGroup
-from ascend_eplb import Placement, logical_load, write_loads
+from ascend_eplb import Placement, logical_load
+from torch import Tensor
 
 from vllm_ascend.config import EplbConfig
+from vllm_ascend.eplb.writer import LoadWriter
 
 __all__ = ["LoadRecorder"]
 
 _logger = logging.getLogger("vllm_ascend")
-_MOST_ENTRIES = 1000
+# How long a rank that shuts down waits for the others; vLLM kills a worker that takes more than four seconds.
+_LAST_MEETING = timedelta(seconds=2)
 
 
 class LoadRecorder:
@@ -41,39 +46,91 @@ class LoadRecorder:
         self,
         config: EplbConfig,
         placed: Sequence[Placement],
-        counts: Sequence[torch.Tensor],
+        counts: Sequence[Tensor],
         ep: CommGroup,
         writes: bool,
     ) -> None:
-        """Nothing is recorded yet."""
+        """Start the writer on the rank that writes."""
         experts = {one.num_experts for one in placed}
         if len(experts) != 1:
             raise ValueError(
                 f"option 'eplb_config.expert_load_record_path' ({config.expert_load_record_path!r}) needs MoE layers with equal numbers "
                 f"of experts, got {sorted(experts)}"
             )
-        self._config, self._counts, self._ep, self._writes = config, counts, ep, writes
+        self._interval, self._counts, self._ep = config.expert_heat_collection_interval, counts, ep
         self._placement = Placement(np.concatenate([one.physical_to_logical for one in placed]), experts.pop())
+        self._writer = LoadWriter(config.expert_load_record_path) if writes else None
         self._steps = 0
-        self._entries: deque[np.ndarray] = deque(maxlen=_MOST_ENTRIES)
 
     def step(self) -> None:
-        """One step is over, with requests on this rank or not: all ranks count the same steps, and meet after each interval."""
+        """One step is over, with requests on this rank or not: all ranks count the same steps, and gather their counts after each interval."""
         self._steps += 1
-        if self._steps % self._config.expert_heat_collection_interval:
+        if self._steps < self._interval:
             return
+        self._steps = 0
+        here = self._counts_so_far()
+        try:
+            everywhere = self._ep.all_gather(here, 0).view(self._ep.world_size, *here.shape)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the experts' loads of {self._ep.world_size} ranks, for option 'eplb_config.expert_load_record_path', cannot be gathered: {error}"
+            ) from error
+        if self._writer is not None:
+            self._writer.put(partial(self._entry, _on_host_soon(everywhere)))
+
+    def close(self) -> None:
+        """Write the steps since the last whole interval, and everything that still waits. More calls do nothing.
+
+        The ranks of a run that ends are not in step: each waits for the others for two seconds at most, and without all of them only the steps since
+        the last whole interval are lost.
+        """
+        writer, self._writer = self._writer, None
+        if self._steps:
+            self._steps = 0
+            everywhere = self._gathered_at_the_end(self._counts_so_far().cpu())
+            if writer is not None and everywhere is not None:
+                writer.put(partial(self._entry, lambda: everywhere))
+        if writer is not None:
+            writer.close()
+
+    def _counts_so_far(self) -> Tensor:
+        """`[M, K]` of this rank, which are 0 afterwards."""
         here = torch.stack(tuple(self._counts))
         for count in self._counts:
             count.zero_()
-        everywhere = self._ep.all_gather(here, 0).view(self._ep.world_size, *here.shape)
-        if self._writes:
-            self._write(everywhere.cpu().numpy().transpose(1, 0, 2))
+        return here
 
-    def _write(self, counts: np.ndarray) -> None:
-        """Add an entry of counts `[M, R, K]` to the file, which is written anew as a whole. What cannot be written now is tried again with the next entry."""
-        self._entries.append(logical_load(self._placement, counts))
-        path = self._config.expert_load_record_path
+    def _entry(self, counts: Callable[[], Tensor]) -> np.ndarray:
+        """Counts `[R, M, K]` of slots -> loads `[M, E]` of experts. Runs in the writer's thread."""
+        return logical_load(self._placement, counts().numpy().transpose(1, 0, 2))
+
+    def _gathered_at_the_end(self, here: Tensor) -> Tensor | None:
+        """Counts `[R, M, K]` on the host; None where a rank does not come."""
+        group = self._ep.cpu_group
+        if group is None:
+            return here[None]
+        parts = [torch.empty_like(here) for _ in range(self._ep.world_size)]
         try:
-            write_loads(np.stack(self._entries), path)
-        except OSError as error:
-            _logger.error("the experts' loads cannot be written to %r: %s", path, error)
+            torch.distributed.monitored_barrier(group, timeout=_LAST_MEETING)
+            torch.distributed.all_gather(parts, here, group=group)
+        except RuntimeError as error:
+            _logger.warning(
+                "the experts' loads of the last steps are not recorded, for a rank has ended before: %s", error
+            )
+            return None
+        return torch.stack(parts)
+
+
+def _on_host_soon(counts: Tensor) -> Callable[[], Tensor]:
+    """A copy on the host, begun now and waited for in the thread that calls what is returned."""
+    host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+    host.copy_(counts, non_blocking=True)
+    copied, device = torch.npu.Event(), counts.device
+    copied.record()
+
+    def finished() -> Tensor:
+        torch.npu.set_device(device)  # of the thread
+        copied.synchronize()
+        return host
+
+    return finished

@@ -11,7 +11,6 @@ from ascend_moe import (
     Experts,
     FloatExperts,
     MoeComm,
-    Reduced,
     RoutingSpec,
     forward_selected,
     select_experts,
@@ -59,8 +58,7 @@ class AscendRoutedExperts(RoutedExperts):
 
     Attributes:
         slots: where the layer's experts lie.
-        load: int64 `[K]`: tokens that each slot of this rank has got so far; None: nobody wants to know.
-        output_is_reduced: whether what `forward_modular` returned last is complete, and not a partial sum over TP.
+        load: int64 `[K]`: tokens that each slot of this rank has received since the recorder set it to 0; None: no load is recorded.
     """
 
     log2phy: Tensor | None
@@ -69,7 +67,7 @@ class AscendRoutedExperts(RoutedExperts):
     _expert_map: Tensor | None
 
     def __init__(self, layer_name: str, params_dtype: torch.dtype, moe_config: Any, *args: Any, **kwargs: Any) -> None:
-        """Make room for this rank's slots, in the place of an equal share of the experts.
+        """Create the weights of this rank's slots, where vLLM would create those of an equal share of the experts.
 
         Raises:
             ValueError: a config without the number of experts, experts that do not divide over the ranks, or a quantisation that this plugin
@@ -93,7 +91,6 @@ class AscendRoutedExperts(RoutedExperts):
             sequence_parallel=moe_config.is_sequence_parallel,
             sums_later=moe_config.skip_final_all_reduce,
         )
-        self.output_is_reduced = False
         device = torch.get_default_device()
         maps = {"log2phy": self.slots.log2phy, "routing_table": self.slots.routing_table}
         for name, given in maps.items():
@@ -103,18 +100,18 @@ class AscendRoutedExperts(RoutedExperts):
         self.register_buffer("load", load, persistent=False)
 
     def update_expert_map_info(self) -> None:
-        """This rank's slots, as vLLM would note its equal share."""
+        """Set what vLLM derives from an equal share of the experts to what follows from this rank's slots."""
         super().update_expert_map_info()  # type: ignore[no-untyped-call]
         self.local_num_experts = self.slots.placed.slots_per_rank
         if self._expert_map is not None:
             self._expert_map = torch.tensor(self.slots.expert_map, device=self._expert_map.device)
 
     def _map_global_expert_id_to_local_expert_id(self, expert_id: int) -> int:
-        """By this, vLLM's weight loader puts an expert into each of its slots: a rank has one of them at most."""
+        """This rank's slot of an expert, or -1. vLLM's weight loader asks for it; a rank has one replica of an expert at most."""
         return int(self.slots.expert_map[expert_id])
 
     def weight_loader(self, param: Any, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's. A model that loads all experts of a rank as one tensor (Llama 4) takes them in ascending order.
+        """Load a weight with vLLM's loader. A model that loads all experts of a rank as one tensor (Llama 4) takes them in ascending order.
 
         Raises:
             ValueError: the slots of this rank are not in that order.
@@ -136,7 +133,7 @@ class AscendRoutedExperts(RoutedExperts):
         shared_experts: Any = None,
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
-        """The routed experts' output for this rank's tokens; `output_is_reduced` then says whether it is to be summed over TP.
+        """The routed experts' output for this rank's tokens, complete where `comm_of_step` says so, else a partial sum over TP.
 
         Args:
             x: `[N, H]`.
@@ -151,8 +148,7 @@ class AscendRoutedExperts(RoutedExperts):
         weights = topk_weights.float()
         if self.apply_router_weight_on_input:  # vLLM has it for one expert a token alone
             x, weights = (x * weights).to(x.dtype), torch.ones_like(weights)
-        dp_tokens = parallel.step().dp_tokens
-        comm = self._comm.of_step(max(dp_tokens or (len(x),)))
+        comm, dp_tokens = self.comm_of_step(), parallel.step().dp_tokens
         output = forward_selected(
             x,
             weights,
@@ -164,11 +160,14 @@ class AscendRoutedExperts(RoutedExperts):
         )
         if self.load is not None:
             self.load += output.load
-        self.output_is_reduced = isinstance(output, Reduced)
         return output.hidden
 
+    def comm_of_step(self) -> MoeComm:
+        """How tokens travel in the step whose forward pass runs; it follows from the step alone, so that all ranks agree."""
+        return self._comm.of_step(parallel.most_tokens())
+
     def _physical(self, ids: Tensor, comm: MoeComm) -> Tensor:
-        """The slots of experts. Where partial sums are due, several ranks have a token and must mean the same slot."""
+        """The slots of experts. Where ranks return partial sums, several of them have each token and must choose the same slot for it."""
         if self.routing_table is not None and not comm.output_is_reduced:
             return to_physical(ids, routing_table=self.routing_table)
         return to_physical(ids, log2phy=self.log2phy)
@@ -196,12 +195,12 @@ class AscendMoERunner(MoERunner):
 
     @property
     def do_naive_dispatch_combine(self) -> bool:
-        """No: the experts move tokens themselves."""
+        """False: `AscendRoutedExperts` moves tokens itself."""
         return False
 
     @property
     def _fused_output_is_reduced(self) -> bool:
-        return self.routed_experts.output_is_reduced
+        return self.routed_experts.comm_of_step().output_is_reduced
 
 
 class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
@@ -210,12 +209,12 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
     activation: Activation
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's, but weights that were laid out before cannot be told from those that were not."""
+        """Build vLLM's method, without its support for weights that were transposed before: they cannot be told from others."""
         super().__init__(*args, **kwargs)
         self.supports_pre_processed_weights = False
 
     def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]  # as vLLM's own
-        """Register what vLLM registers.
+        """Register vLLM's parameters.
 
         Raises:
             ValueError: a layer of another class than this plugin's; an activation that has no kernel, clamping, or biases.
@@ -226,7 +225,7 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
 
     @property
     def is_monolithic(self) -> bool:
-        """Routing is vLLM's, apart from this method."""
+        """False: vLLM's router chooses the experts, not this method."""
         return False
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:  # type: ignore[override]  # as vLLM's own
@@ -243,7 +242,7 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
 
 
 def check_ours(layer: RoutedExperts) -> None:
-    """Raise ValueError for experts of a class that a model brings itself: nothing would move tokens to them."""
+    """Raise ValueError for experts of a class of the model's own, which would not move tokens to their ranks."""
     if not isinstance(layer, AscendRoutedExperts):
         raise ValueError(
             f"{layer.layer_name}: the model has routed experts of its own, {type(layer).__name__}, which vllm-ascend does not support"
@@ -251,7 +250,7 @@ def check_ours(layer: RoutedExperts) -> None:
 
 
 def activation_of(layer: RoutedExperts, *, has_bias: bool) -> Activation:
-    """What is between the two products of the layer's experts.
+    """The activation between the two products of the layer's experts.
 
     Raises:
         ValueError: an activation that has no kernel, clamping, or biases.

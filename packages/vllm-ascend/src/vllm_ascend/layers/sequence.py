@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where tokens become split over TP and whole again, as hooks on modules: the model's own code knows nothing of it.
+"""FlashComm1's split of tokens over TP, in hooks on modules, so that the code of models stays as it is.
 
 N: tokens of the step; P: N padded to a multiple of TP. Under FlashComm1 a rank holds `[P / TP, H]` between the hooks.
 """
@@ -18,10 +18,10 @@ __all__ = ["attach"]
 
 
 def attach(model: nn.Module) -> None:
-    """Put the hooks on `model`, so that real and dummy runs both go through them. Without an option that splits tokens there are none.
+    """Put the hooks on `model`, so that real and dummy steps both run them. Without an option that splits tokens no hook is put.
 
-    The embedding layer splits what it embeds itself; here are the other ways in and out: embeddings that are given, tensors of an earlier
-    pipeline stage, the model's output, and MoE layers, which take all tokens on every rank. Shared experts whose weights are whole on every
+    The embedding layer splits its own output. The hooks split embeddings that a request brings and tensors of an earlier pipeline stage, and join
+    the model's output and the input of MoE layers, which take all tokens on every rank. Shared experts whose weights are whole on every
     rank (`enable_shared_expert_dp`) compute this rank's share of the tokens.
     """
     shared = parallel.current()
@@ -53,7 +53,7 @@ class _ShareOfTokens:
     """
 
     def __init__(self, rank: int, ranks: int) -> None:
-        """No tokens yet."""
+        """Store the rank and the number of ranks."""
         self.rank = rank
         self.ranks = ranks
         self.tokens = 0

@@ -58,7 +58,7 @@ class AscendVocabParallelEmbedding(_OverDataParallel):
             embedded: Tensor = super().forward(input_)  # type: ignore[no-untyped-call]
             return embedded
         shared = parallel.current()
-        assert shared is not None  # there is a step that it planned
+        assert shared is not None  # it has planned the step that splits tokens
         partial = self._partial(input_)
         if self.tp_size == 1:  # each rank has all rows
             return shared.own_chunk(partial, state)
@@ -74,7 +74,7 @@ class AscendVocabParallelEmbedding(_OverDataParallel):
         return partial
 
     def _over_data_parallel(self, ids: Tensor, state: StepState, splits: bool) -> Tensor:
-        """All ids to all ranks of the group, each looks up its rows, and each token's sum goes back."""
+        """Gather the ids of all ranks of the group, look up those in this rank's rows, and scatter the sums to the tokens' ranks."""
         shared, group = parallel.current(), self.shared_over
         assert shared is not None
         assert group is not None
