@@ -65,7 +65,7 @@ def name_of(kind: str, sources: Sequence[Path]) -> str:
 
 # Runs the compiler in a process group of its own, which ends when standard input does: at the latest when this process is gone, killed or not.
 WATCHED = """exec 3<&0
-(read -r _ <&3; kill -KILL -- "-$$") >/dev/null 2>&1 &
+(read -r _ <&3; kill -s KILL -- "-$$") >/dev/null 2>&1 &
 exec 3<&-
 "$@" </dev/null"""
 

@@ -118,7 +118,8 @@ def _facts() -> dict[str, Any]:
         else:
             build.compiler()
     except (ImportError, OSError, RuntimeError) as error:
-        facts |= {"active": False, "problem": _first_line(error), "reason": _first_line(error)}
+        problem = (str(error).splitlines() or [type(error).__name__])[0].removeprefix("ascend-sim: ")
+        facts |= {"active": False, "problem": problem, "reason": problem}
     return facts
 
 

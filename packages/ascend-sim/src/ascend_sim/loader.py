@@ -161,7 +161,7 @@ def before_torch() -> str:
             if _loads_backends():
                 build.native()
         except (OSError, RuntimeError) as error:
-            _problem = str(error)
+            _problem = str(error).removeprefix("ascend-sim: ")
     return _problem
 
 
