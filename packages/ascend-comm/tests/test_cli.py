@@ -21,7 +21,7 @@ def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800, env={"COLUMNS": "120"})
 
 
-def test_show_draws_the_layout():
+def test_show_draws_the_groups():
     done = run(*EXAMPLE)
     assert (done.returncode, done.stderr) == (0, "")
     lines = [re.split("[│┃]", line) for line in done.stdout.splitlines()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real processes over gloo: collectives against a single process, the lifetime of a GroupSet, FlashComm2's layout."""
+"""Real processes over gloo: collectives against a single process, the lifetime of a GroupSet, FlashComm2's token order."""
 
 import comm_cases
 import pytest

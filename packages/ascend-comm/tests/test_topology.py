@@ -44,7 +44,7 @@ def consecutive(*blocks):
         (TP_8.flashcomm2_token_order(1), [[i] for i in range(8)]),
     ],
 )
-def test_worked_layouts(groups, expected):
+def test_groups_worked_out_by_hand(groups, expected):
     assert groups == expected
 
 

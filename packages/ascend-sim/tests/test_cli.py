@@ -90,9 +90,9 @@ def test_mistakes_are_one_line(tmp_path):
     (tmp_path / "full" / "something").touch()
     for arguments, environment, message in (
         (
-            ["status"],
+            ["kernels"],
             {"ASCEND_SIM": "maybe"},
-            "ascend-sim: ASCEND_SIM is 'maybe'; allowed: 0 (off), 1 (on), unset (on where there is no CANN)",
+            "ascend-sim: the simulator is inactive because ASCEND_SIM is 'maybe'; allowed: 0 (off), 1 (on), unset (on where there is no CANN)",
         ),
         (
             ["kernels"],
@@ -127,7 +127,44 @@ def test_a_kernel_library_that_does_not_compile_is_one_line(tmp_path):
     script.chmod(0o755)
     done = command("kernels", CXX=str(script), ASCEND_SIM_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 1
-    assert done.stderr.startswith("ascend-sim: the compiler failed")
+    assert done.stderr.startswith("ascend-sim: there is no simulated NPU in this process: the compiler failed")
+    assert "Traceback" not in done.stderr
+
+
+BROKEN = {
+    "switch": ({"ASCEND_SIM": "maybe"}, "ASCEND_SIM is 'maybe'; allowed: 0 (off), 1 (on)"),
+    "devices": ({"ASCEND_SIM_DEVICES": "0"}, "ASCEND_SIM_DEVICES is '0'; allowed: 1 to 64"),
+    "memory": ({"ASCEND_SIM_MEMORY": "9" * 400}, "allowed: at most 65536GiB"),
+    "chip": ({"ASCEND_SIM_SOC": "x"}, "ASCEND_SIM_SOC is 'x'; allowed: "),
+    "mode": ({"ASCEND_SIM_STRICT": "x"}, "ASCEND_SIM_STRICT is 'x'; allowed: "),
+    "compiler": ({"PATH": "/nowhere", "CXX": "", "ASCEND_SIM_CACHE": "{folder}/empty"}, "found no C++ compiler: apt install g++"),
+    "cache": ({"ASCEND_SIM_CACHE": "{folder}/file/cache"}, "cannot be used (Not a directory); set ASCEND_SIM_CACHE"),
+    "owner": ({"ASCEND_SIM_CACHE": "{folder}/open"}, "which others may write"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_status_says_what_keeps_the_simulator_from_running(name, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    variables, message = BROKEN[name]
+    done = command(
+        "status", "--json", **{key: value.replace("{folder}", str(tmp_path)) for key, value in variables.items()}
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    facts = json.loads(done.stdout)
+    assert facts["active"] is False
+    assert message in facts["problem"]
+
+
+def test_standard_output_that_is_closed_or_full():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ascend_sim.cli", "status"], env={**os.environ, "ASCEND_SIM": "0"}, stdout=full,
+            stderr=subprocess.PIPE, text=True, timeout=1800, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
     assert "Traceback" not in done.stderr
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ascend_sim.hccl import _gloo_devices
 
 WORLD = 3
 WORKER = Path(__file__).with_name("hccl_worker.py")
@@ -39,3 +40,13 @@ def outcomes(tmp_path_factory):
 def test_on_every_rank(outcomes, name):
     for rank, outcome in enumerate(outcomes):
         assert outcome[name] == "ok", f"rank {rank}: {outcome[name]}"
+
+
+def test_gloo_listens_where_its_variable_says(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,lo")
+    assert len(_gloo_devices()) == 2
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    with pytest.raises(
+        ValueError, match=r"GLOO_SOCKET_IFNAME is 'nowhere0': 'nowhere0' cannot be used .*interfaces here: .*lo"
+    ):
+        _gloo_devices()

@@ -3,7 +3,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -150,11 +149,20 @@ def test_torch_npu_may_come_first_and_devices_memory_and_chip_follow_the_variabl
         ("ASCEND_SIM_STRICT", "no", "ASCEND_SIM_STRICT is 'no'; allowed: 1 (as hardware), 0 (relaxed)"),
     ],
 )
-def test_a_bad_variable_is_an_error_that_names_it(variable, value, message):
-    done = python("import torch", **{variable: value})
-    assert done.returncode == 1
-    assert f"ValueError: {variable}" in done.stderr
-    assert message in done.stderr
+def test_a_bad_variable_is_named_and_torch_stays_importable(variable, value, message):
+    code = (
+        "import torch\nprint(torch.ones(1).item())\n"
+        "for use in (lambda: torch.npu.device_count(), lambda: __import__('torch_npu')):\n"
+        "    try: use()\n    except (ImportError, RuntimeError) as error: print(type(error).__name__, error)"
+    )
+    done = python(code, **{variable: value})
+    assert done.returncode == 0, done.stderr
+    computed, *said = done.stdout.splitlines()
+    assert computed == "1.0"
+    assert [line.partition(" ")[0] for line in said] == ["RuntimeError", "ImportError"]
+    for line in (*said, done.stderr.strip()):
+        assert f"ascend-sim: there is no simulated NPU in this process: {variable} is " in line
+        assert message in line
 
 
 @pytest.mark.parametrize(
@@ -175,12 +183,14 @@ def test_sizes_that_no_process_can_address(text):
 # Compiling
 
 
-def test_without_a_compiler_the_error_names_the_package(tmp_path):
-    done = python("import torch", PATH="/nowhere", CXX=None, ASCEND_SIM_CACHE=str(tmp_path))
+def test_without_a_compiler_torch_stays_importable_and_the_package_is_named(tmp_path):
+    done = python("import torch; torch.npu.current_device()", PATH="/nowhere", CXX=None, ASCEND_SIM_CACHE=str(tmp_path))
     assert done.returncode == 1
     assert (
-        "RuntimeError: ascend-sim compiles its kernels once and found no C++ compiler: apt install g++" in done.stderr
+        "RuntimeError: ascend-sim: there is no simulated NPU in this process: ascend-sim compiles its kernels once and found"
+        in done.stderr
     )
+    assert "apt install g++" in done.stderr
     assert not [entry for entry in tmp_path.iterdir() if entry.suffix != ".lock"]
 
 
@@ -196,21 +206,35 @@ def test_several_processes_compile_once_and_then_need_no_compiler(counting_compi
     assert done.returncode == 0, done.stderr
 
 
-def test_a_killed_compile_leaves_nothing_half_made(counting_compiler, tmp_path):
-    _, log, wait = counting_compiler
+def test_a_killed_compile_leaves_nothing_half_made_and_no_compiler(counting_compiler, tmp_path):
+    script, log, wait = counting_compiler
     wait.touch()
     code = "from ascend_sim import build, loader; build.runtime(loader.SONAMES)"
-    first = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    first = subprocess.Popen([sys.executable, "-c", code])
     while not log.exists() and first.poll() is None:
         time.sleep(0.05)
     assert log.exists()
-    os.killpg(first.pid, signal.SIGKILL)
+    first.kill()
     first.wait(timeout=1800)
-    cache = tmp_path / "cache"
-    assert not list(cache.glob("runtime-*[0-9a-f]/"))
+
+    def running():
+        commands = (entry / "cmdline" for entry in Path("/proc").iterdir() if entry.name.isdigit())
+        return [command for command in commands if command.exists() and str(script).encode() in _bytes_of(command)]
+
+    while running():  # the limit is that of the session
+        time.sleep(0.05)
+    cache_folder = tmp_path / "cache"
+    assert not list(cache_folder.glob("runtime-*[0-9a-f]/"))
     wait.unlink()
     assert (build.runtime(loader.SONAMES) / "libascendcl.so").exists()
-    assert sorted(entry.suffix for entry in cache.iterdir()) == ["", ".lock"]  # and no scratch of the killed one
+    assert sorted(entry.suffix for entry in cache_folder.iterdir()) == ["", ".lock"]  # and no scratch of the killed one
+
+
+def _bytes_of(file):
+    try:
+        return file.read_bytes()
+    except OSError:  # the process has ended
+        return b""
 
 
 def test_a_failing_compiler_is_quoted_and_not_cached(tmp_path, monkeypatch):
@@ -224,12 +248,14 @@ def test_a_failing_compiler_is_quoted_and_not_cached(tmp_path, monkeypatch):
     assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_the_cache_follows_the_variables(monkeypatch, tmp_path):
-    monkeypatch.delenv("ASCEND_SIM_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.cache_folder() == tmp_path / "ascend-sim"
-    monkeypatch.setenv("ASCEND_SIM_CACHE", "/somewhere")
-    assert build.cache_folder() == Path("/somewhere")
-    first = build.digest([build.RUNTIME])
-    assert first == build.digest([build.RUNTIME])
-    assert first != build.digest([build.RUNTIME, build.RUNTIME])
+def test_a_header_concerns_the_sources_that_include_it(tmp_path):
+    (tmp_path / "a.h").write_text("")
+    (tmp_path / "b.h").write_text('  #  include "a.h"\n')
+    (tmp_path / "uses_b.cpp").write_text('#include <vector>\n#include "b.h"\n')
+    (tmp_path / "uses_none.cpp").write_text('// #include "b.h" in a comment\n#include <vector>\n')
+    assert build.headers_of(tmp_path / "uses_b.cpp") == [tmp_path / "a.h", tmp_path / "b.h"]
+    assert build.headers_of(tmp_path / "uses_none.cpp") == []
+    sources, headers = build.native_sources()
+    used = {header for source in sources for header in build.headers_of(source)}
+    assert used == set(headers)
+    assert any(set(build.headers_of(source)) != set(headers) for source in sources)

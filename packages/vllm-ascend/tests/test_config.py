@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options for linear layers: what is read, and the one error that each broken rule gives before anything starts."""
 
+import dataclasses
 import pickle
 import re
 
 import pytest
-from ascend_comm import Topology
-from ascend_linear import MoeLayers
+from ascend_comm import GroupConfig, InvalidValueError, Topology
+from ascend_linear import LinearEnv, MoeLayers
 from vllm_ascend import envs
 from vllm_ascend.config import AscendConfig, FinegrainedTP
 from vllm_ascend.deployment import Deployment, Model
-from vllm_ascend.rules import broken, check, group_config, planned_env
+from vllm_ascend.rules import _OPTIONS, broken, check, group_config, planned_env
 
 DENSE = Model(vocabulary=1000, dense_width=128, attention_width=256)
 MOE = Model(moe=MoeLayers(routed_experts=8), vocabulary=1000, dense_width=128, attention_width=256)
@@ -151,6 +152,30 @@ BROKEN_RULES = [
 def test_a_broken_rule_is_named(given, deployment, message):
     (found,) = broken(AscendConfig.of(given), deployment)
     assert message in found
+
+
+# Fields that no option of a user sets, that are checked before the libraries see them, or whose own names stand in messages.
+NO_OPTIONS = {
+    "parallel", "dynamic_eplb", "pd_tp_ratio", "pd_head_replicas", "hccl_buffsize_mb", "mc2", "topology",  # not passed, or constants
+    "dp_rank", "enable_dsa_cp", "enable_matmul_reduce_scatter", "moe",  # set by vllm-ascend as the rules ask
+    "kv_role", "world_size",  # are called so in messages
+}  # fmt: skip
+
+
+def test_every_field_of_the_libraries_has_the_name_of_an_option():
+    """An InvalidValueError of a field without a name here would reach a user in the library's words."""
+    told = {field.name for kind in (GroupConfig, LinearEnv, Topology) for field in dataclasses.fields(kind)}
+    own = {field.name for field in dataclasses.fields(AscendConfig)}
+    assert told - own - NO_OPTIONS - set(_OPTIONS) == set()
+    assert set(_OPTIONS.values()) <= own | {f"finegrained_tp_config.{field.name}" for field in dataclasses.fields(FinegrainedTP)} | {
+        "tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size"
+    }  # fmt: skip
+    for field in told - NO_OPTIONS:
+        phrased = InvalidValueError(field, "tp of /data/tp/otp", "must divide {tp}", tp=3).renamed(_OPTIONS).phrased()
+        assert (
+            phrased
+            == f"option {_OPTIONS.get(field, field)!r} ('tp of /data/tp/otp') must divide tensor_parallel_size (3)"
+        )
 
 
 def test_all_broken_rules_are_one_error():

@@ -10,10 +10,12 @@ import sys
 import pytest
 from ascend_comm import Topology
 from typer.testing import CliRunner
+from vllm_ascend import models
 from vllm_ascend.cli import app
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.explain import explain, merged
 from vllm_ascend.models import ARCHITECTURES, layers_of, stage_layers
+from vllm_ascend.moe_layers import moe_layers
 
 DENSE = {
     "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -176,6 +178,55 @@ def test_what_it_cannot_explain():
         rows(DENSE | {"architectures": ["NewForCausalLM"]})
     with pytest.raises(ValueError, match="dtype='int4': must be one of bfloat16"):
         rows(DENSE, dtype="int4")
+
+
+@pytest.mark.parametrize(
+    ("base", "key", "message"),
+    [
+        (DENSE, "intermediate_size", "lacks intermediate_size, which architecture 'Qwen3ForCausalLM' must have"),
+        (LATENT, "kv_lora_rank", "lacks kv_lora_rank"),
+        (LATENT, "v_head_dim", "lacks v_head_dim"),
+        (LATENT, "moe_intermediate_size", "lacks moe_intermediate_size"),
+    ],
+)
+def test_a_size_that_is_null_is_a_size_that_is_missing(base, key, message):
+    with pytest.raises(ValueError, match=message):
+        rows({**base, key: None})
+
+
+def test_a_key_of_moe_layers_that_cannot_be_read_is_named():
+    with pytest.raises(ValueError, match=r"has mlp_only_layers 5: vllm-ascend cannot read its MoE layers from that"):
+        rows({**MOE, "mlp_only_layers": 5})
+
+
+def test_moe_layers_are_found_once_for_a_model(monkeypatch):
+    """Once for each layer is minutes for the most layers that are accepted."""
+    asked = []
+    monkeypatch.setattr(models, "moe_layers", lambda config: asked.append(config) or moe_layers(config))
+    assert any("mlp.gate" in layer.path for layer in layers_of(MOE))
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "file", "by"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, False, "quantization_config"),
+        ({"text_config": DENSE, "quantization_config": {"quant_method": "fp8"}}, False, "quantization_config"),
+        ({}, True, "quant_model_description.json"),
+        ({}, False, None),
+    ],
+)
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_quantised_model_is_said_to_be_counted_without_quantisation(tmp_path, told, file, by, flags):
+    (tmp_path / "config.json").write_text(json.dumps({**DENSE, **told}))
+    if file:
+        (tmp_path / "quant_model_description.json").write_text("{}")
+    done = CliRunner().invoke(app, ["explain", str(tmp_path), *flags])
+    assert done.exit_code == 0, done.output
+    note = f"note: the model is quantised ({by}); all figures are those of bfloat16 weights and activations\n"
+    assert done.stderr == ("" if by is None else note)
+    if flags:
+        json.loads(done.stdout)
 
 
 NO_CONFIGS = {

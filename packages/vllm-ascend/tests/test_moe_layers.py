@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from vllm_ascend.deployment import Model
-from vllm_ascend.moe_layers import ConfigReader, moe_layers, unknown_selectors
+from vllm_ascend.moe_layers import ConfigReader, moe_layers, unknown_selectors, unreadable_selectors
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -100,6 +100,11 @@ def test_values_other_than_the_defaults(name):
         ({"layers_block_type": ["mamba", "moe", "attention", "moe", "mamba", "moe"]}, (1, 3, 5)),
         ({"layers_block_type": ["mamba", "attention"] * 3}, (0, 1, 2, 3, 4, 5)),
         ({"moe_every_n_layers": 2}, (1, 3, 5)),
+        ({"model_type": "step3p5"}, (1, 2, 3, 4, 5)),  # these begin with one dense layer where no key says otherwise
+        ({"architectures": ["Step3TextForCausalLM"]}, (1, 2, 3, 4, 5)),
+        ({"architectures": ["Param2MoEForCausalLM"]}, (1, 2, 3, 4, 5)),
+        ({"architectures": ["Param2MoEForCausalLM"], "first_k_dense_replace": 0}, (0, 1, 2, 3, 4, 5)),
+        ({"model_type": "sarvam_moe", "moe_layer_freq": 2}, (1, 3, 5)),  # counted from the first MoE layer
         ({"num_experts": 0}, ()),
         ({"num_experts": [0, 8, 8]}, (0, 1, 2, 3, 4, 5)),
     ],
@@ -116,3 +121,28 @@ def test_a_key_that_is_not_known_is_named():
     assert unknown_selectors(ConfigReader(config)) == ("expert_block_every", "moe_layer_pattern")
     assert Model.of(config).unknown_selectors == ("expert_block_every", "moe_layer_pattern")
     assert unknown_selectors(ConfigReader({**config, "num_experts": 0})) == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("moe_layer_start_index", [1, 1]),  # ERNIE 4.5 VL: one for text, one for images
+        ("first_k_dense_replace", "three"),
+        ("moe_layer_end_index", {"last": 4}),
+        ("num_dense_layers", True),
+        ("decoder_sparse_step", 1.5),
+        ("mlp_only_layers", 5),
+        ("mlp_only_layers", ["a"]),
+        ("moe_layers", [None]),
+        ("moe_layers_enum", "4,x"),
+        ("moe_layer_freq", [0, "x"]),
+        ("mlp_layer_types", "dense"),
+        ("hybrid_override_pattern", ["M", "E"]),
+    ],
+)
+def test_a_known_key_with_a_value_of_another_form_is_named_and_not_guessed(key, value):
+    config = {"num_hidden_layers": 6, "num_experts": 8, key: value}
+    assert unreadable_selectors(ConfigReader(config)) == unknown_selectors(ConfigReader(config)) == (key,)
+    assert moe_layers(ConfigReader(config)) == ()
+    assert Model.of(config).unknown_selectors == (key,)
+    assert unreadable_selectors(ConfigReader({**config, "num_experts": 0})) == ()

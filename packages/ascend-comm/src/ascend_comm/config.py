@@ -31,8 +31,10 @@ def _named(
 class GroupConfig:
     """Which groups to build. Sizes of 0 are off; every rule is checked at construction.
 
+    vllm-ascend sets none of `parallel`, `dynamic_eplb`, `weight_shards`, `pd_tp_ratio` and `pd_head_replicas`; they are for other callers.
+
     Args:
-        topology: the layout.
+        topology: the parallel sizes.
         parallel: which of the plain groups "tp", "pcp", "pp", "dp" to build too (vLLM has its own).
         mc2: the expert parallel group.
         dynamic_eplb: a second one, for moving experts beside the forward pass.

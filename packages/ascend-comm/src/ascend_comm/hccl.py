@@ -58,7 +58,7 @@ def data_parallel_buffer_mb(data_parallel: int) -> int:
 
 
 def options_for(name: str, data_parallel: int) -> HcclOptions:
-    """The options of the group called `name` (see `GroupConfig.families`) in a layout of `data_parallel` replicas.
+    """The options of the group called `name` (see `GroupConfig.families`) where there are `data_parallel` replicas.
 
     `mc2` follows HCCL_BUFFSIZE, because its kernels read that; `dp` and `dynamic_eplb` need little; all others get 200
     MB.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ascend-comm show``: the layout that a set of sizes gives, as a table or as JSON."""
+"""``ascend-comm show``: the groups that a set of sizes gives, as a table or as JSON."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def ascend_comm() -> None:
-    """Who talks to whom in a distributed layout."""
+    """Who talks to whom in distributed inference."""
 
 
 def show(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rank arithmetic: which global ranks form which communication group.
 
-Every layout is a view of one array of ranks, ``arange(world_size)`` shaped ``[XDP, DP, PP, PCP, TP]`` (external data
+Every family of groups is a view of one array of ranks, ``arange(world_size)`` shaped ``[XDP, DP, PP, PCP, TP]`` (external data
 parallel, data parallel, pipeline parallel, prefill context parallel, tensor parallel; the last axis is the fastest). It
 is the order of vLLM's ``initialize_model_parallel``. Pure Python: neither torch nor numpy is needed.
 
@@ -91,7 +91,7 @@ class Coordinates:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The sizes of a parallel layout, and the families of groups that follow from them.
+    """The parallel sizes of a world, and the families of groups that follow from them.
 
     The arguments may be given by position: their order is the order of the axes of the rank array.
 
@@ -138,7 +138,7 @@ class Topology:
 
     @property
     def external_data_parallel(self) -> int:
-        """Independent copies of the whole layout (XDP): what remains of the world."""
+        """Independent copies of everything within (XDP): what remains of the world."""
         return self.world_size // (self.data_parallel * self.replica_size)
 
     @property

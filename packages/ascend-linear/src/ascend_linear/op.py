@@ -255,7 +255,7 @@ class CustomRowParallelOp(CustomLinearOp):
         """See `CustomLinearOp.update_attrs`."""
         if self.must_reduce and not params.reduce_results:
             raise ValueError(
-                f"reduce_results=False: {self!r} sums over its group as part of its layout; it must be True"
+                f"reduce_results=False: {self!r} sums over its group to give its output its shape; it must be True"
             )
         super().update_attrs(params)
 

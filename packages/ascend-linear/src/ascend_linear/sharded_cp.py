@@ -2,7 +2,7 @@
 """Context parallelism of DeepSeek sparse attention: each rank attends to a part of the context with whole weights.
 
 The group is of size 1. Where layer sharding spreads the weights over ranks, `LinearParams.streamed` brings them; the
-attention layer starts the broadcasts (`LayerShard.reach`).
+attention layer starts the broadcasts (`LayerShard.reach`). vllm-ascend does not use this module: it has no sparse attention.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ class ShardedCPColumnParallelOp(CustomColumnParallelOp):
     """``[..., in] -> [..., out]`` with the whole weight, without communication."""
 
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
-        """As `CustomReplicatedOp`."""
+        """Store the arguments; the group has this rank alone."""
         super().__init__(env, group=Solo(own_rank(env)), prefix=prefix)
 
 
@@ -27,7 +27,7 @@ class ShardedCPRowParallelOp(CustomRowParallelOp):
     """``[..., in] -> [..., out]`` with the whole weight, without communication: `reduce_results` is always False."""
 
     def __init__(self, env: LinearEnv, *, prefix: str = "") -> None:
-        """As `CustomReplicatedOp`."""
+        """Store the arguments; the group has this rank alone."""
         super().__init__(env, group=Solo(own_rank(env)), prefix=prefix)
 
     def update_attrs(self, params: LinearParams) -> None:

@@ -30,7 +30,7 @@ class MoeLayers:
     Args:
         routed_experts: number of routed experts; 0 for a dense model.
         layers: indices of the MoE layers, which then decide alone; None: by the two arguments that follow.
-        first_k_dense_replace: index of the first MoE layer; None where the config has no such key.
+        first_k_dense_replace: index of the first MoE layer; None where the config has no such key. vllm-ascend gives `layers` instead.
         moe_layer_freq: every how many layers there is one.
 
     Raises:
@@ -73,7 +73,7 @@ class LinearEnv:
         enable_flashcomm1: tokens split over `tp` between the layers; needs a `tp` of more than one rank.
         enable_matmul_allreduce: product and all-reduce in one kernel.
         enable_matmul_reduce_scatter: product and reduce-scatter of FlashComm1 in one kernel; for dense models.
-        enable_dsa_cp: context parallelism of DeepSeek sparse attention; needs `enable_flashcomm1`.
+        enable_dsa_cp: context parallelism of DeepSeek sparse attention; needs `enable_flashcomm1`. Not used by vllm-ascend.
         enable_shared_expert_dp: shared experts replicated.
         layer_sharding: last path components of the layers whose weights are spread over ranks.
         o_shard: the series of o_proj, which FlashComm2 with ``layer_sharding=("o_proj",)`` streams.

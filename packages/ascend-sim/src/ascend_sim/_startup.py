@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs at every interpreter start (`ascend_sim.pth`), so it only leaves a note: call the loader when torch is imported.
+"""Runs at every interpreter start (`ascend_sim.pth`), so it only asks to be called when torch is imported.
 
 The stub of CANN must be in the process before `import torch`, because torch imports torch_npu at its end, and torch_npu links against CANN.
 The operators must be in place right after `import torch_npu`.
@@ -18,8 +18,8 @@ class _Finder:
         if name == "torch":
             from ascend_sim import loader
 
-            loader.before_torch()
-        elif name == "torch_npu":
+            return loader.torch_spec(name)
+        if name == "torch_npu":
             from ascend_sim import loader
 
             return loader.watched_spec(name)

@@ -6,31 +6,24 @@ A cache that is filled needs no compiler: it may be made where there is one and 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import PathFinder
 from importlib.metadata import version
 from pathlib import Path
 
-__all__ = ["cache_folder", "compiled", "compiler", "native", "runtime"]
+from ascend_sim import cache
+
+__all__ = ["compiled", "compiler", "native", "runtime"]
 
 HERE = Path(__file__).parent
 RUNTIME = HERE / "runtime" / "cann.c"
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries are kept: ASCEND_SIM_CACHE, or `ascend-sim` in the user's cache folder."""
-    if folder := os.environ.get("ASCEND_SIM_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ascend-sim"
 
 
 def compiler() -> str:
@@ -58,58 +51,48 @@ def processor() -> str:
 def digest(sources: Sequence[Path]) -> str:
     """Name of the cache entry of these sources on this host."""
     state = hashlib.sha256()
-    for part in (version("torch"), version("torch_npu"), processor()):
+    for part in ("manifest", version("torch"), version("torch_npu"), processor()):  # the first is how entries are kept
         state.update(part.encode() + b"\0")
     for source in sources:
         state.update(source.read_bytes() + b"\0")
     return state.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; several processes may start at once and one compiles. The lock goes with a killed process."""
-    with open(path, "w", encoding="utf-8") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def name_of(kind: str, sources: Sequence[Path]) -> str:
+    """Name of a cache entry."""
+    return f"{kind}-{digest(sources)}"
 
 
-def location(kind: str, sources: Sequence[Path]) -> Path:
-    """Folder of a cache entry."""
-    return cache_folder() / f"{kind}-{digest(sources)}"
-
-
-@contextlib.contextmanager
-def entry(kind: str, sources: Sequence[Path]) -> Iterator[tuple[Path, Path | None]]:
-    """Yield (final folder, folder to fill, or None if it is there already); the filled one is renamed into place at the end."""
-    final = location(kind, sources)
-    root = final.parent
-    root.mkdir(parents=True, exist_ok=True)
-    if final.exists():
-        yield final, None
-        return
-    with locked(root / f"{final.name}.lock"):
-        if final.exists():
-            yield final, None
-            return
-        for left_behind in root.glob(f".{final.name}-*"):  # by a compile that was killed
-            shutil.rmtree(left_behind)
-        with tempfile.TemporaryDirectory(dir=root, prefix=f".{final.name}-") as scratch:
-            made = Path(scratch) / "made"
-            made.mkdir()
-            yield final, made
-            made.rename(final)
+# Runs the compiler in a process group of its own, which ends when standard input does: at the latest when this process is gone, killed or not.
+WATCHED = """exec 3<&0
+(read -r _ <&3; kill -s KILL -- "-$$") >/dev/null 2>&1 &
+exec 3<&-
+"$@" </dev/null"""
 
 
 def run(command: Sequence[str]) -> None:
-    """Run the compiler; RuntimeError with its last words if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"ascend-sim: the compiler failed ({' '.join(command[:3])} ...):\n{done.stderr[-4000:]}")
+    """Run the compiler; RuntimeError with its last words if it fails. It does not outlive this process."""
+    watched, lives = os.pipe()
+    try:
+        with subprocess.Popen(
+            ["/bin/sh", "-c", WATCHED, "sh", *command],
+            stdin=watched,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            said, _ = process.communicate()
+    finally:
+        os.close(watched)
+        os.close(lives)
+    if process.returncode:
+        raise RuntimeError(f"ascend-sim: the compiler failed ({' '.join(command[:3])} ...):\n{said[-4000:]}")
 
 
 def runtime(sonames: Sequence[str]) -> Path:
     """Folder that holds the stub of CANN (`libascendcl.so`) and one empty library for each of `sonames`, which depends on it."""
-    with entry("runtime", [RUNTIME]) as (final, made):
+    with cache.entry(name_of("runtime", [RUNTIME])) as (final, made):
         if made:
             headers = package_folder("torch_npu") / "include" / "third_party" / "acl" / "inc"
             shared = [compiler(), "-shared", "-fPIC", "-O2"]
@@ -133,9 +116,22 @@ def runtime(sonames: Sequence[str]) -> Path:
     return final
 
 
-def object_file(source: Path, headers: Sequence[Path]) -> Path:
+def headers_of(source: Path) -> list[Path]:
+    """The headers of this folder that a source includes, directly or by another one."""
+    found: dict[Path, None] = {}
+    waiting = [source]
+    while waiting:
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', waiting.pop().read_text(encoding="utf-8"), re.MULTILINE):
+            header = source.parent / name
+            if header not in found:
+                found[header] = None
+                waiting.append(header)
+    return sorted(found)
+
+
+def object_file(source: Path) -> Path:
     """The object file of one C++ source, compiled against the installed torch."""
-    with entry(f"object-{source.stem}", [source, *headers]) as (final, made):
+    with cache.entry(name_of(f"object-{source.stem}", [source, *headers_of(source)])) as (final, made):
         if made:
             torch = package_folder("torch")
             include = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
@@ -151,22 +147,26 @@ def native_sources() -> tuple[list[Path], list[Path]]:
 
 
 def compiled() -> bool:
-    """Whether all is compiled, so that the next process starts at once."""
+    """Whether all is compiled and whole, so that the next process starts at once. RuntimeError where the cache folder cannot be used."""
     sources, headers = native_sources()
-    return location("native", [*sources, *headers]).exists() and location("runtime", [RUNTIME]).exists()
+    folder = cache.root()
+    return all(
+        cache.is_whole(folder / name_of(kind, files))
+        for kind, files in (("native", [*sources, *headers]), ("runtime", [RUNTIME]))
+    )
 
 
 def native() -> Path:
     """The library of operators: every `native/*.cpp`, as many at a time as there are processors."""
     sources, headers = native_sources()
-    with entry("native", [*sources, *headers]) as (final, made):
+    with cache.entry(name_of("native", [*sources, *headers])) as (final, made):
         if made:
             print(
                 "ascend-sim: compiling the simulator's kernels, once (a minute or two) ...", file=sys.stderr, flush=True
             )
             torch = package_folder("torch")
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                objects = list(pool.map(object_file, sources, [headers] * len(sources)))
+                objects = list(pool.map(object_file, sources))
             run([compiler(), "-shared", "-o", str(made / "libascend_sim.so"), *map(str, objects), f"-L{torch}/lib", f"-Wl,-rpath,{torch}/lib",
                  "-ltorch_cpu", "-lc10", "-fopenmp"])  # fmt: skip
     return final / "libascend_sim.so"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ascend_sim import build, checkpoints, loader
+from ascend_sim import build, cache, checkpoints, loader
 
 __all__ = ["app", "main"]
 
@@ -31,12 +33,29 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 
 
 def main() -> None:
-    """Run the command; a mistake or a missing part is one line on standard error and exit status 1."""
+    """Run the command; a mistake, a missing part or an output that is full is one line on standard error and exit status 1."""
+    if sys.stdout is None:  # closed before the start: nothing is printed, as with Python's print
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    code: object = 0
     try:
         app()
+    except SystemExit as stop:
+        code = stop.code
+    except BrokenPipeError:  # the reader has had enough
+        code = 1
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         print(f"ascend-sim: {_first_line(error).removeprefix('ascend-sim: ')}", file=sys.stderr)
-        raise SystemExit(1) from None
+        code = 1
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if code == 0 and not isinstance(error, BrokenPipeError):
+            print(f"ascend-sim: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        code = 1
+        null = os.open(os.devnull, os.O_WRONLY)  # for what is left in the buffer
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    raise SystemExit(code)
 
 
 @app.command()
@@ -47,16 +66,19 @@ def status(as_json: AsJson = False) -> None:
         print(json.dumps(facts, indent=2))
     else:
         shown = Table(show_header=False, title="ascend-sim")
-        state = "[green]active[/]" if facts["active"] else "[red]inactive[/]"
-        shown.add_row("simulator", f"{state} because {facts['reason']}")
+        if facts["problem"]:
+            shown.add_row("simulator", f"[red]needed, and cannot run[/]: {escape(facts['problem'])}")
+        else:
+            state = "[green]active[/]" if facts["active"] else "[red]inactive[/]"
+            shown.add_row("simulator", f"{state} because {escape(facts['reason'])}")
         for name, value in facts["versions"].items():
             shown.add_row(name, value or "not installed")
-        shown.add_row("cache", facts["cache"])
+        shown.add_row("cache", escape(facts["cache"]))
         shown.add_row("compiler", facts["compiler"] or "none: apt install g++")
         shown.add_row(
             "kernels", "compiled" if facts["compiled"] else "compiled when torch is first imported (a minute or two)"
         )
-        if facts["active"]:
+        if "soc" in facts:
             shown.add_row("chip", f"{facts['soc']} (ASCEND_SIM_SOC)")
             shown.add_row("devices", f"{facts['devices']} (ASCEND_SIM_DEVICES)")
             shown.add_row("memory", f"{facts['memory_bytes'] / 2**30:g} GiB each (ASCEND_SIM_MEMORY)")
@@ -69,26 +91,35 @@ def status(as_json: AsJson = False) -> None:
 def _facts() -> dict[str, Any]:
     """What `status` prints. Imports torch only where the simulator is needed and compiled, to see that it really starts."""
     decision = loader.decide()
-    facts: dict[str, Any] = {"active": decision.active, "reason": decision.reason}
+    facts: dict[str, Any] = {"active": decision.active, "reason": decision.reason, "problem": decision.problem}
     facts["versions"] = {
         "Python": sys.version.split()[0],
         **{name: _version(name) for name in ("ascend-sim", "torch", "torch-npu")},
     }
-    facts["cache"] = str(build.cache_folder())
+    facts["cache"] = str(cache.cache_folder())
     try:
         facts["compiler"] = build.compiler()
     except RuntimeError:
         facts["compiler"] = None
-    facts["compiled"] = None not in facts["versions"].values() and build.compiled()
+    facts["compiled"] = False
     if not decision.active:
         return facts
     facts["soc"] = loader.soc_name()
     facts["devices"], facts["memory_bytes"] = loader.device_count(), loader.device_bytes()
     facts["strict"] = loader.strict()
-    if facts["compiled"]:
-        torch = _torch()
-        facts["devices"] = torch.npu.device_count()
-        facts["versions"]["CANN (simulated)"] = torch.npu.utils.get_cann_version()
+    try:
+        facts["compiled"] = None not in facts["versions"].values() and build.compiled()
+        if facts["compiled"]:
+            torch = _torch()
+            facts["devices"] = torch.npu.device_count()
+            facts["versions"]["CANN (simulated)"] = torch.npu.utils.get_cann_version()
+        elif problem := cache.usable():
+            raise RuntimeError(problem)
+        else:
+            build.compiler()
+    except (ImportError, OSError, RuntimeError) as error:
+        problem = (str(error).splitlines() or [type(error).__name__])[0].removeprefix("ascend-sim: ")
+        facts |= {"active": False, "problem": problem, "reason": problem}
     return facts
 
 
@@ -147,7 +178,7 @@ def upcycle(
 ) -> None:
     """Make a mixture of experts that writes the same text as the dense model it is made of."""
     with _progress() as progress:
-        dense = source or checkpoints.smollm2(build.cache_folder() / SMOLLM2, progress=progress)
+        dense = source or checkpoints.smollm2(cache.cache_folder() / SMOLLM2, progress=progress)
         checkpoints.upcycle(dense, directory, experts=experts, top_k=top_k, seed=seed, progress=progress)
     print(directory)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -32,7 +33,7 @@ class SimulatedHCCL(dist.ProcessGroupGloo):
     def __init__(self, options: _DistributedBackendOptions) -> None:
         """Join the group that `options` describe (torch's extended backend API)."""
         gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in torch's stubs
-        gloo._devices = [dist.ProcessGroupGloo.create_default_device()]
+        gloo._devices = _gloo_devices()
         gloo._timeout = options.timeout
         super().__init__(options.store, options.group_rank, options.group_size, gloo)
         self.group_name = cast("GroupName", options.group_id)
@@ -56,6 +57,25 @@ class SimulatedHCCL(dist.ProcessGroupGloo):
         return _All(
             [start[op]([tensor], peer, 0) for op, tensor, peer in zip(op_type, tensors, remote_rank_list, strict=True)]
         )
+
+
+def _gloo_devices() -> list[Any]:
+    """One device for each network interface that GLOO_SOCKET_IFNAME names, separated by commas, as torch's own Gloo groups have it.
+
+    Raises:
+        ValueError: there is no such interface, or it has no address.
+    """
+    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    devices = []
+    for name in names:
+        try:
+            devices.append(dist.ProcessGroupGloo.create_device(interface=name))
+        except (RuntimeError, ValueError) as error:
+            known = ", ".join(name for _, name in socket.if_nameindex())
+            raise ValueError(
+                f"GLOO_SOCKET_IFNAME is {','.join(names)!r}: {name!r} cannot be used ({error}); interfaces here: {known}"
+            ) from error
+    return devices or [dist.ProcessGroupGloo.create_default_device()]
 
 
 class _All(dist.Work):

@@ -13,6 +13,7 @@ import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from ascend_sim import build
 
@@ -25,6 +26,7 @@ __all__ = [
     "memory_bytes",
     "soc_name",
     "strict",
+    "torch_spec",
     "watched_spec",
 ]
 
@@ -44,13 +46,14 @@ class Decision:
     Attributes:
         active: the simulator answers for CANN.
         reason: one clause that ends the sentence "active/inactive because ...".
+        problem: what keeps the simulator from running although it is needed, with the remedy; "" where nothing does.
     """
 
-    __slots__ = ("active", "reason")
+    __slots__ = ("active", "problem", "reason")
 
-    def __init__(self, active: bool, reason: str) -> None:
-        """Keep the two facts."""
-        self.active, self.reason = active, reason
+    def __init__(self, active: bool, reason: str, problem: str = "") -> None:
+        """Store the three facts."""
+        self.active, self.reason, self.problem = active, reason, problem
 
 
 def find_cann() -> Path | None:
@@ -62,19 +65,29 @@ def find_cann() -> Path | None:
 
 
 def decide() -> Decision:
-    """Say whether the simulator is needed. Reads the environment and looks for CANN; changes nothing."""
+    """Say whether the simulator is needed, and what is wrong with its variables. Reads the environment and looks for CANN; changes nothing."""
     switch = os.environ.get("ASCEND_SIM", "")
     if switch not in ("", "0", "1"):
-        raise ValueError(f"ASCEND_SIM is {switch!r}; allowed: 0 (off), 1 (on), unset (on where there is no CANN)")
+        wrong = f"ASCEND_SIM is {switch!r}; allowed: 0 (off), 1 (on), unset (on where there is no CANN)"
+        return Decision(False, wrong, problem=wrong)
     if switch == "0":
         return Decision(False, "ASCEND_SIM=0 switches it off")
     if PathFinder.find_spec("torch_npu") is None:
         return Decision(False, "torch-npu is not installed (pip install torch-npu==2.13.0)")
-    if switch == "1":
-        return Decision(True, "ASCEND_SIM=1 asks for it")
-    if cann := find_cann():
+    if switch != "1" and (cann := find_cann()):
         return Decision(False, f"a real CANN is in {cann}")
-    return Decision(True, "there is no CANN on this host")
+    if problem := _wrong_variable():
+        return Decision(False, problem, problem=problem)
+    return Decision(True, "ASCEND_SIM=1 asks for it" if switch == "1" else "there is no CANN on this host")
+
+
+def _wrong_variable() -> str:
+    """What is wrong with one of the simulator's variables; "" where nothing is."""
+    try:
+        strict(), soc_name(), device_count(), device_bytes()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def memory_bytes(text: str) -> int:
@@ -121,11 +134,38 @@ def strict() -> bool:
     return text == "1"
 
 
-def before_torch() -> None:
-    """Put the stub of CANN in the process, once, if the simulator is needed here."""
-    if "torch" in sys.modules or not decide().active:
-        return
-    strict()  # the C++ side reads the variable, and takes all but 0 for strict
+def torch_spec(name: str) -> ModuleSpec | None:
+    """torch's own spec, with a loader that puts the simulator in place around it; None where that is not needed, or done already."""
+    decision = decide()
+    spec = PathFinder.find_spec(name)
+    if name in sys.modules or not (decision.active or decision.problem) or spec is None or spec.origin is None:
+        return None
+    spec.loader = _Torch(name, spec.origin)
+    return spec
+
+
+def before_torch() -> str:
+    """Put the stub of CANN in the process, once, if the simulator is needed here, and compile what is not compiled.
+
+    Returns:
+        Why it is needed and cannot be had, with the remedy; "" where all is well.
+    """
+    global _prepared, _problem
+    decision = decide()
+    if _prepared or not (decision.active or decision.problem):
+        return _problem
+    _prepared, _problem = True, decision.problem
+    if not _problem:
+        try:
+            _put_stub_in_place()
+            if _loads_backends():
+                build.native()
+        except (OSError, RuntimeError) as error:
+            _problem = str(error).removeprefix("ascend-sim: ")
+    return _problem
+
+
+def _put_stub_in_place() -> None:
     os.environ["ASCEND_SIM_SOC"] = soc_name()
     os.environ["ASCEND_SIM_DEVICES"] = str(device_count())
     os.environ["ASCEND_SIM_MEMORY_BYTES"] = str(device_bytes())
@@ -133,6 +173,59 @@ def before_torch() -> None:
     folder = build.runtime(SONAMES)
     for name in ("libascendcl", *SONAMES):
         ctypes.CDLL(str(folder / f"{name}.so"), mode=ctypes.RTLD_GLOBAL)
+
+
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # torch's own switch
+_prepared = False
+_problem = ""
+"""Whether `before_torch` has run in this process, and what it found."""
+
+
+def _loads_backends() -> bool:
+    return os.environ.get(_AUTOLOAD, "1") == "1"
+
+
+class _Torch(importlib.machinery.SourceFileLoader):
+    """Loads torch, and lets it load torch_npu only where that can work: `import torch` never fails for want of a simulator."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        problem = before_torch()
+        if not problem or not _loads_backends():
+            super().exec_module(module)
+        else:
+            os.environ[_AUTOLOAD] = "0"
+            try:
+                super().exec_module(module)
+            finally:
+                del os.environ[_AUTOLOAD]
+        if problem:
+            module.npu = _Absent(problem)  # type: ignore[attr-defined]
+            with contextlib.suppress(OSError, AttributeError):  # standard error may be closed
+                sys.stderr.write(f"{_absent(problem)}\n")
+
+
+class _Absent(ModuleType):
+    """`torch.npu` where there is no simulated NPU: every use of it says why."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__("torch.npu")
+        self.__dict__["_problem"] = problem
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError(_absent(self.__dict__["_problem"]))
+
+
+def _absent(problem: str) -> str:
+    return f"ascend-sim: there is no simulated NPU in this process: {problem}"
+
+
+class _Refusing(importlib.machinery.SourceFileLoader):
+    """torch_npu where there is no simulated NPU: without CANN its own import would fail for want of a library."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise ImportError(_absent(_problem), name="torch_npu")
 
 
 class _Watched(importlib.machinery.SourceFileLoader):
@@ -145,9 +238,7 @@ class _Watched(importlib.machinery.SourceFileLoader):
                 super().exec_module(module)
         finally:  # standard output belongs to the program, and here it is right that the variable is not set
             left = said.getvalue().replace(NOT_SET, "")
-            with contextlib.suppress(
-                OSError, AttributeError
-            ):  # it may be full, or closed: no reason for `import torch` to fail
+            with contextlib.suppress(OSError, AttributeError):  # it may be full, or closed
                 sys.stdout.write(left)
         from ascend_sim import activate
 
@@ -157,7 +248,8 @@ class _Watched(importlib.machinery.SourceFileLoader):
 def watched_spec(name: str) -> ModuleSpec | None:
     """torch_npu's own spec, with a loader that activates the operators afterwards; None where the simulator is not needed."""
     spec = PathFinder.find_spec(name)
-    if spec is None or spec.origin is None or not decide().active:
+    decision = decide()
+    if spec is None or spec.origin is None or not (decision.active or decision.problem):
         return None
-    spec.loader = _Watched(name, spec.origin)
+    spec.loader = _Refusing(name, spec.origin) if _problem else _Watched(name, spec.origin)
     return spec

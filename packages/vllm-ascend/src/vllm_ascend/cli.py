@@ -72,12 +72,13 @@ def explain(
     from vllm_ascend import explain as explanation
     from vllm_ascend.config import AscendConfig
     from vllm_ascend.json_object import parse_object
-    from vllm_ascend.models import read_config
+    from vllm_ascend.models import quantised_by, read_config
 
     sizes = (data_parallel_size, pipeline_parallel_size, 1, tensor_parallel_size)
     try:
+        config = read_config(model)
         rows = explanation.explain(
-            read_config(model),
+            config,
             AscendConfig.of(parse_object(additional_config, "--additional-config")),
             Topology(data_parallel_size * pipeline_parallel_size * tensor_parallel_size, *sizes),
             expert_parallel=enable_expert_parallel,
@@ -88,6 +89,9 @@ def explain(
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
+    if (by := quantised_by(model, config)) is not None:
+        note = f"note: the model is quantised ({by}); all figures are those of {dtype} weights and activations"
+        typer.echo(note, err=True)
     if as_json:
         typer.echo(json.dumps([row.as_dict() for row in rows], indent=2))
         return

@@ -76,7 +76,7 @@ def explain(
     dtype: str = "bfloat16",
     rules: Rules = MappingProxyType({}),
 ) -> list[Explained]:
-    """Every linear layer of the pipeline stage of `rank`, with the embedding before and the LM head behind, where they are on it.
+    """Every linear layer of the pipeline stage of `rank`, with the embedding before and the LM head after them, where they are on it.
 
     Args:
         config: the model's Hugging Face config.
@@ -85,7 +85,7 @@ def explain(
         expert_parallel: whether experts are spread over ranks.
         rank: global rank.
         tokens: tokens of a step, which decide whether FlashComm1 takes part.
-        dtype: of weights and activations, a key of `BYTES`.
+        dtype: of weights and activations, a key of `BYTES`. Weights that a checkpoint has quantised are counted in it too.
         rules: the tables by which "column" and "row" layers get their ops; ascend-linear's own where there is none.
 
     Raises:
@@ -100,9 +100,10 @@ def explain(
             f"pipeline_parallel_size ({stages}) must be at most the model's {config['num_hidden_layers']} layers"
         )
     heads, ranks = config["num_attention_heads"], topology.tensor_parallel
-    kv_heads = 0 if "kv_lora_rank" in config else config.get("num_key_value_heads") or heads
+    latent = config.get("kv_lora_rank") is not None
+    kv_heads = 0 if latent else config.get("num_key_value_heads") or heads
     refuse(limits.broken(limits.Attention(heads=heads, kv_heads=kv_heads, ranks=ranks)))
-    model = Model.of(config, latent_attention="kv_lora_rank" in config, half_precision=dtype != "float32")
+    model = Model.of(config, latent_attention=latent, half_precision=dtype != "float32")
     asked = topology.data_parallel
     if not model.moe.routed_experts and asked > 1:  # each replica is a world of its own
         topology = Topology(topology.world_size // asked, 1, *_inner_sizes(topology))

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from vllm_ascend.findings import shown
 from vllm_ascend.json_object import parse_object
-from vllm_ascend.moe_layers import ConfigReader, moe_layers
+from vllm_ascend.moe_layers import ConfigReader, moe_layers, unreadable_selectors
+from vllm_ascend.quantization.description import FILE
 
-__all__ = ["ARCHITECTURES", "Linear", "layers_of", "padded_vocabulary", "read_config", "stage_layers"]
+__all__ = ["ARCHITECTURES", "Linear", "layers_of", "padded_vocabulary", "quantised_by", "read_config", "stage_layers"]
 
 Config = Mapping[str, Any]
 
@@ -75,7 +76,17 @@ def read_config(model: str) -> dict[str, Any]:
                 f"{model}: neither a folder nor a model on the hub ({str(error).splitlines()[0]})"
             ) from error
     inner = config.get("text_config")
-    return {**inner, "architectures": config.get("architectures", [])} if isinstance(inner, dict) else config
+    if not isinstance(inner, dict):
+        return config
+    of_all = {key: config[key] for key in ("architectures", "quantization_config") if key in config}
+    return {"architectures": [], **inner, **of_all}
+
+
+def quantised_by(model: str, config: Config) -> str | None:
+    """What says that the weights of `model`, a folder or a name, are quantised: a key of its config or a file beside it; None: nothing does."""
+    if config.get("quantization_config"):
+        return "quantization_config"
+    return FILE if (Path(model) / FILE).exists() else None
 
 
 def padded_vocabulary(tokens: int) -> int:
@@ -96,8 +107,19 @@ def layers_of(config: Config) -> list[Linear]:
     if build is None:
         raise ValueError(f"architecture {names[0]!r} is not known here; known are {', '.join(sorted(ARCHITECTURES))}")
     _check_sizes(config, names[0])
+    config = {key: value for key, value in config.items() if value is not None}
+    reader = ConfigReader(config)
+    for key in unreadable_selectors(reader):
+        raise ValueError(
+            f"the model's config has {key} {shown(config[key])}: vllm-ascend cannot read its MoE layers from that"
+        )
+    with_experts = frozenset(moe_layers(reader))
     try:
-        return [layer for n in range(config["num_hidden_layers"]) for layer in build(config, n, f"model.layers.{n}")]
+        return [
+            layer
+            for n in range(config["num_hidden_layers"])
+            for layer in build(config, n in with_experts, f"model.layers.{n}")
+        ]
     except KeyError as error:
         raise ValueError(
             f"the model's config lacks {error.args[0]}, which architecture {names[0]!r} must have"
@@ -162,25 +184,25 @@ def _gate(config: Config, path: str, experts: int) -> Linear:
     return Linear(path=f"{path}.gate", kind="replicated", inputs=config["hidden_size"], outputs=experts)
 
 
-def _llama(config: Config, n: int, path: str) -> Iterator[Linear]:
+def _llama(config: Config, has_experts: bool, path: str) -> Iterator[Linear]:
     bias = bool(config.get("attention_bias") or config.get("bias"))
     yield from _attention(config, path, qkv_bias=bool(config.get("qkv_bias", bias)), o_bias=bias)
     yield from _mlp(config, f"{path}.mlp", config["intermediate_size"], bias=bool(config.get("mlp_bias")))
 
 
-def _qwen2(config: Config, n: int, path: str) -> Iterator[Linear]:
+def _qwen2(config: Config, has_experts: bool, path: str) -> Iterator[Linear]:
     yield from _attention(config, path, qkv_bias=True)
     yield from _mlp(config, f"{path}.mlp", config["intermediate_size"])
 
 
-def _qwen3(config: Config, n: int, path: str) -> Iterator[Linear]:
+def _qwen3(config: Config, has_experts: bool, path: str) -> Iterator[Linear]:
     yield from _attention(config, path, qkv_bias=bool(config.get("attention_bias")))
     yield from _mlp(config, f"{path}.mlp", config["intermediate_size"])
 
 
-def _qwen_moe(config: Config, n: int, path: str, *, qkv_bias: bool) -> Iterator[Linear]:
+def _qwen_moe(config: Config, has_experts: bool, path: str, *, qkv_bias: bool) -> Iterator[Linear]:
     yield from _attention(config, path, qkv_bias=qkv_bias)
-    if n not in moe_layers(ConfigReader(config)):
+    if not has_experts:
         yield from _mlp(config, f"{path}.mlp", config["intermediate_size"])
         return
     yield _gate(config, f"{path}.mlp", config["num_experts"])
@@ -189,16 +211,16 @@ def _qwen_moe(config: Config, n: int, path: str, *, qkv_bias: bool) -> Iterator[
         yield from _mlp(config, f"{path}.mlp.shared_expert", width, shared=True)
 
 
-def _qwen2_moe(config: Config, n: int, path: str) -> Iterator[Linear]:
-    yield from _qwen_moe(config, n, path, qkv_bias=bool(config.get("qkv_bias", True)))
+def _qwen2_moe(config: Config, has_experts: bool, path: str) -> Iterator[Linear]:
+    yield from _qwen_moe(config, has_experts, path, qkv_bias=bool(config.get("qkv_bias", True)))
 
 
-def _qwen3_moe(config: Config, n: int, path: str) -> Iterator[Linear]:
-    yield from _qwen_moe(config, n, path, qkv_bias=bool(config.get("attention_bias")))
+def _qwen3_moe(config: Config, has_experts: bool, path: str) -> Iterator[Linear]:
+    yield from _qwen_moe(config, has_experts, path, qkv_bias=bool(config.get("attention_bias")))
 
 
-def _deepseek_mlp(config: Config, n: int, path: str) -> Iterator[Linear]:
-    if n not in moe_layers(ConfigReader(config)):
+def _deepseek_mlp(config: Config, has_experts: bool, path: str) -> Iterator[Linear]:
+    if not has_experts:
         yield from _mlp(config, f"{path}.mlp", config["intermediate_size"])
         return
     yield _gate(config, f"{path}.mlp", config["n_routed_experts"])
@@ -207,22 +229,22 @@ def _deepseek_mlp(config: Config, n: int, path: str) -> Iterator[Linear]:
         yield from _mlp(config, f"{path}.mlp.shared_experts", width, shared=True)
 
 
-def _deepseek(config: Config, n: int, path: str) -> Iterator[Linear]:
+def _deepseek(config: Config, has_experts: bool, path: str) -> Iterator[Linear]:
     yield from _latent_attention(config, path)
-    yield from _deepseek_mlp(config, n, path)
+    yield from _deepseek_mlp(config, has_experts, path)
 
 
-def _glm4_moe(config: Config, n: int, path: str) -> Iterator[Linear]:
+def _glm4_moe(config: Config, has_experts: bool, path: str) -> Iterator[Linear]:
     yield from _attention(config, path, qkv_bias=bool(config.get("attention_bias")))
-    yield from _deepseek_mlp(config, n, path)
+    yield from _deepseek_mlp(config, has_experts, path)
 
 
-def _mixtral(config: Config, n: int, path: str) -> Iterator[Linear]:
+def _mixtral(config: Config, has_experts: bool, path: str) -> Iterator[Linear]:
     yield from _attention(config, path, qkv_bias=False)
     yield _gate(config, f"{path}.block_sparse_moe", config["num_local_experts"])
 
 
-ARCHITECTURES: Mapping[str, Callable[[Config, int, str], Iterator[Linear]]] = {
+ARCHITECTURES: Mapping[str, Callable[[Config, bool, str], Iterator[Linear]]] = {
     "DeepseekV2ForCausalLM": _deepseek,
     "DeepseekV3ForCausalLM": _deepseek,
     "Glm4MoeForCausalLM": _glm4_moe,

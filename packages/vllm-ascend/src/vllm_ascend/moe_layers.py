@@ -10,15 +10,20 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["ConfigReader", "moe_layers", "routed_experts", "unknown_selectors"]
+__all__ = ["ConfigReader", "moe_layers", "routed_experts", "unknown_selectors", "unreadable_selectors"]
 
 _EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
-# Keys that say which layers have experts, all of which `_has_experts` reads.
-_SELECTORS = frozenset({
-    "decoder_sparse_step", "expert_layer_offset", "expert_layer_period", "first_k_dense_replace", "hybrid_override_pattern",
-    "interleave_moe_layer_step", "layers_block_type", "mlp_layer_types", "mlp_only_layers", "moe_every_n_layers", "moe_layer_end_index",
-    "moe_layer_freq", "moe_layer_interval", "moe_layer_start_index", "moe_layers", "moe_layers_enum", "moe_start_layer", "num_dense_layers",
+# Keys that say which layers have experts, all of which `_has_experts` reads, by the form of their values.
+_NUMBERS = frozenset({
+    "decoder_sparse_step", "expert_layer_offset", "expert_layer_period", "first_k_dense_replace", "interleave_moe_layer_step", "moe_every_n_layers",
+    "moe_layer_end_index", "moe_layer_interval", "moe_layer_start_index", "moe_start_layer", "num_dense_layers",
 })  # fmt: skip
+_LISTS = frozenset({
+    "hybrid_override_pattern", "layers_block_type", "mlp_layer_types", "mlp_only_layers", "moe_layer_freq", "moe_layers", "moe_layers_enum",
+})  # fmt: skip
+_SELECTORS = _NUMBERS | _LISTS
+# Families that begin with one dense layer where the config does not say how many: by model_type or architecture, in lower case.
+_BEGIN_WITH_A_DENSE_LAYER = ("param2moe", "sarvam", "step3")
 _OTHER = frozenset({"prefix_dense_sliding_window_pattern"})  # about attention, of Cohere 2 MoE
 # Names that a key for this would have: experts or density, and something that counts layers.
 _ABOUT_EXPERTS = re.compile(r"moe|expert|sparse|dense")
@@ -65,27 +70,53 @@ def routed_experts(config: ConfigReader) -> int:
 
 
 def moe_layers(config: ConfigReader) -> tuple[int, ...]:
-    """Indices of the decoder layers that have routed experts, ascending; empty for a dense model."""
-    if not routed_experts(config):
+    """Indices of the decoder layers that have routed experts, ascending; empty for a dense model, and where `unreadable_selectors` has any."""
+    if not routed_experts(config) or unreadable_selectors(config):
         return ()
     return tuple(layer for layer in range(config.number("num_hidden_layers")) if _has_experts(layer, config))
 
 
 def unknown_selectors(config: ConfigReader) -> tuple[str, ...]:
-    """Keys of a MoE model's config that seem to choose layers with experts, and that `moe_layers` does not know."""
+    """Keys of a MoE model's config that seem to choose layers with experts, and that `moe_layers` does not know or cannot read."""
     if not routed_experts(config):
         return ()
-    return tuple(
-        sorted(
-            key
-            for key in config.names
-            if key not in _SELECTORS | _OTHER
-            and _ABOUT_EXPERTS.search(key)
-            and _ABOUT_LAYERS.search(key)
-            and not isinstance(config.get(key), (bool, float, type(None)))
-            and config.get(key) not in (0, "", [], ())
-        )
-    )
+    unknown = [
+        key
+        for key in config.names
+        if key not in _SELECTORS | _OTHER
+        and _ABOUT_EXPERTS.search(key)
+        and _ABOUT_LAYERS.search(key)
+        and not isinstance(config.get(key), (bool, float, type(None)))
+        and config.get(key) not in (0, "", [], ())
+    ]
+    return tuple(sorted([*unknown, *unreadable_selectors(config)]))
+
+
+def unreadable_selectors(config: ConfigReader) -> tuple[str, ...]:
+    """Keys of a MoE model's config that choose layers with experts, and have a value of a form that `moe_layers` does not know."""
+    if not routed_experts(config):
+        return ()
+    told = {key: config.get(key) for key in sorted(_SELECTORS)}
+    return tuple(key for key, value in told.items() if value is not None and not _is_readable(key, value))
+
+
+def _is_readable(key: str, value: object) -> bool:
+    if key in _NUMBERS or (key == "moe_layer_freq" and not isinstance(value, (list, tuple))):
+        return _is_index(value)
+    if key in ("moe_layers", "moe_layers_enum") and isinstance(value, str):
+        return all(one.strip().isdecimal() for one in value.split(","))
+    if key == "hybrid_override_pattern":
+        return isinstance(value, str)
+    if not isinstance(value, (list, tuple)):
+        return False
+    if key == "moe_layer_freq":
+        return all(isinstance(one, int) for one in value)  # flags
+    kind = str if key in ("layers_block_type", "mlp_layer_types") else int
+    return all(isinstance(one, kind) and not isinstance(one, bool) for one in value)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _has_experts(layer: int, config: ConfigReader) -> bool:
@@ -103,12 +134,20 @@ def _has_experts(layer: int, config: ConfigReader) -> bool:
         return False
     if layer % _every(config, "expert_layer_period") != config.number("expert_layer_offset"):  # Jamba
         return False
-    if layer % _every(config, "moe_layer_freq"):  # DeepSeek, GLM
-        return False
     first = config.get(
-        "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "moe_start_layer", default=0
-    )
+        "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "moe_start_layer",
+        default=int(_is_of(config, *_BEGIN_WITH_A_DENSE_LAYER)),
+    )  # fmt: skip
+    counted_from = first if _is_of(config, "sarvam") else 0
+    if (layer - counted_from) % _every(config, "moe_layer_freq"):  # DeepSeek, GLM
+        return False
     return bool(first <= layer <= config.get("moe_layer_end_index", default=layer))
+
+
+def _is_of(config: ConfigReader, *families: str) -> bool:
+    """Whether the config's model_type or its first architecture begins with one of `families`."""
+    names = [config.get("model_type", default=""), *list(config.get("architectures", default=()))[:1]]
+    return any(isinstance(name, str) and name.lower().startswith(families) for name in names)
 
 
 def _every(config: ConfigReader, *names: str) -> int:

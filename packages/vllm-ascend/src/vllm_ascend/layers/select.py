@@ -23,7 +23,7 @@ def select(
     disable_tp: bool = False,
     rules: Sequence[Rule] | None = None,
 ) -> Selected:
-    """The op of a layer, as `get_parallel_op` has it, and a check that FlashComm1 leaves no layer of a model behind.
+    """The op of a layer, as `get_parallel_op` has it, and a check that every layer to which FlashComm1 brings split tokens knows of that.
 
     Raises:
         ValueError: FlashComm1 splits tokens before this layer, and no op of it knows of that.

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of compiled libraries: who may write it, entries that appear whole or not at all, and the check of what is loaded from it.
+
+Code in this folder runs in every process that imports torch. So, as ssh does with its keys, nothing is taken from it that somebody else could
+have written: the folder, its entries and their files belong to this user or to root, nobody else may write them, and links are not followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["cache_folder", "entry", "is_whole", "root", "usable"]
+
+_MANIFEST = "manifest.json"
+_WRITERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept: ASCEND_SIM_CACHE, or `ascend-sim` in the user's cache folder."""
+    if folder := os.environ.get("ASCEND_SIM_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ascend-sim"
+
+
+def root() -> Path:
+    """The cache folder, made if it is not there and known to be this user's.
+
+    Raises:
+        RuntimeError: it cannot be made, or somebody else could write it; with the remedy.
+    """
+    folder = cache_folder()
+    try:
+        for missing in reversed([one for one in (folder, *folder.parents) if not one.exists()]):
+            missing.mkdir(exist_ok=True)  # another process may be here too
+            missing.chmod(0o755)  # whatever the umask is
+        folder = folder.resolve(strict=True)
+        _check_trusted(folder, stat.S_ISDIR)
+        _check_parents(folder)
+    except OSError as error:
+        raise RuntimeError(
+            f"the cache folder {folder} cannot be used ({error.strerror or error}); set ASCEND_SIM_CACHE to a folder of your own"
+        ) from error
+    return folder
+
+
+def usable() -> str:
+    """Why nothing can be compiled into the cache folder; "" where it can. Makes the folder if it is not there."""
+    try:
+        folder = root()
+    except RuntimeError as error:
+        return str(error)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"the cache folder {folder} cannot be written; set ASCEND_SIM_CACHE to a folder of your own"
+    return ""
+
+
+@contextlib.contextmanager
+def entry(name: str) -> Iterator[tuple[Path, Path | None]]:
+    """Yield (the entry's folder, a folder to fill, or None if the entry is there and whole).
+
+    What was filled gets a manifest of its files, is written through to the disk, and is then renamed into place: an entry is whole or absent,
+    also after a crash. A damaged one is made anew. Several processes may start at once; one of them fills.
+
+    Raises:
+        RuntimeError: the cache folder cannot be used, or somebody else could write the entry.
+    """
+    folder = root()
+    final = folder / name
+    if is_whole(final):
+        yield final, None
+        return
+    if problem := usable():
+        damaged = " and the entry in it is damaged" if final.exists() else ""
+        raise RuntimeError(problem + damaged)
+    with _locked(folder / f"{name}.lock"):
+        if is_whole(final):
+            yield final, None
+            return
+        if final.exists():
+            shutil.rmtree(final)
+        for left_behind in folder.glob(f".{name}-*"):  # by a compile that was killed
+            shutil.rmtree(left_behind)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as scratch:
+            made = Path(scratch) / "made"
+            made.mkdir()
+            yield final, made
+            _seal(made)
+            made.rename(final)
+            _write_through(folder)
+
+
+def is_whole(final: Path) -> bool:
+    """Whether an entry is there, and its files are what was written: a damaged library would end the process that loads it.
+
+    Raises:
+        RuntimeError: somebody else could have written it.
+    """
+    try:
+        _check_trusted(final, stat.S_ISDIR)
+        sizes = json.loads((final / _MANIFEST).read_text(encoding="utf-8"))
+        for name, (size, digest) in sizes.items():
+            file = final / name
+            _check_trusted(file, stat.S_ISREG)
+            if file.stat().st_size != size or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                return False
+    except (OSError, ValueError, TypeError, AttributeError):  # absent, or a manifest that is damaged too
+        return False
+    return True
+
+
+def _check_trusted(path: Path, is_kind: object) -> None:
+    """RuntimeError unless `path` is of a kind, no link, this user's or root's, and written by nobody else. OSError where there is none."""
+    found = path.lstat()
+    remedy = f"delete {path} or mend it, or set ASCEND_SIM_CACHE to a folder of your own"
+    if not is_kind(found.st_mode):  # type: ignore[operator]  # a function of the module stat
+        kind = "a link" if stat.S_ISLNK(found.st_mode) else f"of mode {stat.filemode(found.st_mode)}"
+        raise RuntimeError(f"nothing is loaded from {path}, which is {kind}; {remedy}")
+    if found.st_uid not in (0, os.geteuid()):
+        raise RuntimeError(
+            f"nothing is loaded from {path}, which belongs to user {found.st_uid}, and not to you or root; {remedy}"
+        )
+    if found.st_mode & _WRITERS:
+        raise RuntimeError(
+            f"nothing is loaded from {path}, which others may write (mode {stat.filemode(found.st_mode)}); chmod go-w it, or set ASCEND_SIM_CACHE to a folder of your own"
+        )
+
+
+def _check_parents(folder: Path) -> None:
+    """RuntimeError if somebody else could put another folder in the place of `folder`."""
+    for parent in folder.parents:
+        found = parent.stat()
+        others = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
+        if others or found.st_uid not in (0, os.geteuid()):
+            raise RuntimeError(
+                f"nothing is loaded from {folder}: others may replace it, by {parent} (user {found.st_uid}, mode "
+                f"{stat.filemode(found.st_mode)}); set ASCEND_SIM_CACHE to a folder of your own"
+            )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which is made if it is not there and never written. The lock goes with a killed process."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        reason = "a link" if error.errno == errno.ELOOP else error.strerror
+        raise RuntimeError(f"the lock file {path} cannot be used ({reason}); delete it") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _seal(made: Path) -> None:
+    """Write the manifest, give every file its mode whatever the umask is, and write all of it through to the disk."""
+    files = sorted(file for file in made.iterdir() if file.is_file())
+    sizes = {file.name: (file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files}
+    (made / _MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
+    for file in [*files, made / _MANIFEST]:
+        file.chmod(0o644)
+        _write_through(file)
+    made.chmod(0o755)
+    _write_through(made)
+
+
+def _write_through(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
