@@ -10,19 +10,24 @@ from typing import Any
 from vllm_ascend.json_object import parse_object
 from vllm_ascend.quantization.description import Description, describes_tensors, needed_tensors
 
-__all__ = ["FILE", "has_description", "lacking", "read_description"]
+__all__ = ["FILE", "description_files", "has_description", "lacking", "read_description"]
 
 FILE = "quant_model_description.json"
 _OLDER = "quant_model_description_*.json"  # ModelSlim's names until 2025 end with the type: _w8a8, _w8a8_dynamic
 _OLDER_ON_A_HUB = ("quant_model_description_w8a8.json", "quant_model_description_w8a8_dynamic.json")
 
 
+def description_files(model: str) -> list[str]:
+    """Names of the descriptions in a local folder, the present name first; empty for a name on a hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return []
+    return [FILE] * (folder / FILE).is_file() + sorted(path.name for path in folder.glob(_OLDER))
+
+
 def has_description(model: str, hf_config: Any) -> bool:
     """Whether a local folder has a description, in a file or in its config.json."""
-    folder = Path(model)
-    return folder.is_dir() and (
-        (folder / FILE).is_file() or any(folder.glob(_OLDER)) or _in_config(hf_config) is not None
-    )
+    return bool(description_files(model)) or (Path(model).is_dir() and _in_config(hf_config) is not None)
 
 
 def read_description(model: str, revision: str | None, hf_config: Any) -> tuple[dict[str, Any], str]:
@@ -38,10 +43,8 @@ def read_description(model: str, revision: str | None, hf_config: Any) -> tuple[
     """
     from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
-    folder = Path(model)
-    names = [FILE, *(sorted(path.name for path in folder.glob(_OLDER)) if folder.is_dir() else _OLDER_ON_A_HUB)]
     found = {}
-    for name in names:
+    for name in description_files(model) if Path(model).is_dir() else (FILE, *_OLDER_ON_A_HUB):
         if (content := get_hf_file_bytes(name, model, revision)) is not None:
             if name == FILE:
                 return parse_object(content, f"{name} of {model!r}", unique=True), name
