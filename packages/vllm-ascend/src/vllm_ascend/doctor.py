@@ -150,13 +150,8 @@ def examine() -> Report:
 def _simulator() -> Simulator:
     if importlib.util.find_spec("ascend_sim") is None:
         return Simulator()
-    try:
-        decision = importlib.import_module("ascend_sim.loader").decide()
-    except ValueError as error:
-        return Simulator(installed=True, problem=str(error))
-    return Simulator(
-        installed=True, active=decision.active, reason=decision.reason, problem=getattr(decision, "problem", "")
-    )
+    decision = importlib.import_module("ascend_sim.loader").decide()
+    return Simulator(installed=True, active=decision.active, reason=decision.reason, problem=decision.problem)
 
 
 def _cann_version() -> str:
