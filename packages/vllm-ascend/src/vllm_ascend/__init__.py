@@ -15,7 +15,10 @@ def register() -> str | None:
     if reason := doctor.inactive_because():
         doctor.log_inactive(reason)
         return None
+    from vllm_ascend import compat
+
     envs.set_defaults_for_vllm()
+    compat.declare_torchvision_operators()
     return "vllm_ascend.platform.AscendPlatform"
 
 

@@ -6,11 +6,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
 
-__all__ = ["alias_cuda_streams", "register_slot_mapping", "replace_grouped_topk", "shard_of"]
+__all__ = ["alias_cuda_streams", "declare_torchvision_operators", "register_slot_mapping", "replace_grouped_topk", "shard_of"]
 
 
 def alias_cuda_streams() -> None:
@@ -124,3 +128,39 @@ def register_slot_mapping() -> None:
         )
     finally:
         dispatcher.sys = kept
+
+
+# What torchvision 0.28 registers shape functions for when it is imported. Detection models call them, image processors do not.
+TORCHVISION_OPERATORS = (
+    "nms", "qnms", "roi_align", "_roi_align_backward", "qroi_align", "ps_roi_align", "_ps_roi_align_backward", "roi_pool",
+    "_roi_pool_backward", "ps_roi_pool", "_ps_roi_pool_backward", "deform_conv2d", "_deform_conv2d_backward",
+)  # fmt: skip
+
+
+@cache
+def declare_torchvision_operators() -> torch.library.Library | None:
+    """Let torchvision be imported where its compiled part does not load, as its CUDA build beside a CPU build of torch.
+
+    Reason: torchvision registers shape functions for its compiled operators although it goes on without them, and ends with "operator
+    torchvision::nms does not exist". The processors of most multimodal models need its Python part alone. The operators are declared and have no
+    kernel; torchvision itself refuses their use. Retired by: a build of torchvision for the torch in use, which is then left alone.
+
+    Returns:
+        What keeps the declarations alive; None where torchvision is absent, or whole.
+    """
+    spec = find_spec("torchvision")
+    folders = (spec and spec.submodule_search_locations) or []
+    libraries = [path for folder in folders for path in Path(folder).glob("_C*") if path.name.endswith(tuple(EXTENSION_SUFFIXES))]
+    if not folders or "torchvision" in sys.modules:
+        return None
+    try:
+        for library in libraries:
+            torch.ops.load_library(library)
+    except OSError:
+        libraries = []
+    if libraries:
+        return None
+    declared = torch.library.Library("torchvision", "FRAGMENT")
+    for name in TORCHVISION_OPERATORS:
+        declared.define(f"{name}(...) -> ...")
+    return declared
