@@ -165,6 +165,13 @@ def test_a_bad_variable_is_named_and_torch_stays_importable(variable, value, mes
         assert message in line
 
 
+@pytest.mark.parametrize("given", [None, "1"])
+def test_torch_without_the_simulator_leaves_the_environment_as_it_was(given):
+    name = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    done = python(f"import os, torch; print(os.environ.get({name!r}))", ASCEND_SIM_SOC="none", **{name: given})
+    assert done.stdout == f"{given}\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("4GiB", 4 << 30), ("1.5 gib", 3 << 29), ("512 MiB", 512 << 20), ("100000000", 10**8), ("1GB", 10**9)],

@@ -193,11 +193,14 @@ class _Torch(importlib.machinery.SourceFileLoader):
         if not problem or not _loads_backends():
             super().exec_module(module)
         else:
+            given = os.environ.get(_AUTOLOAD)
             os.environ[_AUTOLOAD] = "0"
             try:
                 super().exec_module(module)
-            finally:
+            finally:  # other processes decide for themselves
                 del os.environ[_AUTOLOAD]
+                if given is not None:
+                    os.environ[_AUTOLOAD] = given
         if problem:
             module.npu = _Absent(problem)  # type: ignore[attr-defined]
             with contextlib.suppress(OSError, AttributeError):  # standard error may be closed

@@ -42,8 +42,9 @@ def parse_object(content: bytes | str, name: str, *, unique: bool = False) -> di
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of these keys and values."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        raise _RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _RepeatedKeyError(key)
+        found[key] = value
     return found

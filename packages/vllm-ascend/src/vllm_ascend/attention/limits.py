@@ -106,10 +106,8 @@ def broken(attention: Attention) -> Iterator[str]:
         yield (
             f"kv_cache_dtype ({attention.cache_dtype!r}) must be 'auto' or the model's dtype, {attention.dtype!r}: keys and values are kept as they are"
         )
-    block, largest = (
-        attention.block_size,
-        _LARGEST_BLOCK if attention.latent is None else math.inf,
-    )  # vLLM cuts those into smaller ones
+    block = attention.block_size
+    largest = _LARGEST_BLOCK if attention.latent is None else math.inf  # vLLM cuts those of latents into smaller ones
     if block % _BLOCK_MULTIPLE or block > largest:
         allowed = f"a multiple of {_BLOCK_MULTIPLE}" + (f", at most {largest}" if attention.latent is None else "")
         yield f"block_size ({block}) must be {allowed}; the default is 128"

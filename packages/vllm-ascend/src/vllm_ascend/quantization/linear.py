@@ -85,7 +85,7 @@ class _W8A8LinearMethod(LinearMethodBase):
         if held is None:
             layer.quant = quant
         else:
-            layer.quant = quant
+            held.replace(quant)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product on this rank: `[..., in] -> [..., out]`."""
