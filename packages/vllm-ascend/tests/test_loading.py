@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_quantization_engines import PROMPTS as MANY
-from test_quantization_engines import quantise_statically
+from int8_models import PROMPTS as MANY
+from int8_models import quantise_statically
 from torch import nn
 from vllm_ascend.quantization.linear import float_scale
 
