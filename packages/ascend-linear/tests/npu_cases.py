@@ -10,7 +10,7 @@ import shard_cases
 import torch
 from ascend_comm import GroupConfig, Topology
 from ascend_sim.counters import counting
-from linear_cases import CASES, IN, OUT, cut, data, layout, run
+from linear_cases import CASES, IN, OUT, cut, layout, real_data, run
 from spawned import with_groups
 from torch import Tensor
 from torch.nn.functional import linear
@@ -48,7 +48,7 @@ def matmul_allreduce(groups, rank: int, dtype: torch.dtype) -> None:
     """Every combination of flags; the fused kernel runs where it can and nowhere else."""
     env = al.LinearEnv(tp=groups["tp"], enable_matmul_allreduce=True)
     for tokens, (has_bias, skip, returns) in CASES:
-        x, weight, bias = (tensor.to(dtype) for tensor in data(tokens))
+        x, weight, bias = (tensor.to(dtype) for tensor in real_data(tokens))
         bias = bias if has_bias else None
         expected, allowed = product(x, weight, None if skip else bias, env.tp.world_size)
         ask = partial(run, weight=weight, bias=bias, skip_bias_add=skip, return_bias=returns)
@@ -67,7 +67,7 @@ def matmul_reduce_scatter(groups, rank: int, dtype: torch.dtype) -> None:
     """FlashComm1 with product and reduce-scatter in one kernel, where it is active."""
     env = al.LinearEnv(tp=groups["tp"], enable_flashcomm1=True, enable_matmul_reduce_scatter=True)
     for tokens, (has_bias, skip, returns) in CASES:
-        x, weight, bias = (tensor.to(dtype) for tensor in data(tokens))
+        x, weight, bias = (tensor.to(dtype) for tensor in real_data(tokens))
         bias = bias if has_bias else None
         expected, allowed = product(x, weight, None if skip else bias, env.tp.world_size)
         ask = partial(run, weight=weight, bias=bias, skip_bias_add=skip, return_bias=returns)

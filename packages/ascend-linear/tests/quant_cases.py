@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ascend_linear as al
 import torch
 from ascend_comm import GroupConfig, Topology
-from linear_cases import cut, data, layout
+from linear_cases import cut, layout, real_data
 from spawned import with_groups
 from torch import Tensor
 from torch.nn.functional import linear
@@ -30,7 +30,7 @@ class Quantised:
 
     @classmethod
     def random(cls, seed: int = 0) -> "Quantised":
-        _, weight, bias = data(0, seed, IN, OUT)
+        _, weight, bias = real_data(0, seed, IN, OUT)
         scale = (weight.abs().amax(1) / 127).float()
         eight = (weight / scale.double()[:, None]).round().clamp(-128, 127).to(torch.int8)
         # Activations lie in -2 to 6: a scale and an offset that is far from 0.
@@ -57,7 +57,7 @@ class Quantised:
 
 
 def activations(tokens: int, seed: int, dtype: torch.dtype) -> Tensor:
-    x = data(tokens, seed, IN, OUT)[0]
+    x = real_data(tokens, seed, IN, OUT)[0]
     return (x.clamp(-2, 3) * 0.8 + 2).clamp(-2, 6).to(dtype)
 
 
