@@ -205,30 +205,30 @@ def fused_kernels_need_hccl(groups, rank: int) -> None:
             run(op, cut(x, 1, op.group), weight, state=state)
 
 
-def layout(world: int, dp: int, **options: int) -> GroupConfig:
+def arrangement(world: int, dp: int, **options: int) -> GroupConfig:
     topology = Topology(world, data_parallel=dp, tensor_parallel=world // dp)
     return GroupConfig(topology=topology, parallel=("tp", "dp"), mc2=False, **options)
 
 
 def world_of_4(rank: int) -> None:
-    with_groups(plain_ops, layout(4, 1), rank)
-    with_groups(sequence_ops, layout(4, 1), rank)
-    with_groups(padded_by_caller, layout(4, 1), rank)
-    with_groups(partial(sequence_ops, dp_tokens=(3, 6)), layout(4, 2), rank)
+    with_groups(plain_ops, arrangement(4, 1), rank)
+    with_groups(sequence_ops, arrangement(4, 1), rank)
+    with_groups(padded_by_caller, arrangement(4, 1), rank)
+    with_groups(partial(sequence_ops, dp_tokens=(3, 6)), arrangement(4, 2), rank)
     for k in (1, 2):
-        with_groups(flashcomm2, layout(4, 1, flashcomm2=k), rank)
-        with_groups(mlp, layout(4, 2, mlp_tp=k), rank)
+        with_groups(flashcomm2, arrangement(4, 1, flashcomm2=k), rank)
+        with_groups(mlp, arrangement(4, 2, mlp_tp=k), rank)
     for k in (2, 4):
-        with_groups(mlp, layout(4, 4, mlp_tp=k), rank)
-        with_groups(oproj, layout(4, 4, otp=k), rank)
-    with_groups(uneven_tokens_are_refused, layout(4, 4), rank)
+        with_groups(mlp, arrangement(4, 4, mlp_tp=k), rank)
+        with_groups(oproj, arrangement(4, 4, otp=k), rank)
+    with_groups(uneven_tokens_are_refused, arrangement(4, 4), rank)
 
 
 def world_of_2(rank: int) -> None:
-    with_groups(plain_ops, layout(2, 1), rank)
-    with_groups(sequence_ops, layout(2, 1), rank)
-    with_groups(fused_kernels_need_hccl, layout(2, 1), rank)
-    with_groups(flashcomm2, layout(2, 1, flashcomm2=1), rank)
+    with_groups(plain_ops, arrangement(2, 1), rank)
+    with_groups(sequence_ops, arrangement(2, 1), rank)
+    with_groups(fused_kernels_need_hccl, arrangement(2, 1), rank)
+    with_groups(flashcomm2, arrangement(2, 1, flashcomm2=1), rank)
     for k in (1, 2):
-        with_groups(mlp, layout(2, 2, mlp_tp=k), rank)
-        with_groups(oproj, layout(2, 2, otp=k), rank)
+        with_groups(mlp, arrangement(2, 2, mlp_tp=k), rank)
+        with_groups(oproj, arrangement(2, 2, otp=k), rank)
