@@ -148,8 +148,8 @@ def _check_tensors(source: Path, weight_files: dict[str, str], config: dict[str,
 
 def _least_bytes(config: dict[str, Any]) -> int:
     """Bytes of the new checkpoint's experts, of at least two bytes a number."""
-    neurons = config["num_hidden_layers"] * config["num_local_experts"] * config["intermediate_size"]
-    return 3 * neurons * config["hidden_size"] * 2
+    neurons: int = config["num_hidden_layers"] * config["num_local_experts"] * config["intermediate_size"]
+    return 3 * neurons * int(config["hidden_size"]) * 2
 
 
 def _write_mixtral_shards(
