@@ -27,7 +27,8 @@ class Entry:
         ranks: ranks of the run with tensor parallelism.
         known: why a result is not equal and whose that is, where it has been found out; a sentence for the page.
         engine: more arguments of the engine.
-        make: for entries with a processor: a function of the folder and the entry that writes it there and returns the requests.
+        make: for entries with a processor: a function that returns the processor and the config's arguments.
+        mark: what stands for a picture, a video or a sound in a prompt.
     """
 
     name: str
@@ -39,4 +40,5 @@ class Entry:
     ranks: int = 2
     known: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
-    make: Callable[..., Any] | None = None
+    make: Callable[[], tuple[Any, dict[str, Any]]] | None = None
+    mark: str = ""

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine_processes import EngineServers, end, end_with_stacks, what_it_said
+from engine_processes import EngineServers, end, end_with_stacks
+
 from zoo import ENTRIES, page, verdict
 from zoo.trial import KINDS
 

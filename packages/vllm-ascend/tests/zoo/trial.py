@@ -7,9 +7,11 @@ Each engine's outcome is {"refused": reason}, {"failed": what was raised}, or wh
 import gc
 import json
 import os
+from functools import partial
 from pathlib import Path
 
-BLOCK_TOKENS = 128
+from zoo import media
+
 SMALL = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 32 << 20}
 KINDS = ("one", "tp", "ep", "bfloat16")
 """float32 on one rank (whole prompts, then from the prefix cache, then in chunks), over ranks, with expert parallelism; strict bfloat16."""
@@ -21,20 +23,28 @@ def sampling(**more):
     return SamplingParams(temperature=0, detokenize=False, **more)
 
 
-def generated(llm, requests, new_tokens):
-    """Greedy tokens of each request, and how many of its prompt's tokens came from the prefix cache."""
-    prompts = [{"prompt_token_ids": request["ids"]} for request in requests]
+def asked(requests, folder, task):
+    """vLLM's prompts."""
+    return [
+        {"prompt_token_ids": request["ids"]}
+        | ({"multi_modal_data": media.for_vllm(task, folder, request["media"])} if request.get("media") else {})
+        for request in requests
+    ]
+
+
+def generated(llm, prompts, new_tokens):
+    """Greedy tokens of each prompt, and how many of its own came from the prefix cache; and the prompt's ids, where vLLM puts those of media into it."""
     outputs = llm.generate(prompts, sampling(max_tokens=new_tokens, ignore_eos=True), use_tqdm=False)
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "cached": [output.num_cached_tokens for output in outputs],
+        "prompts": [list(output.prompt_token_ids) for output in outputs],
     }
 
 
 def own_logprobs(llm, prompts):
     """(log-probability, rank) of each prompt's own tokens but the first."""
-    asked = [{"prompt_token_ids": ids} for ids in prompts]
-    outputs = llm.generate(asked, sampling(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    outputs = llm.generate(prompts, sampling(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     return [
         [
             (step[token].logprob, step[token].rank)
@@ -44,25 +54,26 @@ def own_logprobs(llm, prompts):
     ]
 
 
-def forced(llm, reference):
-    """Of the reference's tokens, given all before them: (log-probability, rank)."""
-    prompts = [request["ids"] + tokens for request, tokens in zip(reference["requests"], reference["tokens"], strict=True)]
-    found = own_logprobs(llm, prompts)
-    return [row[len(request["ids"]) - 1 :] for row, request in zip(found, reference["requests"], strict=True)]
-
-
-def run_one(llm, reference):
+def run_one(llm, reference, ask):
     new = len(reference["tokens"][0])
-    whole = generated(llm, reference["requests"], new)
-    return {"whole": whole, "again": generated(llm, reference["requests"], new), "forced": forced(llm, reference)}
+    answered = [
+        {**request, "ids": request["ids"] + tokens}
+        for request, tokens in zip(reference["requests"], reference["tokens"], strict=True)
+    ]
+    return {
+        "whole": generated(llm, ask(reference["requests"]), new),
+        "again": generated(llm, ask(reference["requests"]), new),
+        "forced": [row[-new:] for row in own_logprobs(llm, ask(answered))],
+    }
 
 
-def run_generate(llm, reference):
-    return {"whole": generated(llm, reference["requests"], len(reference["tokens"][0]))}
+def run_generate(llm, reference, ask):
+    return {"whole": generated(llm, ask(reference["requests"]), len(reference["tokens"][0]))}
 
 
-def run_bfloat16(llm, reference):
-    return {"logprobs": [logprob for row in own_logprobs(llm, reference["bfloat16"]["prompts"]) for logprob, _ in row]}
+def run_bfloat16(llm, reference, ask):
+    found = own_logprobs(llm, ask(reference["bfloat16"]["requests"]))
+    return {"logprobs": [logprob for row in found for logprob, _ in row]}
 
 
 def engines(kind, entry):
@@ -77,7 +88,7 @@ def engines(kind, entry):
     }[kind]
 
 
-def outcome(folder, arguments, run, reference):
+def outcome(folder, task, arguments, run, reference):
     """What one engine said, or why there was none."""
     from pydantic import ValidationError
     from vllm import LLM
@@ -92,7 +103,7 @@ def outcome(folder, arguments, run, reference):
         return {"refused": str(error)}
     try:
         llm = LLM(**arguments)
-        said = run(llm, reference)
+        said = run(llm, reference, partial(asked, folder=folder, task=task))
         llm.llm_engine.engine_core.shutdown()
     except Exception as error:
         import traceback
@@ -106,6 +117,7 @@ def outcome(folder, arguments, run, reference):
 
 def main(name, folder, kind):
     from vllm.model_executor.models import registry
+
     from zoo import ENTRIES
 
     # vLLM looks at a model's class in a process of its own, which imports everything anew, in order not to initialise a device here.
@@ -114,7 +126,7 @@ def main(name, folder, kind):
     reference = json.loads((folder / "reference.json").read_text())
     found = {}
     for engine, arguments, run in engines(kind, ENTRIES[name]):
-        found[engine] = outcome(folder, arguments, run, reference)
+        found[engine] = outcome(folder, ENTRIES[name].task, arguments, run, reference)
         written = folder / f"{kind}.json.new"
         written.write_text(json.dumps(found))
         os.replace(written, folder / f"{kind}.json")

@@ -2,6 +2,7 @@
 """What an entry's runs are worth: one cell for each column of the page."""
 
 import hashlib
+import inspect
 import json
 
 from rounding import excess
@@ -20,7 +21,9 @@ BLOCK_TOKENS = 128
 
 def digest(entry):
     """Changes with everything that an entry says about the model and the runs."""
-    return hashlib.sha256(repr((entry.config, entry.model, entry.sizes, entry.ranks, entry.engine)).encode()).hexdigest()[:16]
+    made = inspect.getsource(entry.make) if entry.make else ""
+    said = (entry.config, entry.model, entry.sizes, entry.ranks, entry.engine, entry.mark, made)
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
 def count(found, expected):
@@ -54,7 +57,7 @@ def of_prompts(said, reference):
 
 def of_cache(said, reference):
     """The cell of the second run: the prompts of more than a block must have come from the cache."""
-    long = [n for n, request in enumerate(reference["requests"]) if request.get("length", len(request["ids"])) > BLOCK_TOKENS]
+    long = [n for n, request in enumerate(reference["requests"]) if len(request["ids"]) > BLOCK_TOKENS]
     hits = [said["again"]["cached"][n] for n in long]
     if not all(hits):
         return ["no hit", f"{hits} tokens of the prompts beyond a block came from the cache"]
@@ -87,7 +90,11 @@ def of_workers(file, message):
     if "root cause" not in message and "EngineDeadError" not in message:
         return ""
     lines = [line.partition("] ")[2] or line for line in file.read_text(errors="replace").splitlines()]
-    raised = [line for line in lines if line.partition(":")[0].split(".")[-1].endswith(("Error", "Exception")) and ": " in line]
+    raised = [
+        line
+        for line in lines
+        if line.partition(":")[0].split(".")[-1].endswith(("Error", "Exception")) and ": " in line
+    ]
     return f" ({raised[0].strip()})" if raised else ""
 
 
@@ -106,7 +113,7 @@ def cells(entry, folder, ended):
         ended: kind of run -> how its process ended, where it did not end well.
     """
     if "reference" in ended:
-        return dict.fromkeys(COLUMNS, ["no reference", ended["reference"]])
+        return {column: ["no reference", ended["reference"]] for column in COLUMNS}
     reference = json.loads((folder / "reference.json").read_text())
     found = {}
     for column, (kind, engine, judge) in CELLS.items():
