@@ -24,8 +24,9 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ascend import compat, loader, parallel
 from vllm_ascend.attention import mla
+from vllm_ascend.eplb.rebalance import Rebalancer
 from vllm_ascend.eplb.record import LoadRecorder
-from vllm_ascend.layers import linear, moe, sequence
+from vllm_ascend.layers import linear, moe, moving, sequence
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -37,6 +38,7 @@ class AscendModelRunner(GPUModelRunner):
     """The GPU runner, with NPU streams and events, and with one order of collectives in all kinds of steps."""
 
     load_recorder: LoadRecorder | None = None
+    rebalancer: Rebalancer | None = None
     splits_hidden_states: bool
     """Whether a layer of the model takes and gives hidden states of a part of the tokens on each TP rank."""
 
@@ -53,6 +55,9 @@ class AscendModelRunner(GPUModelRunner):
         sequence.attach(model)
         mla.spare_workspace(model)
         self.load_recorder = moe.load_recorder(model)
+        self.rebalancer = moving.rebalancer(model)
+        if self.rebalancer is not None:
+            self.model_memory_usage += self.rebalancer.num_bytes  # so that the KV cache leaves room for its buffers
         self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())
 
     def reload_weights(
@@ -63,10 +68,11 @@ class AscendModelRunner(GPUModelRunner):
         Cached prefixes are of the old weights: `reset_prefix_cache` drops them.
 
         Raises:
-            ValueError: tensors that are missing; layer sharding, whose weights are not all on this rank; weights in the form of kernels for a model that
+            ValueError: tensors that are missing; layer sharding, whose weights are not all on this rank; experts that move; weights in the form of kernels for a model that
                 keeps more than they are.
         """
         linear.refuse_to_reload()
+        moving.refuse_to_reload()
         model = self.get_model()
         derives = self.model_config.quantization is not None or self.model_config.use_mla
         if not is_checkpoint_format and derives:
@@ -113,6 +119,8 @@ class AscendModelRunner(GPUModelRunner):
         """The last part of every step, on every rank: what all ranks do together after the forward pass and the logits."""
         if self.load_recorder is not None:
             self.load_recorder.step()
+        if self.rebalancer is not None:
+            self.rebalancer.step()
 
     def eplb_step(self, is_dummy: bool = False, is_profile: bool = False) -> None:
         """Nothing. vLLM calls this after the logits in a step with requests, and before them in a dummy step: `_end_step` is for such work.
@@ -151,4 +159,7 @@ class AscendModelRunner(GPUModelRunner):
         if self.load_recorder is not None:
             self.load_recorder.close()
             self.load_recorder = None
+        if self.rebalancer is not None:
+            self.rebalancer.close()
+            self.rebalancer = None
         super().shutdown()
