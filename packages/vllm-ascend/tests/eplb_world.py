@@ -33,7 +33,7 @@ from vllm_ascend.eplb import rebalance
 from vllm_ascend.eplb.client import Planner
 from vllm_ascend.eplb.options import EplbConfig
 
-LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, CHOSEN, ROWS = 3, 16, 64, 64, 24, 3, 12
+LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, CHOSEN, ROWS = 3, 16, 64, 64, 24, 2, 12
 LIMIT = 300  # seconds: a safety net
 
 
@@ -48,15 +48,17 @@ class Layer:
         here = torch.from_numpy(placed.physical_to_logical[0, self.rank].astype(np.int64))
         if quantised:
             (w13, scale13), (w2, scale2) = quantise_weights(w13), quantise_weights(w2)
-            weights = {"w13": w13, "w13_scale": scale13, "w2": w2, "w2_scale": scale2}
+            weights = {"w13": w13, "w13_scale": scale13, "w2": w2, "w2_scale": scale2.bfloat16()}
             self.kind = W8A8Experts
         else:
             weights, self.kind = {"w13": w13, "w2": w2}, FloatExperts
+        self.bound = 0.0 if quantised else _bound(w13, w2)
         self.tensors = {name: values[here].contiguous().npu() for name, values in weights.items()}
         mine = torch.Generator().manual_seed(100 + 10 * number + self.rank)
-        self.x = torch.randn(TOKENS, HIDDEN, generator=mine).npu()
+        self.quantised = quantised
+        self.x = torch.randn(TOKENS, HIDDEN, generator=mine).to(torch.bfloat16 if quantised else torch.float32).npu()
         self.ids = torch.stack([torch.randperm(EXPERTS, generator=mine)[:CHOSEN] for _ in range(TOKENS)]).int().npu()
-        self.weights = torch.rand(TOKENS, CHOSEN, generator=mine).npu()
+        self.weights = torch.tensor([0.5, 0.25]).repeat(TOKENS, 1).npu()
         self.heat = torch.zeros(EXPERTS, dtype=torch.int32, device="npu")
         self.table = torch.zeros(ROWS, EXPERTS, dtype=torch.int32, device="npu")
         self.place(placed)
@@ -75,6 +77,16 @@ class Layer:
         ).hidden.cpu()  # fmt: skip
 
 
+def _bound(w13, w2):
+    """How far outputs in float32 may be apart. A kernel may add up the terms of a row in another order when an expert has more rows or fewer, in each of
+    two products after one another of which one is of two factors: four times 64 terms, each rounded, of the greatest sum of magnitudes. int8 products are
+    exact, and a sum of two products by powers of two is rounded once."""
+    largest = 6.0  # of a normal sample
+    gate_up = largest * w13.abs().sum(dim=1)
+    magnitudes = torch.bmm((gate_up[:, :INTERMEDIATE] * gate_up[:, INTERMEDIATE:])[:, None], w2.abs())
+    return 4 * 64 * 2.0**-24 * float(magnitudes.max())
+
+
 def _solo():
     from ascend_comm import Solo
 
@@ -82,7 +94,7 @@ def _solo():
 
 
 def build(group, options):
-    method = CommMethod(options.get("method", "all_gather"))
+    method = CommMethod(options.get("method", "all-gather"))
     placed = spread(num_experts=EXPERTS, ranks=group.world_size, redundant=options.get("redundant", group.world_size))
     layers = [Layer(number, group, placed, options.get("quantised", False), method) for number in range(LAYERS)]
     movable = [
@@ -112,7 +124,7 @@ def steps(group, options):
         number += 1
         placements.add(rebalancer.placed.physical_to_logical.tobytes())
         for layer, expected in zip(layers, first, strict=True):
-            torch.testing.assert_close(layer.forward(), expected, rtol=1e-4, atol=1e-2)
+            assert (layer.forward() - expected).abs().max() <= layer.bound, number
         if options.get("slow"):
             time.sleep(float(pauses.random()) * 0.02)
         # Whether a rank is done must be known to all in the same step: only rank 0 knows of failures.

@@ -43,9 +43,9 @@ def world(tmp_path):
     ("ranks", "rebalances", "options"),
     [
         (4, 50, {}),
-        (4, 5, {"method": "all_to_all_v", "redundant": 8, "slow": True}),
-        (2, 5, {"quantised": True}),
-        (2, 5, {"quantised": True, "method": "all_to_all_v", "redundant": 0, "config": {"move_buffer_experts": 1}}),
+        (4, 5, {"method": "all-to-all-v", "redundant": 8, "slow": True}),
+        (2, 5, {"quantised": True, "method": "all-to-all-v"}),
+        (2, 5, {"quantised": True, "method": "all-to-all-v", "redundant": 0, "config": {"move_buffer_experts": 1}}),
     ],
     ids=["all-gather-50", "all-to-all-v-slow-ranks", "w8a8", "w8a8-no-redundancy"],
 )
@@ -60,7 +60,7 @@ def test_outputs_stay_the_same_while_experts_move(world, ranks, rebalances, opti
         assert outcome["failures"] == 0
         for name in ("steps", "rebalances", "moves", "bytes", "placements", "final", "intervals"):
             assert outcome[name] == first[name], name
-    assert np.array(first["heat"]).sum() == ranks * 24 * 3 * 3
+    assert np.array(first["heat"]).sum() == ranks * 24 * 2 * 3
 
 
 def test_balance_improves_and_the_placement_is_written(world, tmp_path):
@@ -79,7 +79,7 @@ def test_balance_improves_and_the_placement_is_written(world, tmp_path):
             mine = torch.Generator().manual_seed(100 + 10 * layer + rank)
             torch.randn(24, 64, generator=mine)
             for _ in range(24):
-                load[layer, torch.randperm(16, generator=mine)[:3].numpy()] += 1
+                load[layer, torch.randperm(16, generator=mine)[:2].numpy()] += 1
     from ascend_eplb import spread
 
     assert balancedness(final, load).mean() > balancedness(spread(num_experts=16, ranks=4, redundant=4, layers=3), load).mean()  # fmt: skip

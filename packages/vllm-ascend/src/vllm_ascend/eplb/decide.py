@@ -6,6 +6,7 @@ Legend: T intervals, M MoE layers, E experts, R ranks, K slots of a rank, N tran
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -213,6 +214,7 @@ def _batched(
     A layer stays as it is where its exchange cannot be cut into batches of which each leaves a placement (several slots of one rank in one cycle,
     longer than the buffers).
     """
+    wanted = _with_short_cycles(placed, wanted)
     whole = transfer_plan(placed, wanted)
     gain = rank_loads(placed, load).max(axis=1) - rank_loads(wanted, load).max(axis=1)
     ids, found, first = placed.physical_to_logical.copy(), [_NO_TRANSFERS], 0
@@ -234,6 +236,39 @@ def _batched(
     transfers = np.concatenate(found)
     verify_transfers(placed, reached, [_as_plan(transfers[transfers[:, 0] == number]) for number in range(first)])
     return reached, transfers
+
+
+def _with_short_cycles(placed: Placement, wanted: Placement) -> Placement:
+    """`wanted` with other slots for what each rank receives: two ranks that send each other an expert exchange two slots, where they can.
+
+    Then what two ranks exchange fits the smallest buffers, and needs no copies within a rank.
+    """
+    plan, ids = transfer_plan(placed, wanted), placed.physical_to_logical.copy()
+    for layer in np.unique(plan.layer).tolist():
+        rows = plan.select(np.flatnonzero(plan.layer == layer))
+        columns = (rows.expert, rows.source_rank, rows.source_slot, rows.target_rank, rows.target_slot)
+        moves = list(zip(*(column.tolist() for column in columns), strict=True))
+        free = {move[3:] for move in moves}  # the slots that get another expert
+        between = defaultdict(list)
+        rest = []
+        for move in moves:
+            (between[move[1], move[3]] if move[1:3] in free else rest).append(move)
+        for (source, target), there in between.items():
+            back = between.get((target, source), []) if source < target else []
+            while there and back:
+                one, other = there[-1], back[-1]
+                if one[1:3] not in free or other[1:3] not in free:  # a source that several ranks receive is in one pair
+                    rest.append((there if one[1:3] not in free else back).pop())
+                    continue
+                ids[(layer, *other[1:3])], ids[(layer, *one[1:3])] = one[0], other[0]
+                free -= {one[1:3], other[1:3]}
+                there.pop()
+                back.pop()
+        rest += [move for moves_between in between.values() for move in moves_between]
+        left = {rank: sorted(slot for holder, slot in free if holder == rank) for rank in range(placed.ranks)}
+        for expert, _, _, target, _ in rest:
+            ids[layer, target, left[target].pop(0)] = expert
+    return Placement(ids, placed.num_experts, placed.layer_ids)
 
 
 def _as_table(batch: TransferPlan, number: int) -> NDArray[np.int32]:
