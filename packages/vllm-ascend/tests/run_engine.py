@@ -88,6 +88,14 @@ def experts(worker):
     ]
 
 
+def rebalances(worker):
+    """What dynamic EPLB has done in one worker; None where it is off."""
+    from dataclasses import asdict
+
+    rebalancer = worker.model_runner.rebalancer
+    return None if rebalancer is None else asdict(rebalancer.status)
+
+
 def load(worker, folder):
     """What is said when one worker loads the checkpoint in another folder into a second model of the same config; None if it loads."""
     from copy import copy
@@ -155,6 +163,7 @@ def main(job_file, result_file):
                 "collectives": collectives,
                 "layers": llm.collective_rpc(linear_layers) if inspected else None,
                 "experts": llm.collective_rpc(experts) if engine.get("experts") else None,
+                "rebalances": llm.collective_rpc(rebalances) if inspected else None,
                 "operators": llm.collective_rpc(operators) if inspected else None,
             }
         )

@@ -86,7 +86,6 @@ WRONG_VALUES = [
     ({"ascend_scheduler_config": {"enabled": True}}, "give vLLM's own options of the scheduler"),
     ({"scheduler_config": {"policy": "x"}}, "option 'scheduler_config' ({'policy': 'x'}) of the public plugin is not supported by this one; remove it, or set it to {}"),
     ({"enable_sparse_sfa_c8": True}, "of the public plugin is not supported by this one; remove it, or set it to False"),
-    ({"eplb_config": {"load_collection_phase": "decode"}}, "remove it, or set it to 'all'"),
     ({"dump_config_path": "x"}, "option 'dump_config_path' ('x') of the public plugin is not supported by this one; remove it"),
 ]  # fmt: skip
 

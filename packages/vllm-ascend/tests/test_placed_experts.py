@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from ascend_eplb import balancedness, checkpoint, load_placement, read_loads, spread
 
@@ -89,6 +90,40 @@ def test_redundant_experts_in_both_layouts_change_no_token(tiny, run_engines, so
         assert tokens(result) == expected, (layout, redundant)
         build = {"spread": spread, "checkpoint": checkpoint}[layout]
         assert_deployed(result, build(num_experts=8, ranks=2, redundant=redundant, layers=2), digests)
+
+
+MOVING = {
+    "dynamic_eplb": True, "eplb_policy_type": "random", "expert_heat_collection_interval": 2, "algorithm_execution_interval": 1,
+    "verify_moves": True,
+}  # fmt: skip
+
+
+def assert_moved(folder, record, result, rebalances):
+    """The placement that was written at the end is not the first one, and every slot holds its expert; returns it."""
+    placement = load_placement(record, ranks=2, num_experts=8)
+    first = spread(num_experts=8, ranks=2, redundant=placement.redundant, layers=2)
+    assert not np.array_equal(placement.physical_to_logical, first.physical_to_logical)
+    assert_deployed(result, placement, experts_of(folder))
+    assert [status["rebalances"] for status in result["rebalances"]] == [rebalances] * 2
+
+
+@pytest.mark.parametrize("soc", [{}, ATLAS_A3], ids=["a2", "a3"])
+def test_experts_that_move_while_requests_run_change_no_token(tiny, run_engines, tmp_path, soc):
+    """Over TP ranks, without and with redundant experts; a plan at every chance, and a checksum of every slot after every change."""
+    folder, prompts, expected = tiny
+    engine = ENGINE | {"model": str(folder), "skip_tokenizer_init": True}
+    jobs = []
+    for redundant in (0, 8) if soc else (2,):
+        record = tmp_path / f"{redundant}.json"
+        job = run(engine, prompts, num_redundant_experts=redundant, expert_map_record_path=str(record), **MOVING)
+        jobs.append(job | {"runs": job["runs"] * 4})
+    for job, result in zip(jobs, run_engines(jobs, **soc, **INSPECT), strict=True):
+        for answers in result["runs"]:
+            assert [output["tokens"] for output in answers] == expected
+        options = job["engine"]["additional_config"]["eplb_config"]
+        counted = result["rebalances"][0]["rebalances"]
+        assert counted > 2
+        assert_moved(folder, options["expert_map_record_path"], result, counted)
 
 
 def test_a_planned_map_of_recorded_load_changes_no_text(models, smollm2, prompts, greedy, run_replicas, tmp_path):

@@ -247,10 +247,10 @@ def _with_short_cycles(placed: Placement, wanted: Placement) -> Placement:
     for layer in np.unique(plan.layer).tolist():
         rows = plan.select(np.flatnonzero(plan.layer == layer))
         columns = (rows.expert, rows.source_rank, rows.source_slot, rows.target_rank, rows.target_slot)
-        moves = list(zip(*(column.tolist() for column in columns), strict=True))
+        moves: list[tuple[int, ...]] = list(zip(*(column.tolist() for column in columns), strict=True))
         free = {move[3:] for move in moves}  # the slots that get another expert
-        between = defaultdict(list)
-        rest = []
+        between: dict[tuple[int, int], list[tuple[int, ...]]] = defaultdict(list)
+        rest: list[tuple[int, ...]] = []
         for move in moves:
             (between[move[1], move[3]] if move[1:3] in free else rest).append(move)
         for (source, target), there in between.items():
