@@ -31,6 +31,7 @@ from ascend_moe import (
 )
 from vllm_ascend.eplb import rebalance
 from vllm_ascend.eplb.client import Planner
+from vllm_ascend.eplb.move import MovableLayer
 from vllm_ascend.eplb.options import EplbConfig
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, CHOSEN, ROWS = 3, 16, 64, 64, 24, 2, 12
@@ -98,7 +99,7 @@ def build(group, options):
     placed = spread(num_experts=EXPERTS, ranks=group.world_size, redundant=options.get("redundant", group.world_size))
     layers = [Layer(number, group, placed, options.get("quantised", False), method) for number in range(LAYERS)]
     movable = [
-        rebalance.MovableLayer(
+        MovableLayer(
             name=f"layer {number}", placed=placed, number=number + 5, tensors=layer.tensors, heat=layer.heat, place=layer.place
         )
         for number, layer in enumerate(layers)

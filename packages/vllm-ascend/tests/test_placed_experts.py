@@ -98,13 +98,15 @@ MOVING = {
 }  # fmt: skip
 
 
-def assert_moved(folder, record, result, rebalances):
-    """The placement that was written at the end is not the first one, and every slot holds its expert; returns it."""
+def assert_moved(folder, record, result):
+    """The placement that was written at the end is not the first one, and every slot of every rank holds its expert."""
     placement = load_placement(record, ranks=2, num_experts=8)
     first = spread(num_experts=8, ranks=2, redundant=placement.redundant, layers=2)
     assert not np.array_equal(placement.physical_to_logical, first.physical_to_logical)
     assert_deployed(result, placement, experts_of(folder))
-    assert [status["rebalances"] for status in result["rebalances"]] == [rebalances] * 2
+    first, second = result["rebalances"]
+    assert first["rebalances"] == second["rebalances"] >= 5
+    assert first["moves"] == second["moves"] > 0
 
 
 @pytest.mark.parametrize("soc", [{}, ATLAS_A3], ids=["a2", "a3"])
@@ -116,14 +118,11 @@ def test_experts_that_move_while_requests_run_change_no_token(tiny, run_engines,
     for redundant in (0, 8) if soc else (2,):
         record = tmp_path / f"{redundant}.json"
         job = run(engine, prompts, num_redundant_experts=redundant, expert_map_record_path=str(record), **MOVING)
-        jobs.append(job | {"runs": job["runs"] * 4})
+        jobs.append(job | {"runs": job["runs"] * 2, "rebalances": 5})
     for job, result in zip(jobs, run_engines(jobs, **soc, **INSPECT), strict=True):
         for answers in result["runs"]:
             assert [output["tokens"] for output in answers] == expected
-        options = job["engine"]["additional_config"]["eplb_config"]
-        counted = result["rebalances"][0]["rebalances"]
-        assert counted > 2
-        assert_moved(folder, options["expert_map_record_path"], result, counted)
+        assert_moved(folder, job["engine"]["additional_config"]["eplb_config"]["expert_map_record_path"], result)
 
 
 def test_a_planned_map_of_recorded_load_changes_no_text(models, smollm2, prompts, greedy, run_replicas, tmp_path):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way of experts from rank to rank: into buffers beside the steps, and from there into their slots between two steps.
 
-Legend: B experts that a rank receives in one batch, K slots of a rank, E experts.
+Legend: B experts that a rank receives in one batch, K slots of a rank, E experts, N transfers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,34 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from ascend_comm import CommGroup
+from ascend_eplb import Placement
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Buffers", "Mover", "NoMemoryError", "check_tensors", "slot_bytes"]
+__all__ = ["Buffers", "MovableLayer", "Mover", "NoMemoryError", "check_tensors", "slot_bytes"]
 
 _Signature = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovableLayer:
+    """A MoE layer of this rank.
+
+    Args:
+        name: of the layer, for messages.
+        placed: where its experts lie at first, one layer.
+        number: the decoder layer that it is.
+        tensors: everything that is kept for an expert, `[K, ...]` each.
+        heat: int32 `[E]`, the tokens of this rank.
+        place: takes a placement of one layer, and changes the layer's maps in place.
+    """
+
+    name: str
+    placed: Placement
+    number: int
+    tensors: Mapping[str, Tensor]
+    heat: Tensor
+    place: Callable[[Placement], None]
 
 
 class NoMemoryError(RuntimeError):

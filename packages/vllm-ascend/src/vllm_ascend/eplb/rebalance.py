@@ -12,8 +12,7 @@ Legend: M MoE layers, E experts, R ranks, K slots of a rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,38 +25,19 @@ from vllm_ascend.eplb import report
 from vllm_ascend.eplb.client import Planner, Question
 from vllm_ascend.eplb.control import NOT_YET, NOTHING, Control, Waits
 from vllm_ascend.eplb.decide import COLUMNS, Decision, Rules, placement_after
-from vllm_ascend.eplb.move import Mover, check_tensors, slot_bytes
+from vllm_ascend.eplb.move import MovableLayer, Mover, check_tensors, slot_bytes
 from vllm_ascend.eplb.observe import Snapshot
 from vllm_ascend.eplb.options import EplbConfig
 from vllm_ascend.eplb.verify import Checksums
 
-__all__ = ["PLAN_SECONDS", "MovableLayer", "Rebalancer"]
+__all__ = ["PLAN_SECONDS", "Rebalancer"]
 
 _WAIT_SECONDS = 45.0  # for another rank; longer than any step takes
 PLAN_SECONDS = 120.0
 # A first guess at the time of a transfer, 10 GB/s, until one has been measured; and the weight of a new measurement.
 _SECONDS_PER_BYTE, _NEW = 1e-10, 0.25
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MovableLayer:
-    """A MoE layer of this rank.
-
-    Args:
-        name: of the layer, for messages.
-        placed: where its experts lie at first, one layer.
-        number: the decoder layer that it is.
-        tensors: everything that is kept for an expert, `[K, ...]` each.
-        heat: int32 `[E]`, the tokens of this rank.
-        place: takes a placement of one layer, and changes the layer's maps in place.
-    """
-
-    name: str
-    placed: Placement
-    number: int
-    tensors: Mapping[str, Tensor]
-    heat: Tensor
-    place: Callable[[Placement], None]
+# Steps after which the host reads the counts: with asynchronous scheduling it is up to one step ahead of the device, and would wait for less.
+_STEPS_TO_COPY = 2
 
 
 class Rebalancer:
@@ -133,10 +113,13 @@ class Rebalancer:
             self._write_map()
 
     def _measure_step(self) -> None:
+        """Learn how long a step takes. A pause without requests must not count as one, so that a step counts twice what is known at most."""
         now = time.perf_counter()
         took, self._last_step = now - self._last_step, now
-        if self._step > 1:
-            self._step_seconds = took if self._step == 2 else (1 - _NEW) * self._step_seconds + _NEW * took
+        if self._step == 2:
+            self._step_seconds = took
+        elif self._step > 2:
+            self._step_seconds += _NEW * (min(took, 2 * self._step_seconds) - self._step_seconds)
 
     def _after(self, steps: int, follow: Callable[[], None]) -> None:
         """Go on some steps later."""
@@ -144,12 +127,13 @@ class Rebalancer:
         self._next = self._step + steps, follow
 
     def _observe(self) -> None:
-        """Take the counts of an interval; sum them over ranks in the step after."""
-        if self._snapshot is not None:
+        """Take the counts of an interval; sum them over ranks when they have come to the host."""
+        since = self._step - self._interval_began
+        if self._snapshot is not None and since >= _STEPS_TO_COPY:
             snapshot, self._snapshot = self._snapshot, None
             self._waits.until(snapshot.is_there, "the copy of the experts' loads to the host")
             self._put(snapshot.counts())
-        elif self._step - self._interval_began >= self._config.expert_heat_collection_interval:
+        elif self._snapshot is None and since >= self._config.expert_heat_collection_interval:
             self._interval_began = self._step
             self._snapshot = Snapshot([one.heat for one in self._layers])
 

@@ -12,8 +12,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_ascend import parallel
 from vllm_ascend.eplb.client import Planner
-from vllm_ascend.eplb.move import NoMemoryError
-from vllm_ascend.eplb.rebalance import PLAN_SECONDS, MovableLayer, Rebalancer
+from vllm_ascend.eplb.move import MovableLayer, NoMemoryError
+from vllm_ascend.eplb.rebalance import PLAN_SECONDS, Rebalancer
 from vllm_ascend.experts import MoeContext
 from vllm_ascend.layers.moe import AscendRoutedExperts
 
