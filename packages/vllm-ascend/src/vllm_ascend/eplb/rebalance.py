@@ -273,8 +273,7 @@ class Rebalancer:
             return
         self.status.balancedness, self.status.predicted = decision.before, decision.after
         if decision.reason:
-            self.status.dropped[decision.reason.partition(":")[0]] += 1
-            self.status.failures += decision.reason.startswith("failed")
+            self.status.count_dropped(decision.reason)
             report.log_dropped(decision.reason, decision.before, decision.after)
 
     def _write_map(self) -> None:

@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dynamic EPLB has done, in numbers: a log line for each rebalance, the placement in force as a file, and a status that others read. No vLLM, no torch.
+"""What dynamic EPLB has done, in numbers: a log line for each rebalance, and the placement in force as a file. No vLLM, no torch.
 
 Legend: M MoE layers, R ranks.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import tempfile
-from collections import Counter
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from ascend_eplb import Placement, save_placement
 
-__all__ = ["Status", "log_dropped", "log_rebalance", "write_map", "write_status"]
+__all__ = ["Status", "log_dropped", "log_rebalance", "write_map"]
 
 _logger = logging.getLogger("vllm_ascend")
 
@@ -49,7 +44,7 @@ class Status:
     longest_wait_seconds: float = 0.0
     balancedness: float | None = None
     predicted: float | None = None
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)
     failures: int = 0
     heat: list[list[float]] = field(default_factory=list)
 
@@ -57,6 +52,12 @@ class Status:
         """Count the wait of one step."""
         self.waited_seconds += seconds
         self.longest_wait_seconds = max(self.longest_wait_seconds, seconds)
+
+    def count_dropped(self, reason: str) -> None:
+        """Count a plan that moves nothing, by what its reason begins with."""
+        kind = reason.partition(":")[0]
+        self.dropped[kind] = self.dropped.get(kind, 0) + 1
+        self.failures += kind == "failed"
 
 
 def log_rebalance(status: Status, *, moves: int, layers: int, num_bytes: int, seconds: float, steps: int) -> None:
@@ -82,14 +83,3 @@ def write_map(placed: Placement, path: str) -> None:
         save_placement(placed, path)
     except OSError as error:
         _logger.error("the placement of the experts cannot be written to %r: %s", path, error)
-
-
-def write_status(status: Status, path: str) -> None:
-    """Write the status as JSON, in place of the file; what goes wrong is logged."""
-    target = Path(path)
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}", delete=False) as file:
-            json.dump(asdict(status), file)
-        os.replace(file.name, target)
-    except OSError as error:
-        _logger.error("the status of dynamic EPLB cannot be written to %r: %s", path, error)
