@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 
 import numpy as np
 from ascend_eplb import LoadWindow, Placement
@@ -69,6 +69,7 @@ class Planner:
         self._asked: SimpleQueue[tuple[Callable[[], NDArray[np.float64]], Question | None] | None] = SimpleQueue()
         self._replies: SimpleQueue[Decision] = SimpleQueue()
         self._closing = False
+        self._starts_or_ends = Lock()  # a process is not started when `close` has looked for one to end
         self.failures = 0
         self._thread = Thread(target=self._run, name="expert plans", daemon=True)
         self._thread.start()
@@ -91,7 +92,8 @@ class Planner:
 
     def close(self) -> None:
         """End the thread and the process. More calls do nothing."""
-        self._closing = True
+        with self._starts_or_ends:
+            self._closing = True
         self._asked.put(None)
         self._end_process()
         self._thread.join(_SECONDS_TO_CLOSE)
@@ -146,15 +148,18 @@ class Planner:
 
     def _started(self) -> subprocess.Popen[bytes]:
         """The process; a new one where the old one has ended."""
-        if self._closing:
-            raise RuntimeError("the engine ends")
-        if self._process is None or self._process.poll() is not None:
-            self._end_process()
-            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-            for pipe in (self._process.stdin, self._process.stdout):
-                assert pipe is not None
-                os.set_blocking(pipe.fileno(), False)
-        return self._process
+        with self._starts_or_ends:
+            if self._closing:
+                raise RuntimeError("the engine ends")
+            if self._process is None or self._process.poll() is not None:
+                self._end_process()
+                self._process = subprocess.Popen(
+                    self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+                )
+                for pipe in (self._process.stdin, self._process.stdout):
+                    assert pipe is not None
+                    os.set_blocking(pipe.fileno(), False)
+            return self._process
 
     def _end_process(self) -> None:
         process, self._process = self._process, None
