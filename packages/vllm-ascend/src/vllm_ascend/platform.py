@@ -9,7 +9,7 @@ import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_ascend import compat, start
-from vllm_ascend.attention import BACKENDS
+from vllm_ascend.attention import BACKENDS, ENCODER
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -79,7 +79,7 @@ class AscendPlatform(Platform):
         name, path = BACKENDS[asked.use_mla]
         if selected_backend is not None and selected_backend.name != name:
             raise ValueError(f"attention backend {selected_backend.name!r}: vllm-ascend has {name!r} for this layer")
-        return path
+        return ENCODER if asked.attn_type in ("encoder_only", "encoder") else path
 
     @classmethod
     def get_mla_prefill_backend_cls(cls, mla_selector_config: MLAPrefillSelectorConfig) -> type[MLAPrefillBackend]:

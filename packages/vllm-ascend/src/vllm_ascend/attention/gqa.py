@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over a paged KV cache, multi-head or grouped-query, causal or windowed; and without a cache for encoders."""
+"""Attention over a paged KV cache, multi-head or grouped-query, causal or windowed. `encoder.py` has that of encoders, without a cache."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class AscendAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
-        """Decoders, and encoders without a cache."""
-        return attn_type in (AttentionType.DECODER, AttentionType.ENCODER_ONLY, AttentionType.ENCODER)
+        """Decoders: the platform gives encoders a backend of their own."""
+        return attn_type == AttentionType.DECODER
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -205,28 +205,24 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
         if step is None:
             return output.zero_()
         tokens = step.num_tokens
-        options: dict[str, Any] = {
-            "num_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "scale": self.scale,
-        }
-        if self.attn_type == AttentionType.DECODER:
-            keys, values = self._caches(kv_cache)
-            options |= {
-                "block_table": step.block_table,
-                "block_size": kv_cache.shape[2],
-                "actual_seq_lengths_kv": step.kv_lengths,
-            }
-        else:
-            keys, values = key[:tokens], value[:tokens]
-            options["actual_seq_lengths_kv"] = step.query_ends
-        options |= self._masking(step)
-        result = kernels.attention(query[:tokens], keys, values, actual_seq_lengths=step.query_ends, **options)
+        keys, values = self._caches(kv_cache)
+        result = kernels.attention(
+            query[:tokens],
+            keys,
+            values,
+            num_heads=self.num_heads,
+            num_key_value_heads=self.num_kv_heads,
+            scale=self.scale,
+            block_table=step.block_table,
+            block_size=kv_cache.shape[2],
+            actual_seq_lengths=step.query_ends,
+            actual_seq_lengths_kv=step.kv_lengths,
+            **self._masking(step),
+        )
         output[:tokens].copy_(result.view(output[:tokens].shape))
         return output
 
     def _masking(self, step: AscendAttentionMetadata) -> dict[str, Any]:
-        causal = step.causal and self.attn_type == AttentionType.DECODER
         if self.sliding_window is not None:
             # The band of mode 4: a query sees `pre_tokens` keys before its own and `next_tokens` after it.
             reach = self.sliding_window - 1
@@ -234,8 +230,8 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
                 "sparse_mode": kernels.SPARSE_BAND,
                 "atten_mask": step.mask,
                 "pre_tokens": reach,
-                "next_tokens": 0 if causal else reach,
+                "next_tokens": 0 if step.causal else reach,
             }
-        if causal:
+        if step.causal:
             return {"sparse_mode": kernels.SPARSE_CAUSAL, "atten_mask": step.mask}
         return {"sparse_mode": kernels.SPARSE_NONE}
