@@ -13,6 +13,7 @@ import nox
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
+nox.options.download_python = "never"  # a version that this machine lacks is skipped, and said
 nox.options.sessions = ["lint", "types", "tests", "other_python"]
 
 ROOT = Path(__file__).parent
