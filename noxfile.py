@@ -208,6 +208,16 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def models(session: nox.Session) -> None:
+    """Serve the zoo of architectures and write docs/models.md: nox -s models -- GPT2 runs those whose names begin so."""
+    install_in_place(session, "vllm-ascend")
+    session.run(
+        "python", "packages/vllm-ascend/tests/zoo/run.py", "--folder", str(ROOT / ".cache" / "zoo"), "--results", "docs/models.json",
+        "--page", "docs/models.md", *session.posargs, env={"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+@nox.session(python=PYTHON)
 def bench(session: nox.Session) -> None:
     """Benchmarks of every package that has some, each figure beside its peer's."""
     vllm_environment(session, "matplotlib")

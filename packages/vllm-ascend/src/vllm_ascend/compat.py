@@ -151,8 +151,10 @@ TORCHVISION_OPERATORS = (
 def declare_torchvision_operators() -> torch.library.Library | None:
     """Let torchvision be imported where its compiled part does not load, as that of its CUDA build beside a CPU build of torch.
 
+    Torch calls this at the end of its own import (entry point `torch.backends`).
+
     Reason: torchvision goes on without its compiled part, but then registers shape functions for the operators in it, and its import ends with
-    "operator torchvision::nms does not exist". The processors of most multimodal models need its Python part alone. The operators are declared
+    "operator torchvision::nms does not exist"; so do those of transformers' classes. The processors of most multimodal models need its Python part alone. The operators are declared
     and have no kernel; torchvision itself refuses to call them. Retired by: a torchvision build for the torch in use, which is left alone.
 
     Returns:
