@@ -52,7 +52,9 @@ def test_an_installed_wheel_is_used(minilm, tmp_path, monkeypatch):
     install(tmp_path / "site", minilm)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     stages = []
-    made = checkpoints.minilm(tmp_path / "made", progress=lambda stage, done, total: stages.append((stage, done, total)))
+    made = checkpoints.minilm(
+        tmp_path / "made", progress=lambda stage, done, total: stages.append((stage, done, total))
+    )
     assert names(made) == names(minilm)
     assert stages == [("save", done, len(MINILM.sha256)) for done in range(len(MINILM.sha256) + 1)]
     assert os.access(made / "1_Pooling", os.X_OK)

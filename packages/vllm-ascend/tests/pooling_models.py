@@ -171,16 +171,12 @@ CASES = {
         ("ModernBert", "Model"), MODERNBERT, "token_embed", colbert, keys={"architectures": ["ColBERTModernBertModel"]}, parts={"linear": (HIDDEN, 96)},
     ),
     "bert-masked-lm": Case(("Bert", "ForMaskedLM"), BERT, "token_classify", softmax_of_logits),
-    "splade": Case(("Bert", "ForMaskedLM"), BERT, "embed", splade, keys={"architectures": ["BertSpladeSparseEmbeddingModel"]}),
+    "splade": Case(("Bert", "ForMaskedLM"), {**BERT, "tie_word_embeddings": False}, "embed", splade, keys={"architectures": ["BertSpladeSparseEmbeddingModel"]}),
 }  # fmt: skip
 
 
-class Heads(nn.Module):
-    """Layers without a bias that a checkpoint has beside its model."""
-
-
-def build(case, dtype=torch.float32):
-    """The model, in float32, with random weights that depend on the case alone."""
+def build(case):
+    """The model in float32, with random weights that depend on the case alone."""
     import transformers
 
     torch.manual_seed(0)
@@ -224,7 +220,13 @@ def save_sentence_transformer(folder, dense):
     """The files of sentence-transformers: mean, then the layers, then length one."""
     from safetensors.torch import save_file
 
-    kinds = {"0": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Dense": "Dense", "4_Normalize": "Normalize"}
+    kinds = {
+        "0": "Transformer",
+        "1_Pooling": "Pooling",
+        "2_Dense": "Dense",
+        "3_Dense": "Dense",
+        "4_Normalize": "Normalize",
+    }
     modules = [
         {"idx": number, "name": str(number), "path": "" if path == "0" else path, "type": f"sentence_transformers.models.{kind}"}
         for number, (path, kind) in enumerate(kinds.items())
@@ -237,7 +239,9 @@ def save_sentence_transformer(folder, dense):
         path = folder / f"{name.removeprefix('dense_')}_Dense"
         path.mkdir()
         shape = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": False}
-        (path / "config.json").write_text(json.dumps(shape | {"activation_function": "torch.nn.modules.linear.Identity"}))
+        (path / "config.json").write_text(
+            json.dumps(shape | {"activation_function": "torch.nn.modules.linear.Identity"})
+        )
         save_file({"linear.weight": layer.weight.data}, path / "model.safetensors")
 
 
@@ -255,7 +259,9 @@ def save_tokenizer(folder):
     )
     names = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]", "unk": "[UNK]"}
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=LONGEST, **{f"{name}_token": token for name, token in names.items()}
+        tokenizer_object=tokenizer,
+        model_max_length=LONGEST,
+        **{f"{name}_token": token for name, token in names.items()},
     ).save_pretrained(folder)
 
 

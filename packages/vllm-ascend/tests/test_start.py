@@ -35,6 +35,10 @@ COMPRESSED = {
         "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     }},
 }  # fmt: skip
+ENCODER = {  # heads of 40, which are filled up to 64
+    "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 480, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 40,
+    "position_embedding_type": "absolute", "pad_token_id": 0,
+}  # fmt: skip
 # What differs from DENSE; arguments of vLLM; the environment; what the one finding has.
 ALONE = {
     "float8 cache": ({}, {"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype ('fp8') must be 'auto' or the model's dtype, 'bfloat16'"),
@@ -69,6 +73,8 @@ ALONE = {
     "old variable": ({}, {}, {"VLLM_ASCEND_ENABLE_NZ": "2"}, "environment variable VLLM_ASCEND_ENABLE_NZ belongs to the public plugin"),
     "buffer size": ({}, {}, {"HCCL_BUFFSIZE": "lots"}, "environment variable HCCL_BUFFSIZE='lots': must be a whole number of MB above 0"),
     "option": ({}, {"additional_config": {"enable_flashcomm1": True}}, {}, "option 'enable_flashcomm1' (True) needs tensor_parallel_size > 1, got 1"),
+    "encoder's head size": ({**ENCODER, "hidden_size": 12 * 520, "head_dim": 520}, {}, {}, "the model's heads are 520 wide: the kernel takes at most 512"),
+    "encoder's ranks": (ENCODER, {"tensor_parallel_size": 8}, {}, "tensor_parallel_size (8) must divide the model's 12 attention heads"),
     "MLA heads": (LATENT, {}, {}, "multi-head latent attention with 20 heads over tensor_parallel_size 1: the NPU's kernel takes 1, 2, 4,"),
     "MLA rank": ({**LATENT, "num_attention_heads": 16, "kv_lora_rank": 256}, {}, {}, "kv_lora_rank of this model is 256: the NPU's kernel for multi-head latent attention takes 512 only"),
     "MLA connector": ({**LATENT, "num_attention_heads": 16}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with multi-head latent attention"),
@@ -79,6 +85,7 @@ GOOD = {
     "as it is": ({}, {}, {}),
     "its own cache": ({}, {"kv_cache_dtype": "bfloat16", "block_size": 64, "attention_backend": "ASCEND_ATTN"}, {}),
     "replicated KV heads": ({"num_key_value_heads": 2}, {"tensor_parallel_size": 4}, {}),
+    "encoder": (ENCODER, {"attention_backend": "ASCEND_ATTN", "tensor_parallel_size": 2}, {}),
     "automatic backend": ({}, {"attention_backend": "auto"}, {}),
     "MLA": ({**LATENT, "num_attention_heads": 16}, {"attention_backend": "ASCEND_MLA", "block_size": 1024, "tensor_parallel_size": 2}, {}),
     "copied weights": ({}, {"cpu_offload_gb": 1}, {"VLLM_WEIGHT_OFFLOADING_DISABLE_UVA": "1"}),

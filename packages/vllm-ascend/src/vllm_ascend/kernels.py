@@ -14,6 +14,7 @@ __all__ = [
     "add_rms_norm",
     "apply_rotary",
     "attention",
+    "attention_of_any_size",
     "causal_mask",
     "latent_attention",
     "rms_norm",
@@ -25,6 +26,8 @@ __all__ = [
 SPARSE_NONE = 0  # no mask: every query sees every key
 SPARSE_CAUSAL = 3  # the causal triangle ends at the last key of each request
 SPARSE_BAND = 4  # as before, within a window
+TND_SIZES = (64, 128, 192)  # widths of heads that the kernel takes in the layout TND
+SIZE_MULTIPLE, LARGEST_SIZE = 16, 512  # and in other layouts
 MASK_SIZE = 2048  # side of the compressed mask that modes 3 and 4 take, whatever the lengths
 
 
@@ -86,11 +89,28 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tens
 
 
 def attention_of_any_size(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """`attention` for heads of any size up to 256: they are filled with zeros up to the next size that the kernel takes, and the result is cut."""
+    """`attention` for heads of any size up to 512, without a cache: they are filled with zeros up to the next size that the kernel takes, and the
+    result is cut. Where no size of the TND layout is large enough, each request is a call of its own in another layout."""
     size = query.shape[-1]
-    wider = next(taken for taken in (64, 128, 192, 256) if taken >= size) - size
-    query, key, value = (torch.nn.functional.pad(x, (0, wider)).contiguous() for x in (query, key, value))
-    return attention(query, key, value, **options)[..., :size]
+    taken = next((taken for taken in TND_SIZES if taken >= size), -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE)
+    if taken > size:
+        query, key, value = (torch.nn.functional.pad(x, (0, taken - size)) for x in (query, key, value))
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    if taken in TND_SIZES:
+        return attention(query, key, value, **options)[..., :size]
+    ends, key_ends = options.pop("actual_seq_lengths"), options.pop("actual_seq_lengths_kv")
+    spans = zip([0, *ends], ends, [0, *key_ends], key_ends, strict=False)
+    return torch.cat([_attend_alone(query[a:b], key[c:d], value[c:d], **options) for a, b, c, d in spans])[..., :size]
+
+
+def _attend_alone(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """One request's attention without a cache, in the layout BSND: query `[T, N, D]`, key and value `[S, Nkv, D]` -> `[T, N, D]`."""
+    if (
+        len(query) == len(key) == 1
+    ):  # a window leaves nothing out, and the kernel has none for one query token in this layout
+        options |= {"sparse_mode": SPARSE_NONE, "atten_mask": None}
+    batch = (query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0))
+    return _npu().npu_fused_infer_attention_score(*batch, input_layout="BSND", **options)[0].squeeze(0)  # type: ignore[no-any-return]
 
 
 def latent_attention(

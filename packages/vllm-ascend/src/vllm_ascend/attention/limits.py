@@ -40,6 +40,7 @@ class Attention:
         dtype: of keys and values, such as "bfloat16".
         cache_dtype: what the user gave as kv_cache_dtype.
         block_size: tokens of a block of the cache, where the user gave one.
+        cached: whether keys and values are kept; False for encoders.
     """
 
     heads: int = 0
@@ -52,6 +53,7 @@ class Attention:
     dtype: str = "bfloat16"
     cache_dtype: str = "auto"
     block_size: int = 0
+    cached: bool = True
 
     @classmethod
     def of(cls, vllm_config: Any) -> Attention:
@@ -72,6 +74,7 @@ class Attention:
             dtype=str(model.dtype).removeprefix("torch."),
             cache_dtype=cache.cache_dtype,
             block_size=cache.block_size if cache.user_specified_block_size else 0,
+            cached=model.attn_type != "encoder_only",
         )
 
 
@@ -128,7 +131,9 @@ def _broken_heads(attention: Attention) -> Iterator[str]:
     if attention.head_size != attention.value_size:
         yield f"the model's heads of keys ({attention.head_size} wide) and of values ({attention.value_size}) must be of one size"
     for size in sorted({attention.head_size, attention.value_size}):
-        if size % _SIZE_MULTIPLE or size > _LARGEST_SIZE:
+        if not attention.cached and size > _LARGEST_SIZE:  # smaller ones are filled up: `kernels.attention_of_any_size`
+            yield f"the model's heads are {size} wide: the kernel takes at most {_LARGEST_SIZE}"
+        elif attention.cached and (size % _SIZE_MULTIPLE or size > _LARGEST_SIZE):
             yield f"the model's heads are {size} wide: the kernel takes multiples of {_SIZE_MULTIPLE} up to {_LARGEST_SIZE}"
 
 
