@@ -74,7 +74,6 @@ ALONE = {
     "buffer size": ({}, {}, {"HCCL_BUFFSIZE": "lots"}, "environment variable HCCL_BUFFSIZE='lots': must be a whole number of MB above 0"),
     "option": ({}, {"additional_config": {"enable_flashcomm1": True}}, {}, "option 'enable_flashcomm1' (True) needs tensor_parallel_size > 1, got 1"),
     "encoder's head size": ({**ENCODER, "hidden_size": 12 * 520, "head_dim": 520}, {}, {}, "the model's heads are 520 wide: the kernel takes at most 512"),
-    "encoder's ranks": (ENCODER, {"tensor_parallel_size": 8}, {}, "tensor_parallel_size (8) must divide the model's 12 attention heads"),
     "MLA heads": (LATENT, {}, {}, "multi-head latent attention with 20 heads over tensor_parallel_size 1: the NPU's kernel takes 1, 2, 4,"),
     "MLA rank": ({**LATENT, "num_attention_heads": 16, "kv_lora_rank": 256}, {}, {}, "kv_lora_rank of this model is 256: the NPU's kernel for multi-head latent attention takes 512 only"),
     "MLA connector": ({**LATENT, "num_attention_heads": 16}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with multi-head latent attention"),
@@ -186,7 +185,7 @@ def of(config=(), **model):
     """`Attention.of` a model about which vLLM says what is given."""
     text = SimpleNamespace(**dict(config))
     known = {
-        "uses_alibi": False, "is_mm_prefix_lm": False, "is_encoder_decoder": False, "use_mla": False, "dtype": "torch.bfloat16",
+        "uses_alibi": False, "is_mm_prefix_lm": False, "is_encoder_decoder": False, "use_mla": False, "dtype": "torch.bfloat16", "attn_type": "decoder",
         "architectures": ["SomeModel"], "get_head_size": lambda: 64, "get_total_num_kv_heads": lambda: 4,
         "model_arch_config": SimpleNamespace(total_num_attention_heads=8),
     }  # fmt: skip
@@ -230,14 +229,26 @@ def test_limits_of_the_kernels():
     ):
         assert any(message in found for found in broken(replace(fits, **change))), message
     assert list(broken(replace(fits, latent=(512, 64), block_size=1024))) == []
+    encoder = replace(of(attn_type="encoder_only"), head_size=24, value_size=24)
+    assert list(broken(encoder)) == []
+    assert any("24 wide: the kernel takes multiples of 16" in found for found in broken(replace(encoder, cached=True)))
 
 
 GROUPED = Attention(heads=8, kv_heads=4, head_size=64, value_size=64, ranks=2)
+ENCODING = replace(GROUPED, cached=False, head_size=24, value_size=24)
 ABSORBED = Attention(heads=8, kv_heads=8, head_size=576, value_size=576, latent=(512, 64), ranks=2)
 
 
 @pytest.mark.parametrize(
-    "attention", [GROUPED, ABSORBED, replace(GROUPED, heads=0), replace(GROUPED, block_size=16, kv_heads=1)]
+    "attention",
+    [
+        GROUPED,
+        ABSORBED,
+        ENCODING,
+        replace(ENCODING, head_size=256),
+        replace(GROUPED, heads=0),
+        replace(GROUPED, block_size=16, kv_heads=1),
+    ],
 )
 def test_the_kernels_take_a_model(attention):
     probe.check(attention, torch.device("npu"))
@@ -249,6 +260,7 @@ def test_the_kernels_take_a_model(attention):
     [
         (replace(GROUPED, dtype="float32"), "query must be float16 or bfloat16, got Float"),
         (replace(ABSORBED, dtype="float32"), "query must be float16 or bfloat16, got Float"),
+        (replace(ENCODING, dtype="float32"), "query must be float16 or bfloat16, got Float"),
         (replace(GROUPED, head_size=24), "D must be a multiple of 16, got 24"),
     ],
 )
