@@ -261,6 +261,7 @@ def save_tokenizer(folder):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=LONGEST,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         **{f"{name}_token": token for name, token in names.items()},
     ).save_pretrained(folder)
 
