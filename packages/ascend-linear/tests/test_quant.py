@@ -80,6 +80,39 @@ def with_bias(scaled, error, bias):
     return expected, error + gamma(1, bias.dtype) * (expected.abs() + error)
 
 
+def test_an_op_that_holds_a_product_computes_with_the_one_that_replaces_it():
+    held, other = (
+        layer(),
+        layer(input_scale=torch.tensor([0.0625]), input_offset=torch.tensor([3.0]), deq_scale=torch.ones(OUT)),
+    )
+    x, weight = torch.randn(7, IN, dtype=torch.bfloat16).npu(), torch.randint(-128, 128, (OUT, IN), dtype=torch.int8)
+    before = held.product(x, weight.npu(), None)
+    held.replace(other)
+    assert torch.equal(held.product(x, weight.npu(), None), other.product(x, weight.npu(), None))
+    assert torch.equal(held._dequantised_bias, other._dequantised_bias)  # which only the fused kernel reads
+    assert not torch.equal(held.product(x, weight.npu(), None), before)
+    dynamic = al.W8A8Dynamic(weight_scale=torch.ones(OUT).npu())
+    dynamic.replace(al.W8A8Dynamic(weight_scale=torch.full((OUT,), 2.0).npu()))
+    assert torch.equal(dynamic.weight_scale.cpu(), torch.full((OUT,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_bias": None}, r"quant_bias of shape None: must be of shape \(12,\), as before"),
+        (
+            {"deq_scale": torch.ones(3), "quant_bias": torch.ones(3, dtype=torch.int32)},
+            r"deq_scale of shape \(3,\): must be of shape \(12,\), as before",
+        ),
+    ],
+)
+def test_a_product_of_another_layer_replaces_nothing(change, message):
+    held, before = layer(), layer()
+    with pytest.raises(ValueError, match=message):
+        held.replace(layer(input_scale=torch.tensor([0.5]), **change))
+    assert torch.equal(held.input_scale, before.input_scale)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

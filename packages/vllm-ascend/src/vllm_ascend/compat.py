@@ -23,6 +23,7 @@ __all__ = [
     "name_missing_libraries",
     "register_slot_mapping",
     "replace_grouped_topk",
+    "replace_model_loader",
     "shard_of",
 ]
 
@@ -68,6 +69,18 @@ def replace_grouped_topk(grouped_topk: Callable[..., tuple[torch.Tensor, torch.T
     from vllm.model_executor.layers.fused_moe.router import grouped_topk_router
 
     grouped_topk_router.grouped_topk = grouped_topk
+
+
+def replace_model_loader(in_tree: type, ours: type) -> None:
+    """Let vLLM use the loader `ours` for every load format that it has `in_tree` for.
+
+    Reason: `register_model_loader`, which does this for one format, warns the user that the format "will be overwritten", once for each of seven.
+    Retired by: a loader that a platform can choose, or the check of what was loaded as strict in vLLM as it is here.
+    """
+    from vllm.model_executor import model_loader
+
+    formats = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    formats.update({name: ours for name, loader in formats.items() if loader is in_tree})
 
 
 def compute_slot_mapping(
