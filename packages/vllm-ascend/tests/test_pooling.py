@@ -102,9 +102,11 @@ def in_blocks(case):
     return 4 if case.task.startswith("token") else 1
 
 
-def assert_float32(name, found, prompts):
+def assert_float32(name, found, prompts, some=None):
+    """The bound is found with some of the prompts, or with all."""
     case = CASES[name]
-    errors, bound = relative_errors(found, answers(case, build(case).double(), prompts)), float32_bound(case, prompts)
+    errors = relative_errors(found, answers(case, build(case).double(), prompts))
+    bound = float32_bound(case, some or prompts)
     print(f"{name}: largest error {errors.max():.1e}, bound {bound:.1e}")
     assert errors.max() <= bound, f"{name}: largest error {errors.max():.1e}, bound {bound:.1e}"
 
@@ -139,7 +141,7 @@ def test_float32(name, float32, prompts):
 def test_sixty_four_texts_of_one_to_512_tokens_at_once(name, float32):
     many = texts(MANY, seed=1)
     assert (len(many), min(map(len, many)), max(map(len, many))) == (64, 1, 512)
-    assert_float32(name, float32[name][1]["data"], many)
+    assert_float32(name, float32[name][1]["data"], many, many[:48:8])
 
 
 @pytest.fixture(scope="module")

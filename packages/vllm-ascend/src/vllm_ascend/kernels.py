@@ -26,7 +26,7 @@ __all__ = [
 SPARSE_NONE = 0  # no mask: every query sees every key
 SPARSE_CAUSAL = 3  # the causal triangle ends at the last key of each request
 SPARSE_BAND = 4  # as before, within a window
-TND_SIZES = (64, 128, 192)  # widths of heads that the kernel takes in the layout TND
+HEAD_SIZES = (64, 128, 192)  # widths of heads that `attention` takes, in the layout TND
 SIZE_MULTIPLE, LARGEST_SIZE = 16, 512  # and in other layouts
 MASK_SIZE = 2048  # side of the compressed mask that modes 3 and 4 take, whatever the lengths
 
@@ -90,13 +90,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tens
 
 def attention_of_any_size(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """`attention` for heads of any size up to 512, without a cache: they are filled with zeros up to the next size that the kernel takes, and the
-    result is cut. Where no size of the TND layout is large enough, each request is a call of its own in another layout."""
+    result is cut. Where no size of the TND layout is large enough, each request is a call of its own in another layout.
+
+    Raises:
+        ValueError: larger heads.
+    """
     size = query.shape[-1]
-    taken = next((taken for taken in TND_SIZES if taken >= size), -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE)
+    if size > LARGEST_SIZE:
+        raise ValueError(f"heads are {size} wide: the attention kernel takes at most {LARGEST_SIZE}")
+    taken = next((taken for taken in HEAD_SIZES if taken >= size), -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE)
     if taken > size:
         query, key, value = (torch.nn.functional.pad(x, (0, taken - size)) for x in (query, key, value))
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    if taken in TND_SIZES:
+    if taken in HEAD_SIZES:
         return attention(query, key, value, **options)[..., :size]
     ends, key_ends = options.pop("actual_seq_lengths"), options.pop("actual_seq_lengths_kv")
     spans = zip([0, *ends], ends, [0, *key_ends], key_ends, strict=False)
@@ -105,9 +111,7 @@ def attention_of_any_size(query: Tensor, key: Tensor, value: Tensor, **options: 
 
 def _attend_alone(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """One request's attention without a cache, in the layout BSND: query `[T, N, D]`, key and value `[S, Nkv, D]` -> `[T, N, D]`."""
-    if (
-        len(query) == len(key) == 1
-    ):  # a window leaves nothing out, and the kernel has none for one query token in this layout
+    if len(query) == len(key) == 1:  # no window leaves anything out, and this layout has none for one query token
         options |= {"sparse_mode": SPARSE_NONE, "atten_mask": None}
     batch = (query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0))
     return _npu().npu_fused_infer_attention_score(*batch, input_layout="BSND", **options)[0].squeeze(0)  # type: ignore[no-any-return]
