@@ -105,7 +105,6 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         *,
         kv_lora_rank: int,
         qk_nope_head_dim: int,
-        qk_rope_head_dim: int,
         v_head_dim: int,
         kv_b_proj: nn.Module,
         **dimensions: Any,
@@ -119,7 +118,7 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
             if value:
                 raise ValueError(f"multi-head latent attention on an NPU has no {name} (got {value!r})")
         self.num_heads, self.scale = num_heads, scale
-        self.kv_lora_rank, self.rope_size = kv_lora_rank, qk_rope_head_dim
+        self.kv_lora_rank = kv_lora_rank
         self.key_size, self.value_size = qk_nope_head_dim, v_head_dim
         self.kv_b_proj = kv_b_proj
         self.kv_cache_dtype = kv_cache_dtype
@@ -188,8 +187,7 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         """The plain form: query `[T, N, 128 + 64]`, latents `[T, 512]` and rotated keys `[T, 1, 64]` of the new tokens -> output `[T, N * 128]`, written."""
         step = attn_metadata.prefill
         assert step is not None
-        query, query_rope = q.split([self.key_size, self.rope_size], dim=-1)
-        queries = (_widened(query).contiguous(), query_rope.contiguous())
+        queries = (_widened(q[..., : self.key_size]).contiguous(), q[..., self.key_size :].contiguous())
         key, value = self._projected(kv_c_normed)
         out, lse = kernels.prompt_latent_attention(
             queries,
@@ -230,8 +228,7 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
     def _projected(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents `[S, 512]` -> keys without their rotary part and values, `[S, N, 128]` each."""
         both = self.kv_b_proj(latents)[0].view(-1, self.num_heads, self.key_size + self.value_size)
-        key, value = both.split([self.key_size, self.value_size], dim=-1)
-        return _widened(key), _widened(value)
+        return _widened(both[..., : self.key_size]), _widened(both[..., self.key_size :])
 
 
 def _widened(rows: Tensor) -> Tensor:

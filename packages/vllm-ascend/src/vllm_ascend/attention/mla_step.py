@@ -136,7 +136,7 @@ def context_chunks(
     for plan in plan_mla_context_chunks(contexts, rows, rows, block_size, lambda tokens: tokens):
         first, last = plan.request_start, plan.request_end
         on_device = async_tensor_h2d([*plan.seq_lens, *plan.starts], device=block_table.device, dtype=torch.int32)
-        lengths, starts = on_device.split(last - first)
+        lengths, starts = on_device[: last - first], on_device[last - first :]
         chunks.append(
             ContextChunk(
                 tokens=slice(begins[first], begins[last]),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from vllm.forward_context import get_forward_context
@@ -63,4 +64,5 @@ def tokens_of_step() -> int:
     if not metadata:
         return 0
     layers = metadata if isinstance(metadata, dict) else metadata[0]
-    return next(iter(layers.values())).num_actual_tokens  # type: ignore[no-any-return]
+    one: Any = next(iter(layers.values()))
+    return int(one.num_actual_tokens)
