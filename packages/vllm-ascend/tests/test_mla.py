@@ -5,52 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_bounds import attend, causal
+from paged_steps import description
 
 LATENT, ROPE, HEADS, BLOCK, WIDTH = 512, 64, 4, 128, 128
 SCALE = 0.05
-EXPONENTIAL = 8  # roundings that stand for one exp or log in float32: 4 units in the last place
-
-
-def gamma(roundings, dtype=torch.float32):
-    """What so many roundings do to a number, relatively (Higham, Accuracy and Stability of Numerical Algorithms, chapter 3)."""
-    change = roundings * torch.finfo(dtype).eps / 2
-    return change / (1 - change)
-
-
-def naive(query, query_rope, keys, key_rope, values, parts=1):
-    """float64 `[T, N, V]` for the last T of a request's S tokens, and how far bfloat16 may be from it.
-
-    Scores, their exponentials and the sums over keys are off by roundings in float32, in whatever order; the result is stored once. Where the keys were
-    attended to in several parts, each part's result is stored as well, and its weight is the exponential of a difference of log-sum-exps.
-
-    Args:
-        query, query_rope: `[T, N, D]` and `[T, N, 64]`.
-        keys, key_rope: `[S, N, D]` and `[S, 64]`.
-        values: `[S, N, V]`.
-        parts: of the keys.
-    """
-    tokens, length = query.shape[0], keys.shape[0]
-
-    def scores_of(query, query_rope, keys, key_rope):
-        return SCALE * (torch.einsum("tnd,snd->nts", query, keys) + torch.einsum("tnd,sd->nts", query_rope, key_rope))
-
-    unseen = torch.arange(length)[None] > torch.arange(tokens)[:, None] + length - tokens
-    scores = scores_of(query, query_rope, keys, key_rope).masked_fill(unseen, -torch.inf)
-    terms = scores_of(*(x.abs() for x in (query, query_rope, keys, key_rope))).masked_fill(unseen, 0)
-    weights, most, lse = scores.softmax(-1), scores.amax(-1, keepdim=True), scores.logsumexp(-1, keepdim=True)
-    out = torch.einsum("nts,snv->tnv", weights, values)
-    magnitude = torch.einsum("nts,snv->tnv", weights, values.abs())
-    below = (most - scores).masked_fill(unseen, 0)
-    of_a_weight = gamma(LATENT + ROPE + 1) * terms + gamma(1) * below + gamma(EXPONENTIAL)
-    of_a_sum = (of_a_weight.amax(-1, keepdim=True) + gamma(2 * length + 4)).movedim(0, 1)  # [T, N, 1]
-    computed = 2 * of_a_sum * magnitude
-    if parts > 1:
-        of_the_lse = of_a_sum + gamma(2 + EXPONENTIAL) * (most.abs() + lse.abs()).movedim(0, 1)
-        stored = gamma(1, torch.bfloat16) * (magnitude + computed)
-        computed = (
-            computed + stored + (2 * parts * of_the_lse + gamma(parts * (4 + EXPONENTIAL))) * (magnitude + stored)
-        )
-    return out, computed + gamma(1, torch.bfloat16) * (out.abs() + computed)
 
 
 def sizes(nope=WIDTH, value=WIDTH, **scheduler):
@@ -89,19 +48,6 @@ def written():
             impl.do_kv_cache_update(latents.npu(), keys.unsqueeze(1).npu(), cache, slots.npu(), "auto", None)
 
     return write
-
-
-def description(lengths, totals, table):
-    """A step as vLLM describes it: new tokens and keys of each request."""
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
-    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    keys = torch.tensor(totals, dtype=torch.int32)
-    return CommonAttentionMetadata(
-        query_start_loc=starts.npu(), query_start_loc_cpu=starts, seq_lens=keys.npu(), seq_lens_cpu_upper_bound=keys,
-        num_reqs=len(lengths), num_actual_tokens=sum(lengths), max_query_len=max(lengths), max_seq_len=max(totals),
-        block_table_tensor=table.npu(), slot_mapping=None,
-    )  # fmt: skip
 
 
 class Requests:
@@ -144,13 +90,14 @@ class Requests:
             written(impl, latents, keys, self.cache, mine[position // BLOCK] * BLOCK + position % BLOCK)
 
     def expected(self, parts):
-        """`naive` of all requests; `parts`: of each one's keys."""
+        """`attend` of all requests; `parts`: of each one's keys."""
         results = []
         for query, latents, rotated, count in zip(self.query, self.latents, self.rotated, parts, strict=True):
             projected = torch.einsum("sl,lnp->snp", latents.double(), self.weight.double())
             keys, values = projected.split([self.nope, self.value], -1)
-            nope, rope = query.double().split([self.nope, ROPE], -1)
-            results.append(naive(nope, rope, keys, rotated.double(), values, count))
+            keys = torch.cat((keys, rotated.double().unsqueeze(1).expand(-1, HEADS, -1)), -1)
+            unseen = causal(len(query), len(keys))
+            results.append(attend(query, keys, values, SCALE, unseen, products=LATENT + ROPE, parts=count))
         return [torch.cat(part) for part in zip(*results, strict=True)]
 
     def found(self, impl, step):
