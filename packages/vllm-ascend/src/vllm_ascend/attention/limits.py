@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_ascend.moe_layers import ConfigReader
+
 __all__ = [
     "BLOCK_SIZES",
     "HEAD_SIZES",
@@ -17,6 +19,7 @@ __all__ = [
     "broken",
     "check_cache",
     "has_plain_form",
+    "head_sizes",
     "kernel_head_size",
     "notices",
 ]
@@ -32,10 +35,8 @@ LATENT_QUERIES = 16
 """Query tokens of a request that the kernel takes in the absorbed form of latent attention."""
 PLAIN_SIZE = 128
 """Width of keys without their rotary part, and of values, in the plain form of latent attention."""
-_DTYPES = (
-    "bfloat16",
-    "float32",
-)  # float32 is found out in the worker, by attention/probe.py: no hardware takes it, the simulator's relaxed mode does
+# No hardware takes float32, but the simulator's relaxed mode does: attention/probe.py finds that out in the worker.
+_DTYPES = ("bfloat16", "float32")
 _LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 _LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 _MOST_HEADS, _MOST_QUERIES_A_KEY, _MOST_NUMBERS_A_TOKEN, _MOST_NUMBERS = 256, 64, 65535, 2**31 - 1
@@ -87,17 +88,18 @@ class Attention:
     @classmethod
     def of(cls, vllm_config: Any) -> Attention:
         """From vLLM's `VllmConfig`, whose `model_config` is there."""
-        model, cache, text = vllm_config.model_config, vllm_config.cache_config, vllm_config.model_config.hf_text_config
+        model, cache = vllm_config.model_config, vllm_config.cache_config
+        text = ConfigReader(model.hf_text_config)
         head_size = model.get_head_size()
-        first, second = (getattr(text, name, None) or 0 for name in _LATENT_SIZES)
+        first, second = (text.get(name, default=0) for name in _LATENT_SIZES)
         latent = (first, second) if model.use_mla else None
         scheduler = vllm_config.scheduler_config
-        own_values = latent is None and not getattr(text, "kv_lora_rank", None) and getattr(text, "head_dim", None)
+        own_values = latent is None and not text.get("kv_lora_rank") and text.get("head_dim")
         return cls(
             heads=model.model_arch_config.total_num_attention_heads,
             kv_heads=model.get_total_num_kv_heads(),
             head_size=head_size,
-            value_size=(getattr(text, "v_head_dim", None) if own_values else None) or head_size,
+            value_size=(text.get("v_head_dim") if own_values else None) or head_size,
             latent=latent,
             missing=tuple(_missing(model)),
             ranks=vllm_config.parallel_config.tensor_parallel_size,
@@ -105,24 +107,32 @@ class Attention:
             cache_dtype=cache.cache_dtype,
             block_size=cache.block_size if cache.user_specified_block_size else 0,
             plain_form=latent is None
-            or has_plain_form(getattr(text, "qk_nope_head_dim", 0), getattr(text, "v_head_dim", 0)),
+            or has_plain_form(text.get("qk_nope_head_dim", default=0), text.get("v_head_dim", default=0)),
             tokens=scheduler.max_num_batched_tokens,
             requests=scheduler.max_num_seqs,
         )
 
 
+def head_sizes(model: Any) -> list[int]:
+    """The head sizes of a model's layers, ascending, of vLLM's `ModelConfig`."""
+    overrides = getattr(model.model_arch_config, "per_layer_overrides", None) or ()
+    return sorted({model.get_head_size(), *(layer["head_size"] for layer in overrides if "head_size" in layer)})
+
+
 def _missing(model: Any) -> Iterator[str]:
     """What vLLM's `ModelConfig` says that the kernels do not have."""
-    text, architectures = model.hf_text_config, model.architectures
-    if cap := getattr(text, "attn_logit_softcapping", None):
+    text, architectures = ConfigReader(model.hf_text_config), model.architectures
+    if cap := text.get("attn_logit_softcapping"):
         yield f"a soft cap on attention logits (attn_logit_softcapping {cap})"
     if model.uses_alibi or "Step1ForCausalLM" in architectures:
         yield f"ALiBi position biases ({architectures[0]})"
-    sinks = [key for key in _SINK_KEYS if getattr(text, key, False)]
+    sinks = [key for key in _SINK_KEYS if text.get(key)]
     if sinks or any(name in _SINK_ARCHITECTURES for name in architectures):
         yield f"attention sinks ({sinks[0] if sinks else architectures[0]})"
-    if topk := getattr(text, "index_topk", None):
+    if topk := text.get("index_topk"):
         yield f"sparse attention (index_topk {topk})"
+    if len(sizes := head_sizes(model)) > 1:
+        yield f"layers with heads of several sizes ({', '.join(map(str, sizes))}): the cache has one shape for all of them"
     if model.is_mm_prefix_lm:
         yield f"bidirectional multimodal prefixes ({architectures[0]})"
     if model.is_encoder_decoder:
