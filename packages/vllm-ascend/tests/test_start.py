@@ -28,6 +28,11 @@ LATENT = {
     "num_key_value_heads": 20, "kv_lora_rank": 512, "q_lora_rank": 48, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
     "v_head_dim": 128, "num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 256, "torch_dtype": "bfloat16",
 }  # fmt: skip
+GEMMA4 = {
+    "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "global_head_dim": 128, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "intermediate_size": 64,
+    "hidden_size_per_layer_input": 16, "vocab_size": 512, "vocab_size_per_layer_input": 512, "max_position_embeddings": 256, "torch_dtype": "bfloat16",
+}  # fmt: skip
 COMPRESSED = {
     "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
     "config_groups": {"group_0": {
@@ -46,6 +51,8 @@ ALONE = {
     "ALiBi": ({"alibi": True}, {}, {}, "no attention kernel for ALiBi"),
     "sinks": ({"add_swa_attention_sink_bias": True}, {}, {}, "no attention kernel for attention sinks (add_swa_attention_sink_bias)"),
     "sparse": ({"index_topk": 2048}, {}, {}, "no attention kernel for sparse attention (index_topk 2048)"),
+    "heads of two sizes": (GEMMA4, {}, {}, "no attention kernel for layers with heads of several sizes (64, 128): the cache has one shape for all of them"),
+    "dynamic rope": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, {"max_model_len": 512}, {}, "max_model_len (512) must be at most max_position_embeddings (256)"),
     "KV heads": ({}, {"tensor_parallel_size": 2}, {}, "tensor_parallel_size (2) must divide the model's 3 key and value heads, or be a multiple"),
     "head size": ({"head_dim": 24}, {}, {}, "the model's heads are 24 wide: the kernel takes multiples of 16 up to 512"),
     "decode context": ({"num_key_value_heads": 1}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, {}, "decode_context_parallel_size (2) must be 1"),

@@ -80,17 +80,30 @@ def causal_mask(device: torch.device) -> Tensor:
     return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.int8).triu_(1).to(device)
 
 
+HEAD_SIZES = (64, 128, 192, 256)
+"""Widths of heads that `attention` takes in TND layout."""
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """Fused attention in TND layout: query `[T, N, D]`; options as of `npu_fused_infer_attention_score`. Returns `[T, N, D]`."""
     return _npu().npu_fused_infer_attention_score(query, key, value, input_layout="TND", **options)[0]  # type: ignore[no-any-return]
 
 
 def attention_of_any_size(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """`attention` for heads of any size up to 256: they are filled with zeros up to the next size that the kernel takes, and the result is cut."""
+    """`attention` for heads of any size up to 256: they are filled with zeros up to the next size that the kernel takes, and the result is cut.
+
+    Raises:
+        ValueError: larger heads.
+    """
     size = query.shape[-1]
-    wider = next(taken for taken in (64, 128, 192, 256) if taken >= size) - size
-    query, key, value = (torch.nn.functional.pad(x, (0, wider)).contiguous() for x in (query, key, value))
-    return attention(query, key, value, **options)[..., :size]
+    taken = next((taken for taken in HEAD_SIZES if taken >= size), None)
+    if taken is None:
+        raise ValueError(
+            f"heads are {size} wide: the attention kernel takes {', '.join(map(str, HEAD_SIZES))}, and so smaller ones"
+        )
+    if taken > size:
+        query, key, value = (torch.nn.functional.pad(x, (0, taken - size)) for x in (query, key, value))
+    return attention(query.contiguous(), key.contiguous(), value.contiguous(), **options)[..., :size]
 
 
 def latent_attention(

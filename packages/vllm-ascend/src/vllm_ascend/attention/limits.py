@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Attention", "broken"]
+from vllm_ascend.moe_layers import ConfigReader
+
+__all__ = ["Attention", "broken", "head_sizes"]
 
 _LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 _LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -56,16 +58,17 @@ class Attention:
     @classmethod
     def of(cls, vllm_config: Any) -> Attention:
         """From vLLM's `VllmConfig`, whose `model_config` is there."""
-        model, cache, text = vllm_config.model_config, vllm_config.cache_config, vllm_config.model_config.hf_text_config
+        model, cache = vllm_config.model_config, vllm_config.cache_config
+        text = ConfigReader(model.hf_text_config)
         head_size = model.get_head_size()
-        first, second = (getattr(text, name, None) or 0 for name in _LATENT_SIZES)
+        first, second = (text.get(name, default=0) for name in _LATENT_SIZES)
         latent = (first, second) if model.use_mla else None
-        own_values = latent is None and not getattr(text, "kv_lora_rank", None) and getattr(text, "head_dim", None)
+        own_values = latent is None and not text.get("kv_lora_rank") and text.get("head_dim")
         return cls(
             heads=model.model_arch_config.total_num_attention_heads,
             kv_heads=model.get_total_num_kv_heads(),
             head_size=head_size,
-            value_size=(getattr(text, "v_head_dim", None) if own_values else None) or head_size,
+            value_size=(text.get("v_head_dim") if own_values else None) or head_size,
             latent=latent,
             missing=tuple(_missing(model)),
             ranks=vllm_config.parallel_config.tensor_parallel_size,
@@ -75,18 +78,26 @@ class Attention:
         )
 
 
+def head_sizes(model: Any) -> list[int]:
+    """The head sizes of a model's layers, ascending, of vLLM's `ModelConfig`."""
+    overrides = getattr(model.model_arch_config, "per_layer_overrides", None) or ()
+    return sorted({model.get_head_size(), *(layer["head_size"] for layer in overrides if "head_size" in layer)})
+
+
 def _missing(model: Any) -> Iterator[str]:
     """What vLLM's `ModelConfig` says that the kernels do not have."""
-    text, architectures = model.hf_text_config, model.architectures
-    if cap := getattr(text, "attn_logit_softcapping", None):
+    text, architectures = ConfigReader(model.hf_text_config), model.architectures
+    if cap := text.get("attn_logit_softcapping"):
         yield f"a soft cap on attention logits (attn_logit_softcapping {cap})"
     if model.uses_alibi or "Step1ForCausalLM" in architectures:
         yield f"ALiBi position biases ({architectures[0]})"
-    sinks = [key for key in _SINK_KEYS if getattr(text, key, False)]
+    sinks = [key for key in _SINK_KEYS if text.get(key)]
     if sinks or any(name in _SINK_ARCHITECTURES for name in architectures):
         yield f"attention sinks ({sinks[0] if sinks else architectures[0]})"
-    if topk := getattr(text, "index_topk", None):
+    if topk := text.get("index_topk"):
         yield f"sparse attention (index_topk {topk})"
+    if len(sizes := head_sizes(model)) > 1:
+        yield f"layers with heads of several sizes ({', '.join(map(str, sizes))}): the cache has one shape for all of them"
     if model.is_mm_prefix_lm:
         yield f"bidirectional multimodal prefixes ({architectures[0]})"
     if model.is_encoder_decoder:
