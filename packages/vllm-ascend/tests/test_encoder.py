@@ -50,7 +50,9 @@ def test_a_layer(size, window):
     query, key, value = rows(HEADS, size, 0), rows(KV_HEADS, size, 1), rows(KV_HEADS, size, 2)
     tokens = sum(LENGTHS)
     ends = torch.tensor(LENGTHS).cumsum(0).tolist()
-    step = SimpleNamespace(num_tokens=tokens, query_ends=ends, mask=kernels.causal_mask(query.device), causal=False)
+    step = SimpleNamespace(
+        num_actual_tokens=tokens, query_ends=ends, mask=kernels.causal_mask(query.device), causal=False
+    )
     output = torch.full_like(query, 7)
     empty = torch.tensor([]).npu()
     impl.do_kv_cache_update(None, key, value, empty, torch.full((tokens,), -1).npu())

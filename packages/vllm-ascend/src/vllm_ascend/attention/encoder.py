@@ -10,7 +10,8 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionLayer, AttentionType
 
 from vllm_ascend import kernels
-from vllm_ascend.attention.gqa import AscendAttentionBackend, AscendAttentionImpl, AscendAttentionMetadata
+from vllm_ascend.attention.gqa import AscendAttentionBackend, AscendAttentionImpl
+from vllm_ascend.attention.step import AscendAttentionMetadata
 
 __all__ = ["AscendEncoderAttentionBackend", "AscendEncoderAttentionImpl"]
 
@@ -60,11 +61,11 @@ class AscendEncoderAttentionImpl(AscendAttentionImpl):
         step = attn_metadata
         if step is None:
             return output.zero_()
-        tokens = step.num_tokens
-        result = kernels.attention_of_any_size(
-            query[:tokens],
-            key[:tokens],
-            value[:tokens],
+        tokens = step.num_actual_tokens
+        result = kernels.attention(
+            self._padded(query[:tokens]),
+            self._padded(key[:tokens]),
+            self._padded(value[:tokens]),
             num_heads=self.num_heads,
             num_key_value_heads=self.num_kv_heads,
             scale=self.scale,
@@ -72,7 +73,7 @@ class AscendEncoderAttentionImpl(AscendAttentionImpl):
             actual_seq_lengths_kv=step.query_ends,
             **self._window(step),
         )
-        output[:tokens].copy_(result)
+        output[:tokens].copy_(result[..., : self.head_size])
         return output
 
     def _window(self, step: AscendAttentionMetadata) -> dict[str, Any]:
