@@ -102,8 +102,9 @@ class AscendAttentionMetadataBuilder(AttentionMetadataBuilder[AscendAttentionMet
         """
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.mask = kernels.causal_mask(device)
-        cached = isinstance(kv_cache_spec, AttentionSpec) and not isinstance(kv_cache_spec, EncoderOnlyAttentionSpec)
-        if cached and (blocks := vllm_config.cache_config.num_gpu_blocks):
+        if isinstance(kv_cache_spec, EncoderOnlyAttentionSpec):
+            return
+        if isinstance(kv_cache_spec, AttentionSpec) and (blocks := vllm_config.cache_config.num_gpu_blocks):
             width = kv_cache_spec.num_kv_heads * kernel_head_size(kv_cache_spec.head_size)
             check_cache(blocks, kv_cache_spec.block_size, width)
 
