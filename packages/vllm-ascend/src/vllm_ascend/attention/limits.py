@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_ascend.kernels import HEAD_SIZES
 from vllm_ascend.moe_layers import ConfigReader
 
 __all__ = [
@@ -25,8 +26,6 @@ __all__ = [
 ]
 
 # Each number is that of a rule in ascend-sim's contracts of these kernels; tests/test_attention_limits.py compares them.
-HEAD_SIZES = (64, 128, 192, 256)
-"""Head sizes that the kernel takes in TND layout. Heads of another size are padded with zeros to the next of these."""
 _LARGE_HEAD_SIZE = 256
 BLOCK_SIZES = (128, 256, 384, 512)
 """Tokens of a block of the cache that the kernel takes of requests with several query tokens. vLLM cuts larger blocks into these."""
