@@ -115,12 +115,13 @@ def test_a_recorder_closes_before_vllm_ends_the_worker():
 
 def test_a_full_disk_writes_no_step_twice(tmp_path, caplog):
     """A limit on the size of files stands for the full disk: of two steps that are appended together it cuts the second."""
-    path, said, goes_on = tmp_path / "load.jsonl", Said(), threading.Event()
+    path, said, begun, goes_on = tmp_path / "load.jsonl", Said(), threading.Event(), threading.Event()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     writer = LoadWriter(str(path))
     logging.getLogger("vllm_ascend").addHandler(said)
 
     def held():
+        begun.set()
         assert goes_on.wait(60)
         return np.full((1, 2), 1)
 
@@ -129,7 +130,10 @@ def test_a_full_disk_writes_no_step_twice(tmp_path, caplog):
         return np.full((1, 2), 2)
 
     try:
-        for entry in (lambda: np.full((1, 2), 0), held, limited, lambda: np.full((1, 2), 3)):
+        for entry in (lambda: np.full((1, 2), 0), held):
+            writer.put(entry)
+        assert begun.wait(60)
+        for entry in (limited, lambda: np.full((1, 2), 3)):
             writer.put(entry)
         goes_on.set()
         assert said.event.wait(60)
