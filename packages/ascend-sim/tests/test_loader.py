@@ -232,7 +232,8 @@ def test_torch_stays_importable_whatever_goes_wrong(tmp_path, before, message):
 @pytest.mark.parametrize("closed", ["sys.stdout.close()", "sys.stdout = None"])
 def test_torch_npu_needs_no_standard_output(closed):
     done = python(f"import sys; {closed}; import torch; sys.stderr.write(str(torch.ones(1, device='npu').item()))")
-    assert (done.returncode, done.stderr) == (0, "1.0")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.endswith("1.0")  # after a warning of torch_npu's
 
 
 def test_what_is_loaded_is_checked_once():
