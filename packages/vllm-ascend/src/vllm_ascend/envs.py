@@ -33,11 +33,20 @@ RETIRED: Mapping[str, tuple[str, str]] = {
     "VLLM_ASCEND_BALANCE_SCHEDULING": ("0", "enable_balance_scheduling"),
 }
 
+# Segments that grow: without them the KV cache and the activations of steps of many sizes split the device's memory into pieces too small for either.
+ALLOCATOR = "expandable_segments:True"
+ALLOCATOR_VARIABLES = frozenset({"PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"})
+
 
 def set_defaults_for_vllm() -> None:
-    """Set what vLLM reads before it asks the platform: worker processes are spawned, and the V1 model runner is used."""
+    """Set what vLLM reads before it asks the platform (worker processes are spawned, and the V1 model runner is used), and the allocator of torch_npu.
+
+    torch_npu reads the allocator's settings when it initialises the first device of a process, from one of two variables; with both it raises.
+    """
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    if not os.environ.keys() & ALLOCATOR_VARIABLES:
+        os.environ["PYTORCH_NPU_ALLOC_CONF"] = ALLOCATOR
 
 
 def wants_v2_model_runner() -> bool:

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_ascend import layers, parallel
+from vllm_ascend import layers, parallel, warmup
 from vllm_ascend.attention import probe
 from vllm_ascend.attention.limits import Attention
 from vllm_ascend.model_runner import AscendModelRunner
@@ -26,6 +26,9 @@ __all__ = ["AscendWorker"]
 
 class AscendWorker(Worker):
     """One process, one NPU."""
+
+    model_runner: AscendModelRunner
+    _is_warm = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Replace vLLM's layers by ours before any is built."""
@@ -71,13 +74,21 @@ class AscendWorker(Worker):
 
     def _make_model_runner(self) -> AscendModelRunner:
         assert self.device is not None  # init_device has set it
-        return AscendModelRunner(self.vllm_config, self.device)
+        runner = AscendModelRunner(self.vllm_config, self.device)
+        runner.warm_up = self._warm_up
+        return runner
+
+    def _warm_up(self) -> None:
+        warmup.warm_up(self)
+        self._is_warm = True
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
         return nullcontext()
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Nothing is compiled; the profiling run has already warmed the kernels up."""
+        """Nothing is compiled. The kernels were warmed up where memory was profiled, but for a model without a KV cache, for which it is not."""
+        if not self._is_warm:
+            self._warm_up()
         set_random_seed(self.model_config.seed)
         return CompilationTimes(language_model=0.0, encoder=0.0)
 

@@ -222,6 +222,9 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
             options["actual_seq_lengths_kv"] = step.query_ends
         options |= self._masking(step)
         result = kernels.attention(query[:tokens], keys, values, actual_seq_lengths=step.query_ends, **options)
+        if tokens == output.shape[0]:
+            output.set_(result.view(output.shape))  # type: ignore[call-overload]  # the tensor takes the result's memory: no copy
+            return output
         output[:tokens].copy_(result.view(output[:tokens].shape))
         return output
 

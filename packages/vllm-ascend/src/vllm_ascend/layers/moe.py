@@ -34,6 +34,7 @@ __all__ = [
     "HasExperts",
     "activation_of",
     "check_ours",
+    "clear_loads",
     "load_recorder",
     "register",
 ]
@@ -282,6 +283,13 @@ def load_recorder(model: nn.Module) -> LoadRecorder | None:
         groups.ep,
         writes=groups.tp.rank_in_group == 0 and groups.dp.rank_in_group == 0,
     )
+
+
+def clear_loads(model: nn.Module) -> None:
+    """Set what the MoE layers have counted of the load of their slots to 0."""
+    for module in model.modules():
+        if isinstance(module, AscendRoutedExperts) and module.load is not None:
+            module.load.zero_()
 
 
 def topk_softmax(
