@@ -17,10 +17,7 @@ def register() -> str | None:
     if reason := doctor.inactive_because():
         doctor.log_inactive(reason)
         return None
-    from vllm_ascend import compat  # needs torch, which has been found
-
     envs.set_defaults_for_vllm()
-    compat.declare_torchvision_operators()
     return "vllm_ascend.platform.AscendPlatform"
 
 

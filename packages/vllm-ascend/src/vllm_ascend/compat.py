@@ -24,6 +24,7 @@ __all__ = [
     "register_slot_mapping",
     "replace_fused_topk",
     "replace_grouped_topk",
+    "replace_model_loader",
     "shard_of",
 ]
 
@@ -80,6 +81,18 @@ def replace_fused_topk(fused_topk: Callable[..., tuple[torch.Tensor, torch.Tenso
     from vllm.model_executor.layers.fused_moe.router import fused_topk_router
 
     fused_topk_router.fused_topk = fused_topk
+
+
+def replace_model_loader(in_tree: type, ours: type) -> None:
+    """Let vLLM use the loader `ours` for every load format that it has `in_tree` for.
+
+    Reason: `register_model_loader`, which does this for one format, warns the user that the format "will be overwritten", once for each of seven.
+    Retired by: a loader that a platform can choose, or the check of what was loaded as strict in vLLM as it is here.
+    """
+    from vllm.model_executor import model_loader
+
+    formats = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    formats.update({name: ours for name, loader in formats.items() if loader is in_tree})
 
 
 def compute_slot_mapping(
@@ -163,8 +176,10 @@ TORCHVISION_OPERATORS = (
 def declare_torchvision_operators() -> torch.library.Library | None:
     """Let torchvision be imported where its compiled part does not load, as that of its CUDA build beside a CPU build of torch.
 
+    Torch calls this at the end of its own import (entry point `torch.backends`).
+
     Reason: torchvision goes on without its compiled part, but then registers shape functions for the operators in it, and its import ends with
-    "operator torchvision::nms does not exist". The processors of most multimodal models need its Python part alone. The operators are declared
+    "operator torchvision::nms does not exist"; so do those of transformers' classes. The processors of most multimodal models need its Python part alone. The operators are declared
     and have no kernel; torchvision itself refuses to call them. Retired by: a torchvision build for the torch in use, which is left alone.
 
     Returns:

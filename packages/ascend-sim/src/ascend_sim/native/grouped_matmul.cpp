@@ -193,7 +193,7 @@ Tensors separate(Call& c, int64_t split_item, const std::optional<at::Tensor>& g
   return out;
 }
 
-// group_type 0: the rows of x in groups, one result. Rows behind the last group belong to none: zero here. The documentation wants no such rows,
+// group_type 0: the rows of x in groups, one result. Rows after the last group belong to none: zero here. The documentation wants no such rows,
 // but production code has them (a range of active experts, the padded result of a dispatch).
 Tensors grouped(Call& c, int64_t split_item, const std::optional<at::Tensor>& group_list, int64_t group_list_type, at::Device device) {
   TORCH_CHECK(split_item == 2 || split_item == 3, c.op, ": split_item must be 2 or 3 with group_type 0, got ", split_item);

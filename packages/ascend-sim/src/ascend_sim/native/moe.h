@@ -29,7 +29,7 @@ inline std::vector<int32_t> sorted_places(const at::Tensor& ids, int64_t first, 
   return places;
 }
 
-// Row i of `to` is row source(i) of `from`, for i < count; rows behind are zero.
+// Row i of `to` is row source(i) of `from`, for i < count; rows after them are zero.
 template <class F>
 void gather_rows(const at::Tensor& from, const at::Tensor& to, int64_t count, const F& source) {
   if (to.numel() == 0) return;

@@ -63,7 +63,7 @@ at::Tensor by_group(const char* op, const char* argument, const std::optional<at
   return floats(*given);
 }
 
-// torch_npu/_op_plugin_docs.py: npu_dequant_swiglu_quant. Rows behind the last group are not computed; they are zero here.
+// torch_npu/_op_plugin_docs.py: npu_dequant_swiglu_quant. Rows after the last group are not computed; they are zero here.
 std::tuple<at::Tensor, at::Tensor> dequant_swiglu_quant(
     const at::Tensor& x, const std::optional<at::Tensor>& weight_scale, const std::optional<at::Tensor>& activation_scale,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& quant_scale, const std::optional<at::Tensor>& quant_offset,
@@ -130,7 +130,7 @@ std::tuple<at::Tensor, at::Tensor> dequant_swiglu_quant(
   return {y, scale};
 }
 
-// torch_npu/_op_plugin_docs.py: npu_grouped_matmul_swiglu_quant. Rows behind group_list[-1] are not computed; they are zero here.
+// torch_npu/_op_plugin_docs.py: npu_grouped_matmul_swiglu_quant. Rows after group_list[-1] are not computed; they are zero here.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_matmul_swiglu_quant(const at::Tensor& x, const at::Tensor& weight,
                                                                            const at::Tensor& group_list, const at::Tensor& weight_scale,
                                                                            const at::Tensor& x_scale, const std::optional<at::Tensor>& bias,
