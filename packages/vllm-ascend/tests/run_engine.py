@@ -55,6 +55,51 @@ def operators(worker):
     return {name: count.calls for name, count in counters.snapshot().operators.items() if name.startswith("npu::")}
 
 
+def all_operators(worker):
+    """Calls of each operator so far, in one worker."""
+    from ascend_sim import counters
+
+    return {name: count.calls for name, count in counters.snapshot().operators.items()}
+
+
+def watch_copies(worker):
+    """Let the runner of one worker note which copies of its steps the host waits for: those from or to host memory that is not pinned, and values read."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    runner = worker.model_runner
+    runner.blocking_copies = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            tensors = [value for value in (*args, result) if isinstance(value, torch.Tensor)]
+            on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+            name, crosses = str(function), len({tensor.device.type for tensor in tensors}) == 2
+            waits = (
+                crosses
+                and name.startswith(("aten.copy_", "aten._to_copy"))
+                and not all(map(torch.Tensor.is_pinned, on_host))
+            )
+            if waits or (name.startswith("aten._local_scalar_dense") and not on_host):
+                runner.blocking_copies.append(f"{name} {[tuple(tensor.shape) for tensor in tensors]}")
+            return result
+
+    def watched(method):
+        def run(*args, **kwargs):
+            with Watch():
+                return method(*args, **kwargs)
+
+        return run
+
+    runner.execute_model, runner.sample_tokens = watched(runner.execute_model), watched(runner.sample_tokens)
+
+
+def blocking_copies(worker):
+    """What `watch_copies` has let the runner note."""
+    return getattr(worker.model_runner, "blocking_copies", None)
+
+
 def linear_layers(worker):
     """Path -> (op, ranks that share the weight, bytes of weight and bias on this one) of the linear layers in one worker."""
     from vllm_ascend.layers.linear import WithOp

@@ -86,6 +86,9 @@ class _Process:
         self._child.wait()
         for reader in self._readers:
             reader.join()
+        for stream in (self._child.stdout, self._child.stderr):
+            assert stream is not None
+            stream.close()
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """What it prints that is JSON, until it ends or is silent for too long."""
