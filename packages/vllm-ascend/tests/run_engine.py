@@ -63,7 +63,7 @@ def all_operators(worker):
 
 
 def watch_copies(worker):
-    """Let the runner of one worker note which copies of its steps the host waits for: those from or to host memory that is not pinned, and values read."""
+    """Let the runner of one worker note the copies of its steps that come from host memory which is not pinned: the host waits for them."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,16 +73,11 @@ def watch_copies(worker):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            tensors = [value for value in (*args, result) if isinstance(value, torch.Tensor)]
-            on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
-            name, crosses = str(function), len({tensor.device.type for tensor in tensors}) == 2
-            waits = (
-                crosses
-                and name.startswith(("aten.copy_", "aten._to_copy"))
-                and not all(map(torch.Tensor.is_pinned, on_host))
-            )
-            if waits or (name.startswith("aten._local_scalar_dense") and not on_host):
-                runner.blocking_copies.append(f"{name} {[tuple(tensor.shape) for tensor in tensors]}")
+            name = str(function)
+            if name.startswith(("aten.copy_.", "aten._to_copy.", "aten.to.")) and result.device.type == "npu":
+                source = args[1] if name.startswith("aten.copy_.") else args[0]
+                if source.device.type == "cpu" and source.numel() and not source.is_pinned():
+                    runner.blocking_copies.append(f"{name} of {tuple(source.shape)}")
             return result
 
     def watched(method):
@@ -186,11 +181,14 @@ def main(job_file, result_file):
     for engine in job:
         llm = start(engine.get("rendezvous"), disable_log_stats=False, **engine["engine"])
         inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
-        runs, collectives, refusals = [], [], []
+        runs, collectives, refusals, calls = [], [], [], [llm.collective_rpc(all_operators) if inspected else None]
         for run in engine["runs"]:
             refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
+            if run.get("watch"):
+                llm.collective_rpc(watch_copies)
             runs.append(generate(llm, run))
             collectives.append(llm.collective_rpc(traffic) if inspected else None)
+            calls.append(llm.collective_rpc(all_operators) if inspected else None)
         results.append(
             {
                 "runs": runs,
@@ -198,6 +196,8 @@ def main(job_file, result_file):
                 "loads": [llm.collective_rpc(load, args=(folder,)) for folder in engine.get("load", ())],
                 "preemptions": preemptions(llm),
                 "collectives": collectives,
+                "calls": calls,  # before the first run, and after each
+                "blocking": llm.collective_rpc(blocking_copies) if inspected else None,
                 "layers": llm.collective_rpc(linear_layers) if inspected else None,
                 "experts": llm.collective_rpc(experts) if engine.get("experts") else None,
                 "operators": llm.collective_rpc(operators) if inspected else None,
