@@ -64,7 +64,6 @@ def all_operators(worker):
 
 def watch_copies(worker):
     """Let the runner of one worker note the copies of its steps that come from host memory which is not pinned: the host waits for them."""
-    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     runner = worker.model_runner
