@@ -64,7 +64,7 @@ class AscendModelRunner(GPUModelRunner):
     def profile_run(self, randomize_inputs: bool = False) -> None:
         """The largest step, as vLLM runs it to measure memory; then `warm_up` over a small KV cache, whose lasting costs are measured with it."""
         super().profile_run(randomize_inputs=randomize_inputs)
-        if self.warm_up is not None:
+        if self.warm_up is not None and self.get_kv_cache_spec():
             with warmup.small_cache(self):
                 self.warm_up()
 

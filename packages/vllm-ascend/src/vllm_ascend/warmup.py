@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vllm import PoolingParams, SamplingParams
+from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
@@ -55,25 +55,20 @@ def small_cache(runner: AscendModelRunner) -> Iterator[None]:
 def warm_up(worker: AscendWorker) -> None:
     """Run the steps, and leave no trace of them in the runner. Collective over all ranks of all replicas. The KV cache is there.
 
-    A model that generates decodes one token after the prompt and samples twice; a pooling model pools the prompt. An encoder-decoder model is left out:
-    its prompt is nothing without what the encoder makes of an input.
+    Pooling models and encoder-decoder models are left out: the first have tasks of their own in the place of a sampler, and the prompt of the others is
+    nothing without what the encoder makes of an input.
     """
     runner = worker.model_runner
     tokens = min(PROMPT, runner.max_num_tokens, runner.max_model_len - 1)
-    if runner.model_config.is_encoder_decoder or tokens < 1:
+    if runner.is_pooling_model or runner.model_config.is_encoder_decoder or tokens < 1:
         return
     with _uncounted(runner):
         _step(worker, _prompt(runner, tokens))
-        if not runner.is_pooling_model:
-            _step(worker, _decoding(tokens))
+        _step(worker, _decoding(tokens))
         end = SchedulerOutput.make_empty()
         end.finished_req_ids = {REQUEST}
         worker.execute_model(end)
-    logger.info_once(
-        "Ran a prompt of %d tokens%s to warm the kernels up.",
-        tokens,
-        "" if runner.is_pooling_model else " and a decoding step",
-    )
+    logger.info_once("Ran a prompt of %d tokens and a decoding step to warm the kernels up.", tokens)
 
 
 def _step(worker: AscendWorker, step: SchedulerOutput) -> None:
@@ -86,18 +81,13 @@ def _step(worker: AscendWorker, step: SchedulerOutput) -> None:
 
 
 def _prompt(runner: AscendModelRunner, tokens: int) -> SchedulerOutput:
-    groups = [
-        group
-        for group in runner.kv_cache_config.kv_cache_groups
-        if group.layer_names[0] not in runner.runner_only_attn_layers
-    ]
-    pooling = _pooling(runner) if runner.is_pooling_model else None
+    groups = runner.kv_cache_config.kv_cache_groups
     request = NewRequestData(
         req_id=REQUEST,
         prompt_token_ids=[0] * tokens,
         mm_features=[],
-        sampling_params=SamplingParams(temperature=0, max_tokens=2) if pooling is None else None,
-        pooling_params=pooling,
+        sampling_params=SamplingParams(temperature=0, max_tokens=2),
+        pooling_params=None,
         block_ids=tuple([1 + index] for index in range(len(groups))),
         num_computed_tokens=0,
         lora_request=None,
@@ -124,13 +114,6 @@ def _decoding(tokens: int) -> SchedulerOutput:
 def _of_tokens(step: SchedulerOutput, tokens: int) -> SchedulerOutput:
     step.num_scheduled_tokens, step.total_num_scheduled_tokens = {REQUEST: tokens}, tokens
     return step
-
-
-def _pooling(runner: AscendModelRunner) -> PoolingParams:
-    """Parameters of the first task that the model pools for, as vLLM's own profiling has them."""
-    params = PoolingParams(task=runner.get_supported_pooling_tasks()[0])
-    params.verify(runner.model_config)
-    return params
 
 
 @contextmanager

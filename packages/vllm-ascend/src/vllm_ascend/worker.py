@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ class AscendWorker(Worker):
     """One process, one NPU."""
 
     model_runner: AscendModelRunner
-    _is_warm = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Replace vLLM's layers and loader by ours before a model is built."""
@@ -77,12 +77,8 @@ class AscendWorker(Worker):
     def _make_model_runner(self) -> AscendModelRunner:
         assert self.device is not None  # init_device has set it
         runner = AscendModelRunner(self.vllm_config, self.device)
-        runner.warm_up = self._warm_up
+        runner.warm_up = partial(warmup.warm_up, self)
         return runner
-
-    def _warm_up(self) -> None:
-        warmup.warm_up(self)
-        self._is_warm = True
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
         return nullcontext()
@@ -93,9 +89,7 @@ class AscendWorker(Worker):
         super().start_weight_update()
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Nothing is compiled. The kernels were warmed up where memory was profiled, but for a model without a KV cache, for which it is not."""
-        if not self._is_warm:
-            self._warm_up()
+        """Nothing is compiled, and the kernels were warmed up where memory was profiled (`warmup.py`)."""
         set_random_seed(self.model_config.seed)
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
