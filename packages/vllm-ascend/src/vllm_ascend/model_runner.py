@@ -24,7 +24,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_ascend import compat, loader, parallel, warmup
+from vllm_ascend import compat, loader, parallel
 from vllm_ascend.attention import mla
 from vllm_ascend.eplb.record import LoadRecorder
 from vllm_ascend.layers import linear, moe, sequence
@@ -64,9 +64,8 @@ class AscendModelRunner(GPUModelRunner):
     def profile_run(self, randomize_inputs: bool = False) -> None:
         """The largest step, as vLLM runs it to measure memory; then `warm_up` over a small KV cache, whose lasting costs are measured with it."""
         super().profile_run(randomize_inputs=randomize_inputs)
-        if self.warm_up is not None and self.get_kv_cache_spec():
-            with warmup.small_cache(self):
-                self.warm_up()
+        if self.warm_up is not None:
+            self.warm_up()
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: Any) -> Any:
         """Prepare a step on the host; with embeddings in the place of prompts as vLLM does it, on the device."""

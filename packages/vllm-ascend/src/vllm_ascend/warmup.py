@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm_ascend.model_runner import AscendModelRunner
     from vllm_ascend.worker import AscendWorker
 
-__all__ = ["small_cache", "warm_up"]
+__all__ = ["warm_up"]
 
 logger = init_logger(__name__)
 
@@ -35,7 +35,7 @@ REQUEST = "ascend-warm-up"
 
 
 @contextmanager
-def small_cache(runner: AscendModelRunner) -> Iterator[None]:
+def _small_cache(runner: AscendModelRunner) -> Iterator[None]:
     """Give the layers a KV cache of one block for each group, and the one that vLLM keeps free, while the real one has no size yet."""
     config, cache = runner.vllm_config, runner.cache_config
     groups = get_kv_cache_groups(config, runner.get_kv_cache_spec())
@@ -53,7 +53,7 @@ def small_cache(runner: AscendModelRunner) -> Iterator[None]:
 
 
 def warm_up(worker: AscendWorker) -> None:
-    """Run the steps, and leave no trace of them in the runner. Collective over all ranks of all replicas. The KV cache is there.
+    """Run the steps, and leave no trace of them in the runner. Collective over all ranks of all replicas.
 
     Pooling models and encoder-decoder models are left out: the first have tasks of their own in the place of a sampler, and the prompt of the others is
     nothing without what the encoder makes of an input.
@@ -62,7 +62,7 @@ def warm_up(worker: AscendWorker) -> None:
     tokens = min(PROMPT, runner.max_num_tokens, runner.max_model_len - 1)
     if runner.is_pooling_model or runner.model_config.is_encoder_decoder or tokens < 1:
         return
-    with _uncounted(runner):
+    with _small_cache(runner), _uncounted(runner):
         _step(worker, _prompt(runner, tokens))
         _step(worker, _decoding(tokens))
         end = SchedulerOutput.make_empty()
