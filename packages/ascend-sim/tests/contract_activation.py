@@ -14,7 +14,9 @@ def swiglu(shape=(2, 8), dtype=BF16, dim=-1):
 
 def clipped(shape=(2, 8), dtype=BF16, dim=-1, groups=None, transposed=False):
     x = torch.ones(shape, dtype=dtype).npu()
-    return torch_npu.npu_clipped_swiglu(x.t() if transposed else x, dim=dim, group_index=None if groups is None else groups.npu())
+    return torch_npu.npu_clipped_swiglu(
+        x.t() if transposed else x, dim=dim, group_index=None if groups is None else groups.npu()
+    )
 
 
 def prefetch(max_size=1, offset=0):

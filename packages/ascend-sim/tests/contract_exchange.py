@@ -21,7 +21,20 @@ def place(group, experts=4, **changes):
     } | changes  # fmt: skip
 
 
-def dispatch(group, x=(2, 64), dtype=BF16, ids=None, ids_dtype=I32, mask=None, experts=4, k=2, quant_mode=0, scales=None, nums=1, **changes):
+def dispatch(
+    group,
+    x=(2, 64),
+    dtype=BF16,
+    ids=None,
+    ids_dtype=I32,
+    mask=None,
+    experts=4,
+    k=2,
+    quant_mode=0,
+    scales=None,
+    nums=1,
+    **changes,
+):
     ids = ids if ids is not None else [list(range(k))] * x[0]
     return torch_npu.npu_moe_distribute_dispatch_v2(
         x=torch.ones(x, dtype=dtype).npu(), expert_ids=npu(ids, ids_dtype), x_active_mask=None if mask is None else npu(mask),
@@ -29,7 +42,19 @@ def dispatch(group, x=(2, 64), dtype=BF16, ids=None, ids_dtype=I32, mask=None, e
     )  # fmt: skip
 
 
-def combine(group, x=(2, 64), dtype=BF16, ids=None, ids_dtype=I32, mask=None, experts=4, k=2, sent_dtype=None, sent_shape=None, **changes):
+def combine(
+    group,
+    x=(2, 64),
+    dtype=BF16,
+    ids=None,
+    ids_dtype=I32,
+    mask=None,
+    experts=4,
+    k=2,
+    sent_dtype=None,
+    sent_shape=None,
+    **changes,
+):
     """A dispatch, as it must be, and then a combine with what is asked for here."""
     size = x[1] if x[1] % 32 == 0 and x[1] <= 10240 else 64
     sent = dispatch(group, (2, size), k=min(k, 4))

@@ -16,7 +16,21 @@ def maybe(shape, dtype):
     return None if shape is None else npu(shape, dtype)
 
 
-def reduce(group, x=(4, 16), w=(16, 8), dtype=BF16, w_dtype=None, bias=None, bias_dtype=None, scale=None, scale_dtype=BF16, token=None, token_dtype=F32, transposed=False, **options):
+def reduce(
+    group,
+    x=(4, 16),
+    w=(16, 8),
+    dtype=BF16,
+    w_dtype=None,
+    bias=None,
+    bias_dtype=None,
+    scale=None,
+    scale_dtype=BF16,
+    token=None,
+    token_dtype=F32,
+    transposed=False,
+    **options,
+):
     x1 = npu(x[::-1], dtype).t() if transposed else npu(x, dtype)
     return torch_npu.npu_mm_all_reduce_base(
         x1, npu(w, w_dtype or dtype), group.name if group else "none", bias=maybe(bias, bias_dtype or dtype),
@@ -28,7 +42,20 @@ def reduce8(group, **options):
     return reduce(group, dtype=I8, **({"scale": (8,)} | options))
 
 
-def scatter(group, x=(4, 256), w=(256, 8), dtype=BF16, w_dtype=None, bias=None, x1=None, x1_dtype=F32, x2=None, x2_dtype=F32, transposed=False, **options):
+def scatter(
+    group,
+    x=(4, 256),
+    w=(256, 8),
+    dtype=BF16,
+    w_dtype=None,
+    bias=None,
+    x1=None,
+    x1_dtype=F32,
+    x2=None,
+    x2_dtype=F32,
+    transposed=False,
+    **options,
+):
     rows = npu(x[::-1], dtype).t() if transposed else npu(x, dtype)
     return torch_npu.npu_mm_reduce_scatter_base(
         rows, npu(w, w_dtype or dtype), group.name, group.world, bias=maybe(bias, dtype), x1_scale=maybe(x1, x1_dtype), x2_scale=maybe(x2, x2_dtype), **options

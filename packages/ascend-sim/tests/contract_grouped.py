@@ -16,7 +16,19 @@ def numbers(values, dtype=I64):
     return None if values is None else torch.tensor(values, dtype=dtype).npu()
 
 
-def grouped(x=(4, 8), weight=(2, 8, 16), dtype=BF16, weight_dtype=None, groups=(1, 3), groups_dtype=I64, kind=1, split_item=2, group_type=0, out=None, **lists):
+def grouped(
+    x=(4, 8),
+    weight=(2, 8, 16),
+    dtype=BF16,
+    weight_dtype=None,
+    groups=(1, 3),
+    groups_dtype=I64,
+    kind=1,
+    split_item=2,
+    group_type=0,
+    out=None,
+    **lists,
+):
     """x and weight: one shape, or a list of shapes."""  # fmt: skip
     shapes, weights = (list(one) if isinstance(one, list) else [one] for one in (x, weight))
     return torch_npu.npu_grouped_matmul(
@@ -62,7 +74,9 @@ def dequant(
         "bias": None if bias is None else npu(bias, bias_dtype),
         "group_index": numbers(groups, groups_dtype),
     }
-    return torch_npu.npu_dequant_swiglu_quant(npu(x, dtype), activate_left=True, quant_mode=1, swiglu_mode=mode, **given)
+    return torch_npu.npu_dequant_swiglu_quant(
+        npu(x, dtype), activate_left=True, quant_mode=1, swiglu_mode=mode, **given
+    )
 
 
 def floating(dtype=BF16, **options):

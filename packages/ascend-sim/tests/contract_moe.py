@@ -18,7 +18,9 @@ def gating(x=(2, 16), dtype=F32, k=2, bias=None, bias_dtype=None, **options):
 
 
 def gating_softmax(x=(2, 16), dtype=F32, k=2, finished=None, finished_dtype=torch.bool):
-    return torch_npu.npu_moe_gating_top_k_softmax(npu(x, dtype), None if finished is None else npu(finished, finished_dtype), k)
+    return torch_npu.npu_moe_gating_top_k_softmax(
+        npu(x, dtype), None if finished is None else npu(finished, finished_dtype), k
+    )
 
 
 def update(threshold_dtype=F32, mask=(True, False), world=2):
@@ -32,8 +34,15 @@ def re_routing(size=8, dtype=BF16):
     return torch_npu.npu_moe_re_routing(npu((2, size), dtype), npu((2, 1), I32))
 
 
-def routing(x=(2, 8), dtype=BF16, ids=((0, 1), (1, 0)), ids_dtype=I32, scale=None, scale_dtype=F32, offset=None, **options):
-    options = {"expert_num": 2, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True, "active_expert_range": [0, 2]} | options
+def routing(
+    x=(2, 8), dtype=BF16, ids=((0, 1), (1, 0)), ids_dtype=I32, scale=None, scale_dtype=F32, offset=None, **options
+):
+    options = {
+        "expert_num": 2,
+        "expert_tokens_num_type": 1,
+        "expert_tokens_num_flag": True,
+        "active_expert_range": [0, 2],
+    } | options
     return torch_npu.npu_moe_init_routing_v2(
         npu(x, dtype), torch.tensor(ids, dtype=ids_dtype).npu(), scale=None if scale is None else npu(scale, scale_dtype),
         offset=None if offset is None else npu(offset, F32), **options,
@@ -48,7 +57,10 @@ def permute(tokens=(2, 8), dtype=BF16, ids=((0, 1), (1, 0)), ids_dtype=I64, padd
 def unpermute(rows=(4, 8), dtype=BF16, order=(0, 3, 1, 2), order_dtype=I32, probs=None, probs_dtype=BF16, padded=False):
     given = probs if isinstance(probs, torch.Tensor) or probs is None else npu(probs, probs_dtype)
     return torch_npu.npu_moe_token_unpermute(
-        permuted_tokens=npu(rows, dtype), sorted_indices=torch.tensor(order, dtype=order_dtype).npu(), probs=given, padded_mode=padded
+        permuted_tokens=npu(rows, dtype),
+        sorted_indices=torch.tensor(order, dtype=order_dtype).npu(),
+        probs=given,
+        padded_mode=padded,
     )
 
 

@@ -32,7 +32,9 @@ def quant_matmul(
         "pertoken_scale": None if token is None else npu(token, token_dtype),
         "bias": None if bias is None else npu(bias, bias_dtype),
     }
-    return torch_npu.npu_quant_matmul(npu(x1, dtype), npu(x2, dtype), npu(scale, scale_dtype), output_dtype=out, **given)
+    return torch_npu.npu_quant_matmul(
+        npu(x1, dtype), npu(x2, dtype), npu(scale, scale_dtype), output_dtype=out, **given
+    )
 
 
 CASES = {

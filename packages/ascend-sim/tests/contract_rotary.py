@@ -30,7 +30,9 @@ def interleave_rope(size=64, dtype=BF16, cos_dtype=None):
     return torch_npu.npu_interleave_rope(x, angle, angle)
 
 
-def mrope(query=(2, 128), rotary=64, dtype=BF16, positions=(0, 1), positions_dtype=I64, table=8, mode="half", sections=None):
+def mrope(
+    query=(2, 128), rotary=64, dtype=BF16, positions=(0, 1), positions_dtype=I64, table=8, mode="half", sections=None
+):
     where = torch.tensor(positions, dtype=positions_dtype).npu()
     return torch_npu.npu_mrope(
         where, npu(query, dtype), npu((2, 128), dtype), npu((table, rotary), dtype), 128, mrope_section=sections or [0, 0, 0], rotary_mode=mode

@@ -24,7 +24,10 @@ class MatmulAllreduceRowParallelOp(CustomRowParallelOp):
     def forward(self, input_: Tensor, state: StepState) -> Tensor:
         """Product and all-reduce in one kernel, or as in the base class."""
         params = self.params
-        if not (state.prefill and params.reduce_results and self.tp_size > 1 and params.is_plain) or input_.numel() == 0:
+        if (
+            not (state.prefill and params.reduce_results and self.tp_size > 1 and params.is_plain)
+            or input_.numel() == 0
+        ):
             return super().forward(input_, state)
         features = self.own_features(input_, self.group).contiguous()
         bias = params.bias if self.tp_rank == 0 and not params.skip_bias_add else None

@@ -21,7 +21,7 @@ from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.experts import ExpertGroups, MoeContext
 
-__all__ = ["Parallel", "close", "current", "forward_context", "most_tokens", "start", "step"]
+__all__ = ["Parallel", "close", "current", "forward_context", "has_prompts", "most_tokens", "start", "step"]
 
 _STEP, _MOST_TOKENS = "ascend_step", "ascend_most_tokens"  # keys in the forward context
 _UNSPLIT = StepState()
@@ -160,10 +160,13 @@ def forward_context(
     if _current is None or num_tokens is None:
         return {}
     counts = None if num_tokens_across_dp is None else tuple(num_tokens_across_dp.tolist())
-    return {_STEP: _current.plan(num_tokens, counts, prefill=_has_prompts(attn_metadata)), _MOST_TOKENS: max(counts or (num_tokens,))}
+    return {
+        _STEP: _current.plan(num_tokens, counts, prefill=has_prompts(attn_metadata)),
+        _MOST_TOKENS: max(counts or (num_tokens,)),
+    }
 
 
-def _has_prompts(attn_metadata: object) -> bool:
+def has_prompts(attn_metadata: object) -> bool:
     """Whether some request of the step has more than one new token."""
     if not isinstance(attn_metadata, dict) or not attn_metadata:
         return False
