@@ -136,10 +136,10 @@ def rejections(name: str) -> None:
             torch.ones(8, N, device=NPU, dtype=torch.bfloat16),
         )
         cases += [
-            (lambda: reduce(x.float(), weight.float(), name), ".*got Float"),
-            (lambda: reduce(x[:0], weight, name), ".*must not be empty"),
-            (lambda: scatter(*short, name, WORLD), ".*k must be 256 to 65534"),
-            (lambda: scatter(x, weight, name, WORLD, bias=bias), ".*bias is not supported"),
+            (lambda: reduce(x.float(), weight.float(), name), "got Float"),
+            (lambda: reduce(x[:0], weight, name), "must not be empty"),
+            (lambda: scatter(*short, name, WORLD), "k must be 256 to 65534"),
+            (lambda: scatter(x, weight, name, WORLD, bias=bias), "bias is not supported"),
         ]
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):
@@ -154,9 +154,9 @@ def main(init: str) -> None:
     name = group._get_backend(NPU).get_hccl_comm_name(RANK)
     if STRICT and WORLD == 3:
         x = torch.ones(3, K, device=NPU, dtype=torch.bfloat16)
-        with pytest.raises(RuntimeError, match=r".*2, 4, 8, got 3"):
+        with pytest.raises(RuntimeError, match=r"2, 4, 8, got 3"):
             torch_npu.npu_mm_reduce_scatter_base(x, x.t(), name, 3)
-        with pytest.raises(RuntimeError, match=r".*1, 2, 4 or 8 ranks, got 3"):
+        with pytest.raises(RuntimeError, match=r"1, 2, 4 or 8 ranks, got 3"):
             torch_npu.npu_mm_all_reduce_base(x, x.t(), name)
     else:
         all_reduce(name, group)

@@ -154,5 +154,5 @@ def test_strict_rejections():
         torch_npu.npu_rotary_mul(x, r, r)
     with pytest.raises(RuntimeError, match="npu_apply_rotary_pos_emb: D must be 64 or 128, got 96"):
         torch_npu.npu_apply_rotary_pos_emb(*(torch.ones(4, 1, 96).npu() for _ in range(4)), "TND")
-    with pytest.raises(RuntimeError, match="rotary_mode must be 'half' on Atlas A2"):
+    with pytest.raises(RuntimeError, match="rotary_mode must be 'half', got 'interleave'"):
         torch_npu.npu_apply_rotary_pos_emb(*(torch.ones(4, 1, 64).npu() for _ in range(4)), "TND", "interleave")
