@@ -72,5 +72,7 @@ def render(results):
         "|---" * (3 + len(COLUMNS)) + "|",
     ]
     lines += [row(name, result) for name, result in models.items()]
+    if left := [name for name in ENTRIES if name not in models]:
+        lines += ["", f"Not run yet: {'; '.join(left)}."]
     lines += ["", "## Reasons", "", *notes(models), ""]
     return "\n".join(lines)
