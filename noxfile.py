@@ -201,10 +201,17 @@ def vllm_environment(session: nox.Session, *more: str) -> None:
 
 @nox.session(python=PYTHON)
 def demo(session: nox.Session) -> None:
-    """Ask SmolLM2 a question on the simulated NPU: nox -s demo -- "What is the capital of France?"."""
-    vllm_environment(session)
-    session.run("ascend-sim", "model", "smollm2", str(MODELS / "smollm2"))
-    session.run("python", "examples/ask.py", str(MODELS / "smollm2"), *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    """Ask SmolLM2 a question on the simulated NPU: nox -s demo -- "What is the capital of France?".
+
+    nox -s demo -- FOLDER --image PICTURE "What is in it?" asks a model of yours, in a folder, that reads pictures.
+    """
+    asked = session.posargs
+    own = bool(asked) and (Path(asked[0]) / "config.json").is_file()
+    vllm_environment(session, *(editable("vllm-ascend[multimodal]") if "--image" in asked else ()))
+    if not own:
+        session.run("ascend-sim", "model", "smollm2", str(MODELS / "smollm2"))
+        asked = [str(MODELS / "smollm2"), *asked]
+    session.run("python", "examples/ask.py", *asked, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session(python=PYTHON)
