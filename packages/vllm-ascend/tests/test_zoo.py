@@ -64,6 +64,7 @@ def folder(tmp_path):
         "whole": {"tokens": tokens},
         "again": {"tokens": tokens, "cached": [0, 128]},
         "forced": [[(-1.0, 1), (-2.0, 1)]] * 2,
+        "of_torch": 0,
     }
     runs = {
         "reference": reference, "one": {"one": said, "chunked": said}, "tp": {"tp": said}, "ep": {"ep": said},
@@ -84,12 +85,21 @@ def words(folder, entry, ended=None):
     return {column: word for column, (word, _) in verdict.cells(ENTRIES[entry], folder, ended or {}).items()}
 
 
-GOOD = {"float32": "equal", "cache": "equal", "chunked": "equal", "tp": "equal", "ep": "equal", "bfloat16": "as near"}
+GOOD = {
+    "float32": "equal",
+    "cache": "equal",
+    "chunked": "equal",
+    "tp": "equal",
+    "ep": "equal",
+    "bfloat16": "as near",
+    "tower": "-",
+}
 
 
 def test_equal_is_said_of_what_is_equal(folder):
     assert words(folder, "Qwen3Moe") == GOOD
     assert words(folder, "Llama") == GOOD | {"ep": "-"}
+    assert words(folder, "Qwen2VL") == GOOD | {"ep": "-", "tower": "kernel"}
     assert verdict.is_good({"cells": {column: [word, ""] for column, word in words(folder, "Llama").items()}})
 
 
@@ -117,9 +127,15 @@ def test_what_is_not_equal_is_not_called_so(folder, name, edit, changed):
     assert not verdict.is_good({"cells": {column: [word, ""] for column, word in found.items()}})
 
 
+def test_a_tower_on_torch_is_said(folder):
+    change(folder, "one", lambda said: said["one"].update(of_torch=3))
+    assert words(folder, "Qwen2VL")["tower"] == "torch"
+    assert words(folder, "Llama")["tower"] == "-"
+
+
 def test_what_is_refused_on_one_rank_is_refused(folder):
     change(folder, "one", lambda said: said.update(one={"refused": "no kernel"}))
-    assert set(words(folder, "Qwen3Moe").values()) == {"refused"}
+    assert set(words(folder, "Qwen3Moe").values()) == {"refused", "-"}
     assert set(words(folder, "Llama").values()) == {"refused", "-"}
 
 
@@ -130,6 +146,6 @@ def test_the_page_names_reasons(folder):
     said = page.render(
         {"versions": dict.fromkeys(("vllm", "torch", "torch-npu", "transformers"), "1"), "models": {entry.name: result}}
     )
-    assert "| Qwen3Moe | Qwen3MoeForCausalLM | text | equal | equal | equal | failed | equal | as near |" in said
+    assert "| Qwen3Moe | Qwen3MoeForCausalLM | text | equal | equal | equal | failed | equal | as near |  |" in said
     assert "* **Qwen3Moe**: TP 2: failed, RuntimeError: a \\| b c" in said
     assert "**0 of 1 are equal in every way, 0 are refused at the start, 1 are neither.**" in said

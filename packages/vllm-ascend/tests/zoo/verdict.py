@@ -14,8 +14,9 @@ COLUMNS = {
     "tp": "tensor parallelism over 2 ranks",
     "ep": "expert parallelism over 2 ranks",
     "bfloat16": "bfloat16 in strict mode",
+    "tower": "whether a tower's attention is the NPU's kernel",
 }
-GOOD = ("equal", "as near", "-")
+GOOD = ("equal", "as near", "kernel", "-")
 BLOCK_TOKENS = 128
 
 
@@ -74,6 +75,11 @@ def of_bfloat16(said, reference):
     return ["as near", means] if found <= 1 else ["off", f"{means}, {found:.2f} times what is admissible"]
 
 
+def of_tower(said, reference):
+    calls = said["of_torch"]
+    return ["torch", f"{calls} calls of torch's attention"] if calls else ["kernel", ""]
+
+
 # Column -> (kind of run, its engine, the cell of what the engine said).
 CELLS = {
     "float32": ("one", "one", of_prompts),
@@ -82,6 +88,7 @@ CELLS = {
     "tp": ("tp", "tp", lambda said, reference: equality(said["whole"]["tokens"], reference["tokens"])),
     "ep": ("ep", "ep", lambda said, reference: equality(said["whole"]["tokens"], reference["tokens"])),
     "bfloat16": ("bfloat16", "bfloat16", of_bfloat16),
+    "tower": ("one", "one", of_tower),
 }
 
 
@@ -117,7 +124,7 @@ def cells(entry, folder, ended):
     reference = json.loads((folder / "reference.json").read_text())
     found = {}
     for column, (kind, engine, judge) in CELLS.items():
-        if kind == "ep" and not entry.experts:
+        if (kind == "ep" and not entry.experts) or (column == "tower" and entry.make is None):
             found[column] = ["-", ""]
             continue
         file = folder / f"{'one' if refused(folder) else kind}.json"
