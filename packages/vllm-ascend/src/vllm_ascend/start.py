@@ -20,7 +20,7 @@ from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.findings import found_by, refuse
 from vllm_ascend.moe_layers import ConfigReader
 
-__all__ = ["Host", "check"]
+__all__ = ["Host", "check", "notices"]
 
 # Families of chips that the attention kernels, as they are called here, do not run on, by the start of the chips' names.
 _ABSENT_CHIPS = {"Atlas 300I (310P)": "Ascend310P", "Atlas A5 (950)": "Ascend950"}
@@ -64,6 +64,13 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         found += _wrong_with_experts(config, deployment, vllm_config.scheduler_config.max_num_seqs, host)
     refuse(found)
     return config
+
+
+def notices(vllm_config: Any) -> list[str]:
+    """What a user should know of a configuration that has passed `check`."""
+    if vllm_config.model_config is None:
+        return []
+    return list(limits.notices(limits.Attention.of(vllm_config)))
 
 
 def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
