@@ -15,7 +15,7 @@ RESULTS = json.loads((DOCS / "models.json").read_text())
 @pytest.mark.slow
 def test_one_of_each_kind(engine_servers, tmp_path):
     """A dense text model, one with experts, and one of images."""
-    entries = [ENTRIES[name] for name in ("Llama, rope YaRN", "Qwen3Moe", "Qwen2_5_VL")]
+    entries = [ENTRIES[name] for name in ("Llama, rope YaRN", "Qwen3Moe", "Qwen2VL")]
     results = {}
     run.visit_all(entries, tmp_path, engine_servers, lambda entry, visit: results.update({entry.name: visit.result()}))
     assert {name: result["cells"] for name, result in results.items() if not verdict.is_good(result)} == {}
@@ -46,6 +46,23 @@ def test_what_is_not_equal_is_refused_or_explained():
         name for name, result in RESULTS["models"].items() if not verdict.is_good(result) and not ENTRIES[name].known
     ]
     assert bad == []
+
+
+def test_what_was_raised_is_found():
+    of_worker = "(Worker pid=7) ERROR 11-27 02:05:03 [multiproc_executor.py:949]"
+    said = f"""
+{of_worker} Traceback (most recent call last):
+{of_worker} KeyError: 'layers.1.mlp.gate.e_score_correction_bias'
+[rank0]: RuntimeError: later
+Exception: WorkerProc initialization failed due to an exception in a background process. See stack trace for root cause.
+[ERROR] 2026-11-27-02:27:38 (PID:9091, Device:-1, RankID:-1) ERR99999 UNKNOWN application exception
+"""
+    first, *others, last = verdict.raised_in(said)
+    assert first == "KeyError: 'layers.1.mlp.gate.e_score_correction_bias'"
+    assert others == ["RuntimeError: later"]
+    assert last.startswith("Exception: WorkerProc")
+    assert verdict.raised_in("Segmentation fault\n\n") == ["Segmentation fault"]
+    assert verdict.raised_in("") == []
 
 
 @pytest.fixture

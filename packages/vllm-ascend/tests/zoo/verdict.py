@@ -4,6 +4,7 @@
 import hashlib
 import inspect
 import json
+import re
 
 from rounding import excess
 
@@ -92,17 +93,18 @@ CELLS = {
 }
 
 
+def raised_in(text):
+    """The messages of exceptions in what a run printed, where workers begin their lines with who they are; else the last line."""
+    lines = [re.sub(r"^\(.*?\] |^\[rank\d+\]: ", "", line).strip() for line in text.splitlines() if line.strip()]
+    return [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)(: |$)", line)] or lines[-1:]
+
+
 def of_workers(file, message):
     """What the first worker raised, where the engine only says that one did."""
     if "root cause" not in message and "EngineDeadError" not in message:
         return ""
-    lines = [line.partition("] ")[2] or line for line in file.read_text(errors="replace").splitlines()]
-    raised = [
-        line
-        for line in lines
-        if line.partition(":")[0].split(".")[-1].endswith(("Error", "Exception")) and ": " in line
-    ]
-    return f" ({raised[0].strip()})" if raised else ""
+    found = raised_in(file.read_text(errors="replace"))
+    return f" ({found[0]})" if found else ""
 
 
 def refused(folder):
