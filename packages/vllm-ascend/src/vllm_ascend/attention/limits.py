@@ -69,6 +69,7 @@ class Attention:
         plain_form: with `latent`, whether prompts take the plain form.
         tokens: query tokens of a step at most.
         requests: of a step, at most.
+        cached: whether keys and values are kept; False for encoders.
     """
 
     heads: int = 0
@@ -84,6 +85,7 @@ class Attention:
     plain_form: bool = True
     tokens: int = 0
     requests: int = 0
+    cached: bool = True
 
     @classmethod
     def of(cls, vllm_config: Any) -> Attention:
@@ -110,6 +112,7 @@ class Attention:
             or has_plain_form(text.get("qk_nope_head_dim", default=0), text.get("v_head_dim", default=0)),
             tokens=scheduler.max_num_batched_tokens,
             requests=scheduler.max_num_seqs,
+            cached=model.attn_type != "encoder_only",
         )
 
 

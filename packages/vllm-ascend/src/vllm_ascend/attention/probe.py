@@ -27,7 +27,10 @@ def check(attention: Attention, device: torch.device) -> None:
     if not attention.heads:
         return
     try:
-        _latent(attention, device) if attention.latent is not None else _grouped(attention, device)
+        if not attention.cached:
+            _encoder(attention, device)
+        else:
+            _latent(attention, device) if attention.latent is not None else _grouped(attention, device)
         torch.accelerator.synchronize(device)  # a kernel that runs later says later what it refuses
     except RuntimeError as error:
         said = (str(error).strip() or repr(error)).splitlines()[0]
@@ -58,6 +61,23 @@ def _grouped(attention: Attention, device: torch.device) -> None:
         actual_seq_lengths_kv=[1],
         sparse_mode=kernels.SPARSE_CAUSAL,
         atten_mask=kernels.causal_mask(device),
+    )
+
+
+def _encoder(attention: Attention, device: torch.device) -> None:
+    heads, kv_heads = attention.heads // attention.ranks, max(attention.kv_heads // attention.ranks, 1)
+    options = {"dtype": getattr(torch, attention.dtype), "device": device}
+    rows = torch.zeros(1, kv_heads, attention.head_size, **options)
+    kernels.attention_of_any_size(
+        torch.zeros(1, heads, attention.head_size, **options),
+        rows,
+        rows,
+        num_heads=heads,
+        num_key_value_heads=kv_heads,
+        scale=1.0,
+        actual_seq_lengths=[1],
+        actual_seq_lengths_kv=[1],
+        sparse_mode=kernels.SPARSE_NONE,
     )
 
 
