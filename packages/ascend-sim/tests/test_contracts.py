@@ -24,14 +24,14 @@ strict_only = pytest.mark.skipif(not torch.ops.ascend_sim.strict(), reason="ASCE
 
 # Native sources whose checks have no ids yet, and operators of the product without a contract yet.
 UNNAMED = {
-    "activation", "attention_operands", "attention_rules", "cache", "grouped_matmul", "latent", "matmul_comm", "moe_dispatch",
+    "activation", "grouped_matmul", "matmul_comm", "moe_dispatch",
     "moe_exchange", "moe_gating", "moe_permute", "moe_routing", "quant", "rotary", "sampling", "swiglu_quant",
 }  # fmt: skip
 WITHOUT_CONTRACT = {
-    "npu_apply_rotary_pos_emb", "npu_clipped_swiglu", "npu_dequant_swiglu_quant", "npu_dynamic_quant", "npu_fused_infer_attention_score",
+    "npu_apply_rotary_pos_emb", "npu_clipped_swiglu", "npu_dequant_swiglu_quant", "npu_dynamic_quant",
     "npu_grouped_matmul", "npu_mm_all_reduce_base", "npu_mm_reduce_scatter_base", "npu_moe_distribute_combine_v2",
     "npu_moe_distribute_dispatch_v2", "npu_moe_gating_top_k", "npu_moe_init_routing_v2", "npu_moe_token_permute",
-    "npu_moe_token_unpermute", "npu_prefetch", "npu_quant_matmul", "npu_quantize", "npu_rotary_mul", "npu_scatter_pa_kv_cache", "npu_swiglu",
+    "npu_moe_token_unpermute", "npu_prefetch", "npu_quant_matmul", "npu_quantize", "npu_rotary_mul", "npu_swiglu",
 }  # fmt: skip
 
 
