@@ -111,7 +111,7 @@ class W8A8Static:
             weight.t(),
             comm_name,
             world_size,
-            token_scale=torch.ones(len(x), 1, device=x.device),
+            token_scale=torch.ones(len(x), 1, dtype=torch.float32, device=x.device),
             weight_scale=self.deq_scale.view(1, -1),
             output_dtype=self.output_dtype,
         )
