@@ -201,14 +201,19 @@ def vllm_environment(session: nox.Session, *more: str) -> None:
 
 @nox.session(python=PYTHON)
 def demo(session: nox.Session) -> None:
-    """Ask SmolLM2 a question on the simulated NPU: nox -s demo -- "What is the capital of France?"; or compare texts: nox -s demo -- embed "text" "text"."""
-    vllm_environment(session)
-    embeds = session.posargs[:1] == ["embed"]
+    """Ask SmolLM2 a question on the simulated NPU: nox -s demo -- "What is the capital of France?".
+
+    nox -s demo -- embed "text" "text" compares texts; nox -s demo -- FOLDER --image PICTURE "What is in it?" asks a model of yours that reads pictures.
+    """
+    asked = list(session.posargs)
+    own = bool(asked) and (Path(asked[0]) / "config.json").is_file()
+    vllm_environment(session, *(editable("vllm-ascend[multimodal]") if "--image" in asked else ()))
+    embeds = asked[:1] == ["embed"]
     model, example = ("minilm", "embed.py") if embeds else ("smollm2", "ask.py")
-    session.run("ascend-sim", "model", model, str(MODELS / model))
-    session.run(
-        "python", f"examples/{example}", str(MODELS / model), *session.posargs[embeds:], env={"HF_HUB_OFFLINE": "1"}
-    )
+    if not own:
+        session.run("ascend-sim", "model", model, str(MODELS / model))
+        asked = [str(MODELS / model), *asked[embeds:]]
+    session.run("python", f"examples/{example}", *asked, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session(python=PYTHON)
