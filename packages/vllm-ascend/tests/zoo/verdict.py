@@ -27,6 +27,7 @@ def digest(entry):
     """Changes with everything that an entry says about the model and the runs."""
     made = inspect.getsource(entry.make) if entry.make else ""
     said = (entry.config, entry.model, entry.sizes, entry.ranks, entry.engine, entry.mark, made)
+    said += (entry.names,) if entry.names else ()
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
