@@ -213,12 +213,15 @@ def test_moe_layers_are_checked():
         (0, {**FC1, "moe": MOE}, {}, (True, 0)),
         (3, {**FC1, "dp_rank": 1}, {"threshold": 4, "dp_tokens": (6, 3)}, (True, 5)),
         (3, {**FC1, "dp_rank": 1}, {"threshold": 6, "dp_tokens": (6, 3)}, (False, 0)),
+        (1001, FC1, {"prefill": True}, (True, 3)),
+        (1000, FC1, {"prefill": True}, (False, 0)),
     ],
 )
 def test_plan_step(tokens, env, options, expected):
     state = al.plan_step(tokens, al.LinearEnv(**env), **options)
     assert (state.flashcomm1, state.pad_size) == expected
     assert state.dp_tokens == options.get("dp_tokens")
+    assert state.prefill == options.get("prefill", False)
 
 
 @pytest.mark.parametrize(

@@ -120,5 +120,5 @@ def test_top_k_top_p(dtype, with_p, with_k):
 
 @strict_only
 def test_strict_top_k():
-    with pytest.raises(RuntimeError, match=r"strict mode: npu_top_k_top_p: k must lie in \[1, 1024\], got 2000"):
+    with pytest.raises(RuntimeError, match=r"npu_top_k_top_p: k must lie in \[1, 1024\], got 2000"):
         torch_npu.npu_top_k_top_p(torch.ones(1, 4000).npu(), None, torch.tensor([2000], dtype=torch.int32).npu())

@@ -111,6 +111,7 @@ EXPERTS = (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True})
 ELSEWHERE = {  # the name of another host's chip, and what the one finding has
     "small buffers": (MOE, EXPERTS[1] | {"max_num_seqs": 512}, {"HCCL_BUFFSIZE": "1"}, "Ascend910_9391", "environment variable HCCL_BUFFSIZE (1 MB) must be"),
     "unknown chip": (*EXPERTS, {}, "Ascend1", "experts over 2 ranks (enable_expert_parallel): device_name='Ascend1'"),
+    "fused all-reduce": ({}, {"additional_config": {"enable_matmul_allreduce": True}}, {}, "Ascend910_9391", "option 'enable_matmul_allreduce' (True) needs an Atlas A2, on which its kernel (npu_mm_all_reduce_base) runs"),
     "310P": ({}, {}, {}, "Ascend310P3", "this host's chip, Ascend310P3, is of the family Atlas 300I (310P), which vllm-ascend does not support"),
     "950": ({}, {}, {}, "Ascend950PR", "this host's chip, Ascend950PR, is of the family Atlas A5 (950)"),
 }  # fmt: skip

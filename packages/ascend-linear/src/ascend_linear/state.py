@@ -195,6 +195,7 @@ class StepState:
         flashcomm1: tokens are split over TP between the layers in this step.
         pad_size: rows of padding that make this step's token count a multiple of TP; 0 unless `flashcomm1`.
         dp_tokens: tokens of every DP rank in this step, where known. Ops that need equal counts check them.
+        prefill: some request of this step has more than one new token. The kernel that fuses a product and an all-reduce is for such steps alone.
 
     Raises:
         ValueError: padding that is negative, or given without `flashcomm1`.
@@ -203,6 +204,7 @@ class StepState:
     flashcomm1: bool = False
     pad_size: int = 0
     dp_tokens: tuple[int, ...] | None = None
+    prefill: bool = False
 
     def __post_init__(self) -> None:
         """Check the padding."""
@@ -218,6 +220,7 @@ def plan_step(
     *,
     threshold: int = FLASHCOMM1_DENSE_THRESHOLD,
     dp_tokens: tuple[int, ...] | None = None,
+    prefill: bool = False,
 ) -> StepState:
     """The state of a step of `tokens` tokens.
 
@@ -230,6 +233,7 @@ def plan_step(
         env: groups and options.
         threshold: tokens up to which a dense model stays without.
         dp_tokens: tokens of every DP rank; its entry `env.dp_rank` must be `tokens`.
+        prefill: some request of the step has more than one new token.
 
     Raises:
         ValueError: a negative count, or `dp_tokens` that does not fit.
@@ -242,6 +246,6 @@ def plan_step(
         raise ValueError(f"dp_tokens={dp_tokens}: entry dp_rank={env.dp_rank} must be tokens={tokens}")
     longest = max(dp_tokens) if dp_tokens else tokens
     if not env.enable_flashcomm1 or (env.moe.routed_experts == 0 and longest <= threshold):
-        return StepState(dp_tokens=dp_tokens)
+        return StepState(dp_tokens=dp_tokens, prefill=prefill)
     tp = env.tp.world_size
-    return StepState(flashcomm1=True, pad_size=-(-longest // tp) * tp - tokens, dp_tokens=dp_tokens)
+    return StepState(flashcomm1=True, pad_size=-(-longest // tp) * tp - tokens, dp_tokens=dp_tokens, prefill=prefill)

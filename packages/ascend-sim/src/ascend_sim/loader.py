@@ -122,7 +122,7 @@ def device_bytes() -> int:
 
 
 def soc_name() -> str:
-    """Name of the simulated chip: ASCEND_SIM_SOC, or Ascend910B3. It changes the name alone, which products choose by."""
+    """Name of the simulated chip: ASCEND_SIM_SOC, or Ascend910B3. It changes the name, which products choose by, and the rules of kernels that differ between chips."""
     name = os.environ.get("ASCEND_SIM_SOC", "Ascend910B3")
     if name not in SOC_NAMES:
         raise ValueError(f"ASCEND_SIM_SOC is {name!r}; allowed: {', '.join(SOC_NAMES)}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = [
     "rms_norm",
     "rotary_mul",
     "scatter_kv",
+    "split_columns",
     "swiglu",
 ]
 
@@ -54,6 +56,16 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) ->
 def swiglu(x: Tensor) -> Tensor:
     """`silu(x[..., :I]) * x[..., I:]`; x `[..., 2I]`."""
     return _npu().npu_swiglu(x)  # type: ignore[no-any-return]
+
+
+def split_columns(x: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Copies of consecutive columns of x `[..., sum of widths]`, each contiguous, in one kernel.
+
+    Views of them would not do: attention, the rotary embedding and the write to the cache read contiguous tensors, and would need a copy each.
+    """
+    parts = [x.new_empty((*x.shape[:-1], width)) for width in widths]
+    torch.split_with_sizes_copy(x, list(widths), dim=-1, out=parts)
+    return parts
 
 
 def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

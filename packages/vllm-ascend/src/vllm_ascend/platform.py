@@ -149,7 +149,8 @@ class AscendPlatform(Platform):
         """The state of the step that begins, for the linear layers."""
         from vllm_ascend import parallel
 
-        return parallel.forward_context(kwargs.get("num_tokens"), kwargs.get("num_tokens_across_dp"))
+        step = (kwargs.get(name) for name in ("num_tokens", "num_tokens_across_dp", "attn_metadata"))
+        return parallel.forward_context(*step)
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from vllm_ascend.eplb import placement
 from vllm_ascend.findings import refuse
 from vllm_ascend.models import padded_vocabulary
 
-__all__ = ["broken", "check", "group_config", "linear_env", "planned_env"]
+__all__ = ["broken", "broken_on", "check", "group_config", "linear_env", "planned_env"]
 
 # Fields of the libraries' configs -> the options that they come from.
 _OPTIONS = {
@@ -40,6 +40,7 @@ _OPTIONS = {
     "prefill_context_parallel": "prefill_context_parallel_size",
 }
 _MATMUL_REDUCE_SCATTER_RANKS = (2, 4, 8)  # of the fused kernel
+_ATLAS_A3 = "Ascend910_93"  # how the names of its chips begin
 
 
 class _PlannedGroup:
@@ -70,6 +71,15 @@ def broken(config: AscendConfig, deployment: Deployment) -> Iterator[str]:
     yield from _broken_rules(config, deployment)
     yield from _broken_in_libraries(_without_refused(config, deployment), deployment)
     yield from placement.broken(config.eplb_config, deployment)
+
+
+def broken_on(config: AscendConfig, chip: str) -> Iterator[str]:
+    """Findings for options whose kernels do not run on this host's chip, by its name, such as "Ascend910_9391"."""
+    if config.enable_matmul_allreduce and chip.startswith(_ATLAS_A3):
+        yield (
+            f"option 'enable_matmul_allreduce' (True) needs an Atlas A2, on which its kernel (npu_mm_all_reduce_base) runs, and this host's chip is "
+            f"{chip}, an Atlas A3; leave the option out"
+        )
 
 
 def _broken_in_libraries(config: AscendConfig, deployment: Deployment) -> Iterator[str]:

@@ -59,6 +59,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         found += _absent_for_the_model(vllm_config)
         found += limits.broken(limits.Attention.of(vllm_config))
         found += rules.broken(config, deployment)
+        found += rules.broken_on(config, host.chip)
         found += _wrong_with_experts(config, deployment, vllm_config.scheduler_config.max_num_seqs, host)
     refuse(found)
     return config

@@ -203,7 +203,10 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
             actual_seq_lengths_kv=step.kv_lengths,
             **self._masking(step),
         )
-        output[:tokens].copy_(result[..., : self.head_size].reshape(output[:tokens].shape))
+        if tokens == output.shape[0] and not self.padding:
+            output.set_(result.view(output.shape))  # type: ignore[call-overload]  # the tensor takes the result's memory: no copy
+        else:
+            output[:tokens].copy_(result[..., : self.head_size].reshape(output[:tokens].shape))
         return output
 
     def _masking(self, step: AscendAttentionMetadata) -> dict[str, Any]:
