@@ -219,12 +219,12 @@ def qwen2_audio():
 
     names = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
     tokens = tokenizer(names)
-    sounds = transformers.WhisperFeatureExtractor(sampling_rate=16000, feature_size=16, chunk_length=2, n_fft=400)
+    sounds = transformers.WhisperFeatureExtractor(sampling_rate=16000, feature_size=16)
     processor = transformers.Qwen2AudioProcessor(
         feature_extractor=sounds, tokenizer=tokens, chat_template=tokens.chat_template
     )
     audio = {
-        "num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 256, "d_model": 128, "max_source_positions": 100,
+        "num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 256, "d_model": 128, "max_source_positions": 1500,
     }  # fmt: skip
     config = {
         "text_config": {"model_type": "qwen2", **TEXT_MODEL}, "audio_config": audio, "audio_token_index": ids_of(tokens, "<|AUDIO|>")[0],
