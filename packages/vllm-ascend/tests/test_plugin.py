@@ -77,6 +77,15 @@ def test_doctor_names_the_variable_that_is_wrong(name, value, because):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_doctor_says_what_the_simulator_says(tmp_path):
+    (tmp_path / "cache").write_text("")
+    done = run(*DOCTOR, "--json", ASCEND_SIM_CACHE=str(tmp_path / "cache"))
+    report = json.loads(done.stdout)
+    assert report["reason"].startswith("the simulated NPU does not run: ")
+    assert report["reason"].endswith("or set ASCEND_SIM_CACHE to a folder of your own")
+    assert (report["active"], report["simulated"], report["versions"]["CANN"]) == (False, False, "missing")
+
+
 def test_doctor_counts_the_visible_devices():
     done = run(*DOCTOR, "--json", ASCEND_RT_VISIBLE_DEVICES="2,5,99,3")
     assert len(json.loads(done.stdout[done.stdout.index("{") :])["devices"]) == 2
@@ -167,6 +176,36 @@ def test_variables_of_the_public_plugin(monkeypatch):
     monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", "2")
     with pytest.raises(ValueError, match=r"VLLM_ASCEND_ENABLE_NZ.*weight_nz_mode"):
         AscendConfig.of({}, envs.retired_variables())
+
+
+ALLOCATOR = """
+import os, vllm_ascend
+vllm_ascend.register()
+import torch
+try:
+    torch.zeros(1, device="npu")
+    print("initialised", os.environ.get("PYTORCH_NPU_ALLOC_CONF"))
+except Exception as error:
+    print("failed", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "None"),  # with both variables torch_npu raises
+    ],
+)
+def test_the_allocator_has_segments_that_grow_unless_the_user_says_otherwise(given, found):
+    """torch_npu has read the setting if it warns that the driver, here the simulator, has no such segments, or uses them."""
+    code = ALLOCATOR + "print(torch.npu.memory_snapshot()[0]['is_expandable'])"
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | given
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800, env=environment)
+    assert f"initialised {found}" in done.stdout, done.stdout + done.stderr
+    grows = "True" in done.stdout.splitlines() or "expandable_segments setting failure" in done.stderr
+    assert grows == (not given)
 
 
 def test_slot_mapping_follows_the_block_table():

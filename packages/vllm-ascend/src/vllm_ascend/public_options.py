@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["INERT", "KNOWN", "OF_VLLM", "REMEDIES", "changes_nothing"]
 
-# Path -> the values under which the option changes nothing, so that they are accepted. null and an object whose "enabled" is false always are.
+# Path -> the values under which the option changes nothing, so that they are accepted. null always is, and where {} is one, an object whose "enabled" is false.
 KNOWN: Mapping[str, tuple[Any, ...]] = {
     "enable_dsa_cp": (False,),  # context parallelism of DeepSeek sparse attention, which has no attention backend here
     "enable_sparse_sfa_c8": (False,),  # int8 caches of sparse attention, and of its indexer
@@ -17,6 +17,8 @@ KNOWN: Mapping[str, tuple[Any, ...]] = {
     "multistream_overlap_shared_expert": (False,),
     "multistream_overlap_gate": (False,),
     "multistream_dsv4_dsa_overlap": (False,),
+    "num_iterations_eplb_update": (),  # older names of the two intervals
+    "num_wait_worker_iterations": (),
     "enable_fused_mc2": (0, False),
     "enable_prefill_mc2": (False,),
     "enable_mc2_hierarchy_comm": (False,),
@@ -52,6 +54,8 @@ REMEDIES: Mapping[str, str] = {
         "older versions of the public plugin had it; remove it, and give vLLM's own options of the scheduler "
         "(--max-num-batched-tokens, --enable-chunked-prefill, --scheduling-policy)"
     ),
+    "num_iterations_eplb_update": "it is now eplb_config.expert_heat_collection_interval",
+    "num_wait_worker_iterations": "it is now eplb_config.algorithm_execution_interval, which belongs to eplb_config.dynamic_eplb",
     "rejection_sampler_config": "there is no speculative decoding here; remove it",
     "dynamic_spec_config": "there is no speculative decoding here; remove it",
 }
@@ -63,6 +67,7 @@ OF_VLLM = ("gdn_prefill_backend", "kda_prefill_backend", "kda_decode_backend")
 
 def changes_nothing(path: str, value: object) -> bool:
     """Whether the known option at `path` changes nothing when it has this `value`."""
-    if isinstance(value, Mapping) and value.get("enabled") is False:
+    neutral = KNOWN[path]
+    if {} in neutral and isinstance(value, Mapping) and value.get("enabled") is False:
         return True
-    return value is None or value in KNOWN[path]
+    return value is None or value in neutral

@@ -10,18 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ascend_eplb import Placement
-
 from vllm_ascend import envs, experts, rules
 from vllm_ascend.attention import BACKENDS, limits
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.findings import found_by, refuse
+from vllm_ascend.moe_layers import ConfigReader
 
-__all__ = ["Host", "check"]
+__all__ = ["Host", "check", "notices"]
 
-# Families of chips that the attention kernels, as they are called here, do not run on, by the start of the chips' names.
+# Families of chips that this plugin does not support, and how the names of their chips begin: the attention kernels do not run there.
 _ABSENT_CHIPS = {"Atlas 300I (310P)": "Ascend310P", "Atlas A5 (950)": "Ascend950"}
 
 
@@ -60,9 +59,17 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         found += _absent_for_the_model(vllm_config)
         found += limits.broken(limits.Attention.of(vllm_config))
         found += rules.broken(config, deployment)
+        found += rules.broken_on(config, host.chip)
         found += _wrong_with_experts(config, deployment, vllm_config.scheduler_config.max_num_seqs, host)
     refuse(found)
     return config
+
+
+def notices(vllm_config: Any) -> list[str]:
+    """What a user should know of a configuration that has passed `check`."""
+    if vllm_config.model_config is None:
+        return []
+    return list(limits.notices(limits.Attention.of(vllm_config)))
 
 
 def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
@@ -107,17 +114,18 @@ def _wrong_with_the_host(parallel: Any, host: Host) -> Iterator[str]:
 def _wrong_with_experts(config: AscendConfig, deployment: Deployment, max_num_seqs: int, host: Host) -> Iterator[str]:
     """Findings for how experts communicate, where it is known where they lie."""
 
-    def place() -> Placement:
-        return placement_of(config.eplb_config, deployment)
-
-    if not deployment.model.moe.routed_experts or found_by(place) or found_by(envs.hccl_buffsize_mb):
+    if not deployment.model.moe.routed_experts:
+        return
+    try:
+        placement, buffer = placement_of(config.eplb_config, deployment), envs.hccl_buffsize_mb()
+    except ValueError:  # other findings say so
         return
     yield from experts.broken(
         deployment,
-        slots_per_rank=place().slots_per_rank,
+        slots_per_rank=placement.slots_per_rank,
         device_name=host.chip,
         max_num_seqs=max_num_seqs,
-        hccl_buffsize_mb=envs.hccl_buffsize_mb(),
+        hccl_buffsize_mb=buffer,
     )
 
 
@@ -125,7 +133,9 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
     """Findings for what this plugin does not have for the model at hand."""
     model, attention = vllm_config.model_config, vllm_config.attention_config
     name = BACKENDS[model.use_mla][0]
-    asked = {"attention_config.backend": attention.backend}
+    # vLLM itself writes a backend there for a model whose heads differ; that these are not served is said by the limits.
+    one_size = len(limits.head_sizes(model)) == 1
+    asked = {"attention_config.backend": attention.backend if one_size else None}
     asked |= {
         f"attention_config.backend_per_kind[{kind!r}]": backend for kind, backend in attention.backend_per_kind.items()
     }
@@ -147,3 +157,16 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
         )
     if model.is_attention_free or model.is_hybrid:
         yield f"{model.architectures[0]} has layers of linear attention or a state space, which have no kernels in vllm-ascend"
+    yield from _beyond_the_rotary_table(model)
+
+
+def _beyond_the_rotary_table(model: Any) -> Iterator[str]:
+    """vLLM accepts `factor` times as many positions for a dynamic rotary embedding as it computes cosines for."""
+    text = ConfigReader(model.hf_text_config)
+    rope, positions = text.get("rope_parameters", default={}), text.number("max_position_embeddings")
+    dynamic = isinstance(rope, dict) and rope.get("rope_type") == "dynamic" and "alpha" not in rope
+    if dynamic and positions and model.max_model_len > positions:
+        yield (
+            f"max_model_len ({model.max_model_len}) must be at most max_position_embeddings ({positions}) of this model: vLLM computes its dynamic rotary "
+            "embedding for so many positions"
+        )

@@ -118,13 +118,19 @@ def in_bfloat16(folder, entry, requests, inputs):
     return {"requests": prompts, "exact": exact.tolist(), "errors": errors.tolist()}
 
 
-def main(name, folder):
-    import torch
+def rename(file, names):
+    """Give the tensors of a checkpoint's file the names that published checkpoints have."""
+    from safetensors.torch import load_file, save_file
 
-    from zoo import ENTRIES
+    renamed = {}
+    for name, tensor in load_file(file).items():
+        old = next((old for old in names if name.startswith(old)), "")
+        renamed[names.get(old, "") + name.removeprefix(old)] = tensor
+    save_file(renamed, file, metadata={"format": "pt"})
 
-    torch.set_num_threads(1)
-    entry, folder = ENTRIES[name], Path(folder)
+
+def checkpoint(entry, folder):
+    """Write the entry's checkpoint, and its processor if it has one. Returns the model, the engine's requests, and of each what the model takes."""
     if entry.make is None:
         specials, sizes, requests = 0, entry.sizes, text_requests(entry.sizes["vocab_size"])
         inputs = [{} for _ in requests]
@@ -135,6 +141,19 @@ def main(name, folder):
         requests, inputs = media_requests(entry, processor, folder)
     model = build(entry, sizes, specials)
     model.save_pretrained(folder)
+    if entry.names:
+        rename(folder / "model.safetensors", entry.names)
+    return model, requests, inputs
+
+
+def main(name, folder):
+    import torch
+
+    from zoo import ENTRIES
+
+    torch.set_num_threads(1)
+    entry, folder = ENTRIES[name], Path(folder)
+    model, requests, inputs = checkpoint(entry, folder)
     answers = [
         greedy(model, request.get("expanded", request["ids"]), more)
         for request, more in zip(requests, inputs, strict=True)

@@ -4,8 +4,11 @@
 import hashlib
 import inspect
 import json
+import re
 
 from rounding import excess
+
+from zoo.trial import KINDS
 
 COLUMNS = {
     "float32": "whole prompts and decoding, float32",
@@ -14,8 +17,9 @@ COLUMNS = {
     "tp": "tensor parallelism over 2 ranks",
     "ep": "expert parallelism over 2 ranks",
     "bfloat16": "bfloat16 in strict mode",
+    "tower": "whether a tower's attention is the NPU's kernel",
 }
-GOOD = ("equal", "as near", "-")
+GOOD = ("equal", "as near", "kernel", "-", "not run")
 BLOCK_TOKENS = 128
 
 
@@ -23,6 +27,7 @@ def digest(entry):
     """Changes with everything that an entry says about the model and the runs."""
     made = inspect.getsource(entry.make) if entry.make else ""
     said = (entry.config, entry.model, entry.sizes, entry.ranks, entry.engine, entry.mark, made)
+    said += (entry.names,) if entry.names else ()
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
@@ -74,6 +79,11 @@ def of_bfloat16(said, reference):
     return ["as near", means] if found <= 1 else ["off", f"{means}, {found:.2f} times what is admissible"]
 
 
+def of_tower(said, reference):
+    calls = said["of_torch"]
+    return ["torch", f"{calls} calls of torch's attention"] if calls else ["kernel", ""]
+
+
 # Column -> (kind of run, its engine, the cell of what the engine said).
 CELLS = {
     "float32": ("one", "one", of_prompts),
@@ -82,20 +92,22 @@ CELLS = {
     "tp": ("tp", "tp", lambda said, reference: equality(said["whole"]["tokens"], reference["tokens"])),
     "ep": ("ep", "ep", lambda said, reference: equality(said["whole"]["tokens"], reference["tokens"])),
     "bfloat16": ("bfloat16", "bfloat16", of_bfloat16),
+    "tower": ("one", "one", of_tower),
 }
+
+
+def raised_in(text):
+    """The messages of exceptions in what a run printed, where workers begin their lines with who they are; else the last line."""
+    lines = [re.sub(r"^\(.*?\] |^\[rank\d+\]: ", "", line).strip() for line in text.splitlines() if line.strip()]
+    return [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)(: |$)", line)] or lines[-1:]
 
 
 def of_workers(file, message):
     """What the first worker raised, where the engine only says that one did."""
     if "root cause" not in message and "EngineDeadError" not in message:
         return ""
-    lines = [line.partition("] ")[2] or line for line in file.read_text(errors="replace").splitlines()]
-    raised = [
-        line
-        for line in lines
-        if line.partition(":")[0].split(".")[-1].endswith(("Error", "Exception")) and ": " in line
-    ]
-    return f" ({raised[0].strip()})" if raised else ""
+    found = raised_in(file.read_text(errors="replace"))
+    return f" ({found[0]})" if found else ""
 
 
 def refused(folder):
@@ -104,21 +116,25 @@ def refused(folder):
     return json.loads(file.read_text())["one"].get("refused") if file.exists() else None
 
 
-def cells(entry, folder, ended):
+def cells(entry, folder, ended, kinds=KINDS):
     """Column -> [word, detail].
 
     Args:
         entry: the entry.
         folder: where its runs wrote.
         ended: kind of run -> how its process ended, where it did not end well.
+        kinds: the kinds of runs that were to be made.
     """
     if "reference" in ended:
         return {column: ["no reference", ended["reference"]] for column in COLUMNS}
     reference = json.loads((folder / "reference.json").read_text())
     found = {}
     for column, (kind, engine, judge) in CELLS.items():
-        if kind == "ep" and not entry.experts:
+        if (kind == "ep" and not entry.experts) or (column == "tower" and entry.make is None):
             found[column] = ["-", ""]
+            continue
+        if kind not in kinds and not refused(folder):
+            found[column] = ["not run", ""]
             continue
         file = folder / f"{'one' if refused(folder) else kind}.json"
         engine = "one" if refused(folder) else engine

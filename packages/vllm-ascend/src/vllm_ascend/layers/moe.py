@@ -18,7 +18,6 @@ from ascend_moe import (
     to_physical,
 )
 from torch import Tensor, nn
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
@@ -26,6 +25,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_ascend import parallel
+from vllm_ascend.attention.step import query_ends_of_step, tokens_of_step
 from vllm_ascend.eplb.placement import LayerSlots
 from vllm_ascend.eplb.record import LoadRecorder
 
@@ -36,6 +36,7 @@ __all__ = [
     "HasExperts",
     "activation_of",
     "check_ours",
+    "clear_loads",
     "load_recorder",
     "register",
 ]
@@ -219,14 +220,11 @@ class AscendRoutedExperts(RoutedExperts):
         split, rank = self.moe_config.is_sequence_parallel, self._over.tp.rank_in_group
         if self._counted is None or self.heat is None or (rank and not split):
             return
-        metadata = cast("dict[str, Any] | None", get_forward_context().attn_metadata)  # no microbatches here
-        ends = next(iter(metadata.values())).query_ends if metadata else None
-        self._counted.add(self.heat, ids, ends, first=rank * len(ids) if split else 0)
+        self._counted.add(self.heat, ids, query_ends_of_step(), first=rank * len(ids) if split else 0)
 
     def _real(self, x: Tensor) -> Tensor:
         """bool `[N]`: tokens of requests; not those of a step without any, nor padding."""
-        metadata = cast("dict[str, Any] | None", get_forward_context().attn_metadata)  # no microbatches here
-        real = next(iter(metadata.values())).num_tokens if metadata else 0  # of one layer; they all count alike
+        real = tokens_of_step()
         if self.moe_config.is_sequence_parallel:
             real -= self._over.tp.rank_in_group * len(x)
         return torch.arange(len(x), device=x.device) < real
@@ -326,6 +324,13 @@ def load_recorder(model: nn.Module) -> LoadRecorder | None:
         groups.ep,
         writes=groups.tp.rank_in_group == 0 and groups.dp.rank_in_group == 0,
     )
+
+
+def clear_loads(model: nn.Module) -> None:
+    """Set what the MoE layers have counted of the load of their slots to 0."""
+    for module in model.modules():
+        if isinstance(module, AscendRoutedExperts) and module.load is not None:
+            module.load.zero_()
 
 
 def topk_softmax(
