@@ -115,7 +115,7 @@ def test_experts_that_move_while_requests_run_change_no_token(tiny, run_engines,
     folder, prompts, expected = tiny
     engine = ENGINE | {"model": str(folder), "skip_tokenizer_init": True}
     jobs = []
-    for redundant in (0, 8) if soc else (2,):
+    for redundant in (0, 4) if soc else (2,):  # with 8 every rank has all experts, and nothing can move
         record = tmp_path / f"{redundant}.json"
         job = run(engine, prompts, num_redundant_experts=redundant, expert_map_record_path=str(record), **MOVING)
         jobs.append(job | {"runs": job["runs"] * 2, "rebalances": 5})
