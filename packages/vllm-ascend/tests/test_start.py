@@ -49,9 +49,10 @@ ALONE = {
     "float8 cache": ({}, {"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype ('fp8') must be 'auto' or the model's dtype, 'bfloat16'"),
     "int8 cache": ({}, {"kv_cache_dtype": "int8_per_token_head"}, {}, "kv_cache_dtype ('int8_per_token_head') must be"),
     "float16 cache": ({}, {"kv_cache_dtype": "float16"}, {}, "kv_cache_dtype ('float16') must be"),
-    "block": ({}, {"block_size": 8}, {}, "block_size (8) must be a multiple of 128, which is the default"),
-    "small block": ({}, {"block_size": 16}, {}, "block_size (16) must be a multiple of 128"),
-    "uneven block": ({}, {"block_size": 192}, {}, "block_size (192) must be a multiple of 128"),
+    "block": ({}, {"block_size": 8}, {}, "block_size (8) must be one of 128, 256, 384, 512; 128 is the default"),
+    "small block": ({}, {"block_size": 16}, {}, "block_size (16) must be one of 128, 256"),
+    "uneven block": ({}, {"block_size": 192}, {}, "block_size (192) must be one of 128, 256"),
+    "large block": ({}, {"block_size": 1024}, {}, "block_size (1024) must be one of 128, 256"),
     "float16": ({}, {"dtype": "float16"}, {}, "dtype ('float16') is not one that the NPU's attention kernels take; give --dtype bfloat16"),
     "tokens": ({}, {"max_num_batched_tokens": 65537}, {}, "max_num_batched_tokens (65537) must be at most 65536"),
     "requests": ({**LATENT, "num_attention_heads": 16}, {"max_num_seqs": 4097, "max_num_batched_tokens": 8192}, {}, "max_num_seqs (4097) must be at most 4096"),
@@ -95,7 +96,7 @@ ALONE = {
 }  # fmt: skip
 GOOD = {
     "as it is": ({}, {}, {}),
-    "its own cache": ({}, {"kv_cache_dtype": "bfloat16", "block_size": 1024, "attention_backend": "ASCEND_ATTN"}, {}),
+    "its own cache": ({}, {"kv_cache_dtype": "bfloat16", "block_size": 512, "attention_backend": "ASCEND_ATTN"}, {}),
     "padded heads": ({"head_dim": 24}, {"block_size": 384}, {}),
     "a checkpoint in float16": ({"torch_dtype": "float16"}, {}, {}),
     "heads over ranks": ({"num_attention_heads": 128, "num_key_value_heads": 1}, {"tensor_parallel_size": 2}, {}),

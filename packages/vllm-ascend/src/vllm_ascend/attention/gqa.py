@@ -53,7 +53,7 @@ class AscendAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
-        """What the attention kernel takes of requests with several query tokens; vLLM cuts larger blocks into these."""
+        """What the attention kernel takes of requests with several query tokens. Larger blocks cannot be cut: keys and values lie apart."""
         return list(BLOCK_SIZES)
 
     @classmethod

@@ -28,7 +28,7 @@ __all__ = [
 # Each number is that of a rule in ascend-sim's contracts of these kernels; tests/test_attention_limits.py compares them.
 _LARGE_HEAD_SIZE = 256
 BLOCK_SIZES = (128, 256, 384, 512)
-"""Tokens of a block of the cache that the kernel takes of requests with several query tokens. vLLM cuts larger blocks into these."""
+"""Tokens of a block of the cache that the kernel takes of requests with several query tokens."""
 LATENT_BLOCK_SIZE = 128
 LATENT_QUERIES = 16
 """Query tokens of a request that the kernel takes in the absorbed form of latent attention."""
@@ -194,8 +194,11 @@ def broken(attention: Attention) -> Iterator[str]:
         yield (
             f"kv_cache_dtype ({attention.cache_dtype!r}) must be 'auto' or the model's dtype, {attention.dtype!r}: keys and values are kept as they are"
         )
-    if attention.block_size % BLOCK_SIZES[0]:
-        yield f"block_size ({attention.block_size}) must be a multiple of {BLOCK_SIZES[0]}, which is the default"
+    block, default = attention.block_size, BLOCK_SIZES[0]
+    if attention.latent is not None and block % default:  # vLLM cuts blocks of latents into those of the kernel
+        yield f"block_size ({block}) must be a multiple of {default}, which is the default"
+    if attention.latent is None and block and block not in BLOCK_SIZES:
+        yield f"block_size ({block}) must be one of {', '.join(map(str, BLOCK_SIZES))}; {default} is the default"
     tokens, requests = (_MOST_TOKENS, _MOST_REQUESTS) if attention.latent is None else (_MOST_LATENT_TOKENS, _MOST_LATENT_REQUESTS)  # fmt: skip
     if attention.tokens > tokens:
         yield f"max_num_batched_tokens ({attention.tokens}) must be at most {tokens}: the attention kernel's tokens of a step"
