@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ascend.kernels import HEAD_SIZES
+from vllm_ascend.kernels import HEAD_SIZES, kernel_head_size
 from vllm_ascend.moe_layers import ConfigReader
 
 __all__ = [
@@ -140,11 +140,6 @@ def _missing(model: Any) -> Iterator[str]:
         yield f"bidirectional multimodal prefixes ({architectures[0]})"
     if model.is_encoder_decoder:
         yield f"cross-attention of encoder-decoder models ({architectures[0]})"
-
-
-def kernel_head_size(size: int) -> int:
-    """The smallest head size that the kernel takes and that holds `size`; 0 where there is none."""
-    return next((taken for taken in HEAD_SIZES if taken >= size), 0)
 
 
 def has_plain_form(qk_nope_head_dim: int, v_head_dim: int) -> bool:
