@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 from attention_bounds import attend, causal
-from paged_steps import description
+from paged_steps import description, paged
 
 __all__ = ["BLOCK", "LATENT", "ROPE", "LatentRequests"]
 
@@ -39,14 +39,8 @@ class LatentRequests:
         self.random = torch.Generator().manual_seed(1)
         self.lengths, self.heads, self.nope, self.value = lengths, heads, nope, value
         self.totals = [new + old for new, old in zip(lengths, context, strict=True)]
-        blocks = [-(-total // BLOCK) for total in self.totals]
-        free = (torch.randperm(sum(blocks), generator=self.random) + 1).split(blocks)
-        table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
-        for request, mine in enumerate(free):
-            table[request, : len(mine)] = mine
-        positions = [torch.arange(total) for total in self.totals]
-        self.slots = [mine[at // BLOCK] * BLOCK + at % BLOCK for mine, at in zip(free, positions, strict=True)]
-        self.cache = torch.full((sum(blocks) + 1, BLOCK, LATENT + ROPE), torch.nan).bfloat16().npu()
+        table, self.slots, blocks = paged(self.totals, BLOCK, self.random)
+        self.cache = torch.full((blocks, BLOCK, LATENT + ROPE), torch.nan).bfloat16().npu()
         self.weight = self.selection()
         weight = self.weight.flatten(1).npu()
         self.impl = AscendMLAImpl(

@@ -18,7 +18,7 @@ from vllm_ascend.probe import child
 from vllm_ascend.probe.expected import Result, compare
 from vllm_ascend.probe.run import NEED_RANKS, run_all
 
-NO_KERNELS = {"causal_mask", "side_stream", "wait_for"}
+NO_KERNELS = {"causal_mask", "side_stream", "wait_for", "kernel_head_size", "widened"}
 
 
 def numbered():

@@ -22,7 +22,7 @@ class Server:
             sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "model", "--port", "0",
             "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-num-seqs", "64",
         ]  # fmt: skip
-        self.log = log
+        self.log, self.clients = log, []
         self.process = start(command, log, {})
 
     def _port(self):
@@ -33,7 +33,13 @@ class Server:
         address = f"http://127.0.0.1:{until(self._port, self.process, self.log)}"
         self.http = httpx.Client(base_url=address, timeout=LIMIT)
         self.openai = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=LIMIT, max_retries=0)
+        self.clients = [self.http, self.openai]
         until(self.is_alive, self.process, self.log)
+
+    def close(self):
+        for client in self.clients:
+            client.close()
+        end(self.process)
 
     def is_alive(self):
         try:
@@ -67,7 +73,7 @@ def servers(models, tmp_path_factory):
             assert "Traceback" not in server.log.read_text()
     finally:
         for server in started.values():
-            end(server.process)
+            server.close()
 
 
 @pytest.fixture

@@ -203,10 +203,8 @@ def _loads(folders: Iterable[Path]) -> bool:
     try:
         for library in libraries:
             torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    except (
-        OSError,
-        RuntimeError,
-    ):  # a library that it is linked to is absent, such as CUDA's; it was built for another torch
+    except (OSError, RuntimeError):
+        # A library that it is linked to is absent, such as CUDA's, or it was built for another torch.
         return False
     return bool(libraries)
 

@@ -8,10 +8,10 @@ import importlib.util
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vllm_ascend import cann, multimodal
+from vllm_ascend.installed import installed
 
 __all__ = ["Report", "examine", "inactive_because", "log_inactive"]
 
@@ -41,14 +41,6 @@ class Simulator:
     active: bool = False
     reason: str = ""
     problem: str = ""
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def inactive_because() -> str | None:

@@ -15,8 +15,10 @@ __all__ = [
     "add_rms_norm",
     "apply_rotary",
     "attention",
+    "attention_of_any_size",
     "causal_mask",
     "gather_kv",
+    "kernel_head_size",
     "latent_attention",
     "merge_attention",
     "prompt_latent_attention",
@@ -25,6 +27,7 @@ __all__ = [
     "scatter_kv",
     "split_columns",
     "swiglu",
+    "widened",
 ]
 
 SPARSE_NONE = 0  # no mask: every query sees every key
@@ -120,6 +123,17 @@ HEAD_SIZES = (64, 128, 192, 256)
 """Widths of heads that `attention` takes in TND layout."""
 
 
+def kernel_head_size(size: int) -> int:
+    """The smallest head size that `attention` takes and that holds `size`; 0 where there is none."""
+    return next((taken for taken in HEAD_SIZES if taken >= size), 0)
+
+
+def widened(rows: Tensor, size: int) -> Tensor:
+    """Heads `[T, N, D]` with zeros up to `size`, which add nothing to a score and give columns of zeros in the result."""
+    missing = size - rows.shape[-1]
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """Fused attention in TND layout. Returns `[T, N, D]`.
 
@@ -141,14 +155,13 @@ def attention_of_any_size(query: Tensor, key: Tensor, value: Tensor, **options: 
         ValueError: larger heads.
     """
     size = query.shape[-1]
-    taken = next((taken for taken in HEAD_SIZES if taken >= size), None)
-    if taken is None:
+    taken = kernel_head_size(size)
+    if not taken:
         raise ValueError(
             f"heads are {size} wide: the attention kernel takes {', '.join(map(str, HEAD_SIZES))}, and so smaller ones"
         )
-    if taken > size:
-        query, key, value = (torch.nn.functional.pad(x, (0, taken - size)) for x in (query, key, value))
-    return attention(query.contiguous(), key.contiguous(), value.contiguous(), **options)[..., :size]
+    query, key, value = (widened(rows, taken) for rows in (query, key, value))
+    return attention(query, key, value, **options)[..., :size]
 
 
 def latent_attention(

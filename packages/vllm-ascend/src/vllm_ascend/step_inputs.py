@@ -68,9 +68,8 @@ class StepInputs:
 
         runner._compute_prev_positions(requests)
         whole = np.array([runner.requests[name].num_tokens for name in batch.req_ids], dtype=np.int32)
-        runner.discard_request_mask.np[:requests] = (
-            lengths[:requests] < whole
-        )  # a part of a prompt: nothing is sampled after it
+        # After a part of a prompt nothing is sampled.
+        runner.discard_request_mask.np[:requests] = lengths[:requests] < whole
         runner._prepare_input_ids(scheduler_output, requests, tokens, ends)
         if runner.uses_mrope:
             runner._calc_mrope_positions(scheduler_output)

@@ -100,12 +100,8 @@ def _prompt(runner: AscendModelRunner, tokens: int) -> SchedulerOutput:
 def _decoding(tokens: int) -> SchedulerOutput:
     """The step after a prompt of `tokens` tokens; its token is that which the runner has sampled."""
     cached = CachedRequestData.make_empty()
-    cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, cached.new_block_ids = (
-        [REQUEST],
-        [tokens],
-        [1],
-        [None],
-    )
+    cached.req_ids, cached.new_block_ids = [REQUEST], [None]
+    cached.num_computed_tokens, cached.num_output_tokens = [tokens], [1]
     step = SchedulerOutput.make_empty()
     step.scheduled_cached_reqs = cached
     return _of_tokens(step, 1)
