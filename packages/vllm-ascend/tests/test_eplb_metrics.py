@@ -43,8 +43,8 @@ def status(**more):
 
 def served(registry, address, *statuses):
     """The metrics' text after a sender has sent so many statuses."""
-    metrics.listen(str(address), metrics.Metrics("tiny", registry))
-    sender = metrics.StatusSender(str(address))
+    metrics.listen(str(address), metrics.Metrics(registry))
+    sender = metrics.StatusSender(str(address), "tiny")
     for one in statuses:
         sender.send(one)
     sender.close()
@@ -69,17 +69,17 @@ def test_a_status_becomes_metrics(registry, tmp_path):
 
 
 def test_counters_go_on_when_the_engine_starts_anew(registry):
-    kept = metrics.Metrics("tiny", registry)
+    kept = metrics.Metrics(registry)
     for moves in (3, 5, 2):
-        message = {name: 0 for name in NAMES} | {"moves": moves, "dropped": {}, "load": []}
+        message = {name: 0 for name in NAMES} | {"model_name": "tiny", "moves": moves, "dropped": {}, "load": []}
         kept.update({name.removesuffix("_total"): value for name, value in message.items()})
     assert registry.get_sample_value(f"{metrics.PREFIX}moves_total", {"model_name": "tiny"}) == 5 + 2
 
 
 def test_a_message_of_another_form_ends_nothing(registry, tmp_path, caplog):
-    sender = metrics.StatusSender(str(tmp_path / "status"))
+    sender = metrics.StatusSender(str(tmp_path / "status"), "tiny")
     sender.send(status())  # nobody listens yet
-    metrics.listen(str(tmp_path / "status"), kept := metrics.Metrics("tiny", registry))
+    metrics.listen(str(tmp_path / "status"), kept := metrics.Metrics(registry))
     for wrong in (b"{", b"3", b"{}", b'{"balancedness": "high"}'):
         sender._socket.sendto(wrong, sender._address)
     sender.send(status())
@@ -196,16 +196,15 @@ def moves():
 
 rank, count = map(int, sys.argv[1:])
 parallel = SimpleNamespace(_api_process_rank=rank, _api_process_count=count)
-model = SimpleNamespace(served_model_name="tiny")
-for _ in range(2):  # vLLM may make its configuration more than once
-    serve_metrics(SimpleNamespace(parallel_config=parallel, model_config=model))
+for _ in range(2):  # vLLM may make its configuration more than once, and a process may have several engines
+    serve_metrics(SimpleNamespace(parallel_config=parallel))
 address = envs.eplb_status_socket()
 assert Path(address).parent.stat().st_mode & 0o777 == 0o700
 if rank < 0:
     subprocess.run([sys.executable, *sys.orig_argv[1:3], "0", sys.argv[2]], check=True)
     subprocess.run([sys.executable, *sys.orig_argv[1:3], "1", sys.argv[2]], check=True)
 elif rank == 0:
-    sender, ends = StatusSender(address), time.monotonic() + 60
+    sender, ends = StatusSender(address, "tiny"), time.monotonic() + 60
     while not moves():
         sender.send(Status(moves=7))
         assert time.monotonic() < ends

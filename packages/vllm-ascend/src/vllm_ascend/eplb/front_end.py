@@ -35,7 +35,7 @@ def serve_metrics(vllm_config: Any) -> None:
         envs.set_eplb_status_socket(str(_folder(os.getpid()) / "status"))
     address = envs.eplb_status_socket()
     if server == 0 and address is not None:
-        _listen(address, str(vllm_config.model_config.served_model_name))
+        _listen(address)
 
 
 @cache
@@ -52,9 +52,9 @@ def _folder(process: int) -> Path:
 
 
 @cache
-def _listen(address: str, model_name: str) -> None:
-    """Listen from now on. The engines of one process share the socket, and the name of the first one's model."""
+def _listen(address: str) -> None:
+    """Listen from now on. The engines of one process share the socket."""
     try:
-        listen(address, Metrics(model_name))
+        listen(address, Metrics())
     except OSError as error:
         _logger.warning("there are no metrics of dynamic EPLB: %s: %s", address, error)

@@ -47,18 +47,19 @@ class StatusSender:
 
     Args:
         address: the path of the socket of the process that serves the metrics.
+        model_name: the metrics' label of that name, as vLLM's have it.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, model_name: str) -> None:
         """Open a socket that does not wait."""
-        self._address = address
+        self._address, self._model_name = address, model_name
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
 
     def send(self, status: Status) -> None:
         """Send a status; nothing where nobody receives it."""
         numbers = {name: getattr(status, name) for name in (*_GAUGES, *_COUNTERS)}
-        message = numbers | {"dropped": status.dropped, "load": cells(status.heat)}
+        message = numbers | {"model_name": self._model_name, "dropped": status.dropped, "load": cells(status.heat)}
         try:
             self._socket.sendto(json.dumps(message).encode(), self._address)
         except OSError as error:
@@ -73,13 +74,11 @@ class Metrics:
     """Prometheus metrics, brought up to date by messages of `StatusSender`.
 
     Args:
-        model_name: their label of that name, as vLLM's metrics have it.
         registry: that they are in.
     """
 
-    def __init__(self, model_name: str, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         """Register them."""
-        self._model_name = model_name
         label = ("model_name",)
         self._gauges = {
             name: Gauge(PREFIX + name, about, label, registry=registry, multiprocess_mode="mostrecent")
@@ -102,15 +101,16 @@ class Metrics:
         Raises:
             KeyError, TypeError, ValueError: a message of another form.
         """
+        model = str(message["model_name"])
         for name, gauge in self._gauges.items():
             if message[name] is not None:  # before the first plan
-                gauge.labels(self._model_name).set(float(message[name]))
+                gauge.labels(model).set(float(message[name]))
         for name, counter in self._counters.items():
-            self._count(counter.labels(self._model_name), float(message[name]))
+            self._count(counter.labels(model), float(message[name]))
         for reason, count in message["dropped"].items():
-            self._count(self._dropped.labels(self._model_name, str(reason)), float(count))
+            self._count(self._dropped.labels(model, str(reason)), float(count))
         for layers, ranks, load in message["load"]:
-            self._load.labels(self._model_name, str(layers), str(ranks)).set(float(load))
+            self._load.labels(model, str(layers), str(ranks)).set(float(load))
 
     def _count(self, counter: Counter, value: float) -> None:
         """Bring a counter to a sum, which begins anew with an engine that was started again."""

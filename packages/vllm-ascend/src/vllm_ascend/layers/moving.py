@@ -23,8 +23,12 @@ __all__ = ["rebalancer", "refuse_to_reload"]
 _logger = logging.getLogger("vllm.vllm_ascend")
 
 
-def rebalancer(model: nn.Module) -> Rebalancer | None:
+def rebalancer(model: nn.Module, model_name: str) -> Rebalancer | None:
     """Dynamic EPLB of a model whose weights are loaded. All ranks call it together.
+
+    Args:
+        model: the model.
+        model_name: under which it is served, for metrics.
 
     Returns:
         None where `eplb_config` does not ask for it, and where some rank has no memory for the buffers: experts then stay where they are, which is
@@ -41,8 +45,9 @@ def rebalancer(model: nn.Module) -> Rebalancer | None:
     movable = [_movable(layer, shared.moe) for layer in layers]
     planner = Planner(window=options.load_window, seconds=PLAN_SECONDS) if group.rank_in_group == 0 else None
     address = envs.eplb_status_socket() if planner is not None else None
+    sender = StatusSender(address, model_name) if address else None
     try:
-        return Rebalancer(options, movable, group, planner, StatusSender(address) if address else None)
+        return Rebalancer(options, movable, group, planner, sender)
     except NoMemoryError as error:
         _logger.warning("experts do not move while the engine runs: %s", error)
     except ValueError:
