@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts that move while engines run: the models, arrangements of ranks and chips that the default tests leave out. `nox -s eplb` runs this file.
+"""Experts that move while engines run: the models, arrangements of ranks, chips and faults that the default tests leave out. `nox -s eplb` runs this file.
 
 In all runs a plan is made at every chance, with random placements, and the checksum of every slot is compared after every change.
 """
 
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
 import pytest
+from ascend_eplb import load_placement
+from engine_processes import end, listening_port, start, until, what_it_said
 from moe_families import made_families
+from openai import OpenAI
 from placed_engines import (
     ATLAS_A3,
     ENGINE,
@@ -137,3 +147,83 @@ def test_quantised_experts_of_real_text(models, smollm2, prompts, run_engines):
     assert off["rebalances"] == [None, None]
     assert_tokens(moved, tokens(off), "W8A8")
     assert moved["experts"] != off["experts"]
+
+
+@pytest.fixture
+def served(models, smollm2, tmp_path):
+    """A server of the upcycled SmolLM2 on two ranks whose experts move all the time: its process, client, URL, log, and the file of its map."""
+    from ascend_sim.checkpoints import upcycle
+
+    folder = upcycle(smollm2, models / "smollm2-moe", experts=8, top_k=2)
+    log, record = tmp_path / "log.txt", tmp_path / "map.json"
+    options = {"eplb_config": MOVING | {"num_redundant_experts": 2, "expert_map_record_path": str(record)}}
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "moving", "--host", "127.0.0.1", "--port", "0",
+        "--tensor-parallel-size", "2", "--enable-expert-parallel", "--additional-config", json.dumps(options), "--max-model-len", "512",
+        "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(128 << 20),
+    ]  # fmt: skip
+    process = start(command, log, {"OMP_NUM_THREADS": "1"})
+
+    def reached():
+        assert process.poll() is None, what_it_said(log)
+        return listening_port(process)
+
+    try:
+        url = f"http://127.0.0.1:{until(reached, process, log)}"
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1800, max_retries=0)
+        yield process, client, url, log, record
+        client.close()
+    finally:
+        end(process)
+
+
+def status_of(url):
+    """What `vllm-ascend eplb status` says, as JSON; {} where it says nothing yet."""
+    command = [sys.executable, "-m", "vllm_ascend.cli", "eplb", "status", "--json", url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    return json.loads(done.stdout) if done.returncode == 0 else {}
+
+
+def test_a_server_tells_its_status_and_ends_in_mid_move(served, alive):
+    """Bursts with pauses between them; SIGTERM comes while a stream runs and experts are on their way."""
+    process, client, url, log, record = served
+    ask = {"model": "moving", "prompt": "Once upon a time", "temperature": 0}
+    answers = {client.completions.create(**ask, max_tokens=24).choices[0].text for _ in range(3)}
+    assert len(answers) == 1
+    status = until(lambda: (found := status_of(url)).get("intervals_total", 0) > 1 and found, process, log)
+    assert 0 < status["balancedness"] <= 1
+    assert status["failures_total"] == 0
+    assert {(cell["ranks"]) for cell in status["rank_load"]} == {"0", "1"}
+    stream = iter(client.completions.create(**ask, max_tokens=400, stream=True))
+    next(stream)
+    process.send_signal(signal.SIGTERM)
+    until(lambda: process.poll() is not None, process, log)
+    until(lambda: not alive(process.pid), process, log)
+    served_until, triggered, _ = log.read_text().partition("[shutdown] API server: shutdown triggered")
+    assert triggered
+    assert "Traceback" not in served_until
+    assert not re.search(r"no plan for the experts|dynamic EPLB has waited", log.read_text())
+    load_placement(record, ranks=2, num_experts=8)  # whole
+
+
+def test_a_rank_that_is_killed_in_mid_move_ends_its_engine(engine_servers, tmp_path):
+    """Without a limit that ends it, and without a process that is left."""
+    from test_lost_rank import Run
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=8192, sliding_window=None,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    options = {"eplb_config": MOVING | {"move_buffer_experts": 1}}
+    run = Run(
+        engine_servers, tmp_path / "model", tmp_path / "said.txt", {"ASCEND_SIM_SOC": "Ascend910B3"}, tensor_parallel_size=2, additional_config=options,
+    )  # fmt: skip
+    try:
+        workers = run.workers()
+        run.until(lambda: "experts rebalanced" in run.said.read_text())
+        os.kill(workers[1], signal.SIGKILL)
+        run.assert_it_ends_with_an_error()
+    finally:
+        end(run.process)
