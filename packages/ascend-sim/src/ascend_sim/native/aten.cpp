@@ -16,18 +16,6 @@ namespace ascend_sim {
 using c10::IValue;
 using torch::jit::Stack;
 
-at::Tensor to_npu(const at::Tensor& given, c10::Device device) {
-  at::Tensor cpu = given;
-  if (cpu.is_conj()) cpu = cpu.resolve_conj();
-  if (cpu.is_neg()) cpu = cpu.resolve_neg();
-  if (cpu._is_zerotensor()) cpu = at::zeros(cpu.sizes(), cpu.options());  // it has no memory
-  const bool dense = cpu.is_non_overlapping_and_dense();
-  if (!dense) cpu = cpu.clone(at::MemoryFormat::Preserve);
-  at::Tensor out = at::empty_strided(cpu.sizes(), cpu.strides(), cpu.options().device(device).pinned_memory(false));
-  if (cpu.numel()) std::memcpy(out.data_ptr(), cpu.const_data_ptr(), cpu.numel() * cpu.element_size());
-  return out;
-}
-
 namespace {
 std::mutex tally_mutex;
 std::map<std::string, Tally>& tallies() {
@@ -461,12 +449,14 @@ at::Tensor alias_of(const at::Tensor& t) { return owning_alias(t); }
 
 void install_comm();
 void install_kernels();
+void install_memory();
 
 TORCH_LIBRARY(ascend_sim, m) {
   m.def("install() -> ()", [] {
     Silence silence;
     c10::WarningUtils::WarningHandlerGuard guard(&silence);
     install();
+    install_memory();
     install_kernels();
     install_comm();
   });
