@@ -13,6 +13,7 @@ import nox
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
+nox.options.download_python = "never"  # a version that this machine lacks is skipped, and said
 nox.options.sessions = ["lint", "types", "tests", "other_python"]
 
 ROOT = Path(__file__).parent
@@ -204,6 +205,16 @@ def demo(session: nox.Session) -> None:
     vllm_environment(session)
     session.run("ascend-sim", "model", "smollm2", str(MODELS / "smollm2"))
     session.run("python", "examples/ask.py", str(MODELS / "smollm2"), *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session(python=PYTHON)
+def models(session: nox.Session) -> None:
+    """Serve the zoo of architectures and write docs/models.md: nox -s models -- GPT2 runs those whose names begin so."""
+    install_in_place(session, "vllm-ascend")
+    session.run(
+        "python", "packages/vllm-ascend/tests/zoo/run.py", "--folder", str(ROOT / ".cache" / "zoo"), "--results", "docs/models.json",
+        "--page", "docs/models.md", *session.posargs, env={"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
 
 
 @nox.session(python=PYTHON)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each linear layout costs: bytes sent, kernel launches, memory of o_proj, and host time per call.
+"""What each linear arrangement costs: bytes sent, kernel launches, memory of o_proj, and host time per call.
 
 Run: python benchmarks/linear/run.py. It writes RESULTS.md beside itself and needs ascend-sim. Bytes, launches and
 memory are counted, so they are the same on every machine; the host time is measured.
@@ -19,8 +19,8 @@ import ascend_linear as al
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from arrangements import ARRANGEMENTS, HEADS, HIDDEN, INTERMEDIATE, LAYERS, QKV, TOKENS, WORLD, Arrangement, build
 from ascend_comm import GroupSet
-from layouts import HEADS, HIDDEN, INTERMEDIATE, LAYERS, LAYOUTS, QKV, TOKENS, WORLD, Layout, build
 
 HERE = Path(__file__).parent
 TIMEOUT = timedelta(seconds=120)
@@ -44,12 +44,14 @@ def is_launch(operator: str) -> bool:
     return not any(name == metadata or name.startswith(f"{metadata}_") for metadata in NO_LAUNCH)
 
 
-def one_step(layout: Layout, env: al.LinearEnv, layers: list[dict[str, al.CustomLinearOp]]) -> list[tuple[float, int]]:
+def one_step(
+    arrangement: Arrangement, env: al.LinearEnv, layers: list[dict[str, al.CustomLinearOp]]
+) -> list[tuple[float, int]]:
     """Bytes sent and kernels launched by the ops of each layer; what lies between them is not counted."""
     from ascend_sim.counters import counting
 
-    state = al.plan_step(layout.tokens, env, threshold=0)
-    tokens, tp = layout.tokens, env.tp.world_size
+    state = al.plan_step(arrangement.tokens, env, threshold=0)
+    tokens, tp = arrangement.tokens, env.tp.world_size
     rows = (tokens + state.pad_size) // tp if state.flashcomm1 else tokens
     found = []
     for ops in layers:
@@ -73,22 +75,22 @@ def one_step(layout: Layout, env: al.LinearEnv, layers: list[dict[str, al.Custom
 
 
 def on_rank(rank: int, folder: str) -> None:
-    """Every layout; rank 0 keeps what came of all ranks."""
+    """Every arrangement; rank 0 keeps what came of all ranks."""
     torch.set_num_threads(1)
     torch.npu.set_device(rank)
     torch.set_default_device(f"npu:{rank}")
     dist.init_process_group("hccl", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=TIMEOUT)
     costs: dict[str, Cost] = {}
-    for layout in LAYOUTS:
-        with GroupSet(layout.config, timeout=TIMEOUT) as groups:
-            env, layers, o_proj = build(layout, groups)
-            one_step(layout, env, layers)
-            steps = one_step(layout, env, layers)
+    for arrangement in ARRANGEMENTS:
+        with GroupSet(arrangement.config, timeout=TIMEOUT) as groups:
+            env, layers, o_proj = build(arrangement, groups)
+            one_step(arrangement, env, layers)
+            steps = one_step(arrangement, env, layers)
         mine = (sum(sent for sent, _ in steps), sum(launches for _, launches in steps), o_proj)
         everyone: list[tuple[float, int, int]] = [mine] * WORLD
         dist.all_gather_object(everyone, mine)
         sent, launches, held = (max(column) for column in zip(*everyone, strict=True))
-        costs[layout.name] = Cost(sent=sent / LAYERS, launches=launches / LAYERS, o_proj=held)
+        costs[arrangement.name] = Cost(sent=sent / LAYERS, launches=launches / LAYERS, o_proj=held)
     if rank == 0:
         torch.save(costs, f"{folder}/costs")
     dist.destroy_process_group()
@@ -103,22 +105,22 @@ def counted() -> dict[str, Cost]:
 
 def table(costs: dict[str, Cost]) -> list[str]:
     lines = [
-        "| layout | bytes sent | least | more | launches | o_proj bytes | the least, by formula |",
+        "| arrangement | bytes sent | least | more | launches | o_proj bytes | the least, by formula |",
         "|---|--:|--:|--:|--:|--:|---|",
     ]
-    for layout in LAYOUTS:
-        cost, least = costs[layout.name], layout.least()
+    for arrangement in ARRANGEMENTS:
+        cost, least = costs[arrangement.name], arrangement.least()
         more = f"{cost.sent / least - 1:.1%}"
         lines.append(
-            f"| {layout.name} | {cost.sent:,.0f} | {least:,.0f} | {more} | {cost.launches:.4g} "
-            f"| {cost.o_proj:,} | {layout.formula} |"
+            f"| {arrangement.name} | {cost.sent:,.0f} | {least:,.0f} | {more} | {cost.launches:.4g} "
+            f"| {cost.o_proj:,} | {arrangement.formula} |"
         )
     return lines
 
 
 def report(costs: dict[str, Cost], host: list[str]) -> str:
     intro = f"""<!-- written by benchmarks/linear/run.py -->
-# ascend-linear: what each layout costs
+# ascend-linear: what each arrangement costs
 
 Of one layer on the rank that sends most: {WORLD} ranks (TP {WORLD}, or DP {WORLD} where the name says so), N = {TOKENS} tokens
 (DP: {TOKENS // WORLD} a rank), H = hidden size {HIDDEN}, A = heads {HEADS}, qkv {QKV}, MLP {INTERMEDIATE}, bfloat16, over {LAYERS} layers. Counted on

@@ -10,7 +10,8 @@ import shard_cases
 import torch
 from ascend_comm import GroupConfig, Topology
 from ascend_sim.counters import counting
-from linear_cases import CASES, IN, OUT, cut, data, layout, run
+from linear_bounds import assert_close, gamma
+from linear_cases import CASES, IN, OUT, arrangement, cut, real_data, run
 from spawned import with_groups
 from torch import Tensor
 from torch.nn.functional import linear
@@ -19,25 +20,20 @@ from torch.nn.functional import linear
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, ranks: int) -> tuple[Tensor, Tensor]:
     """x @ weight.t() + bias in float64, and how far a sum over ranks in x's type may be from it.
 
-    Each rank's part is a sum of products in float32 (gamma(n) = n u / (1 - n u) times their magnitudes, u the unit roundoff), stored, and stored again with the bias; then
-    each addition of two ranks' parts is stored.
+    Each rank's part is a sum of products in float32, stored, and stored again with the bias; then each addition of two ranks' parts is stored.
     """
-
-    def gamma(roundings: int, dtype: torch.dtype) -> float:
-        change = roundings * torch.finfo(dtype).eps / 2
-        return change / (1 - change)
 
     dtype, added = x.dtype, torch.zeros(()) if bias is None else bias.double()
     x, weight = x.double(), weight.double()
     parts = [linear(one, two) for one, two in zip(x.chunk(ranks, 1), weight.chunk(ranks, 1), strict=True)]
     stored = sum(part.abs() for part in parts) + added.abs()
     computed = linear(x.abs(), weight.abs()) + added.abs()
-    return sum(parts) + added, gamma(ranks + 2, dtype) * stored + 2 * gamma(IN + 2, torch.float32) * computed
+    return sum(parts) + added, gamma(ranks + 2, dtype) * stored + 2 * gamma(IN + 2) * computed
 
 
 def close(actual: Tensor, expected: Tensor, allowed: Tensor, dtype: torch.dtype) -> None:
-    assert (actual.shape, actual.dtype) == (expected.shape, dtype)
-    assert ((actual.double() - expected).abs() <= allowed).all(), "not the product"
+    assert actual.dtype == dtype
+    assert_close(actual, expected, allowed)
 
 
 def kernels_run(work) -> set[str]:
@@ -48,7 +44,7 @@ def matmul_allreduce(groups, rank: int, dtype: torch.dtype) -> None:
     """Every combination of flags; the fused kernel runs where it can and nowhere else."""
     env = al.LinearEnv(tp=groups["tp"], enable_matmul_allreduce=True)
     for tokens, (has_bias, skip, returns) in CASES:
-        x, weight, bias = (tensor.to(dtype) for tensor in data(tokens))
+        x, weight, bias = (tensor.to(dtype) for tensor in real_data(tokens))
         bias = bias if has_bias else None
         expected, allowed = product(x, weight, None if skip else bias, env.tp.world_size)
         ask = partial(run, weight=weight, bias=bias, skip_bias_add=skip, return_bias=returns)
@@ -67,7 +63,7 @@ def matmul_reduce_scatter(groups, rank: int, dtype: torch.dtype) -> None:
     """FlashComm1 with product and reduce-scatter in one kernel, where it is active."""
     env = al.LinearEnv(tp=groups["tp"], enable_flashcomm1=True, enable_matmul_reduce_scatter=True)
     for tokens, (has_bias, skip, returns) in CASES:
-        x, weight, bias = (tensor.to(dtype) for tensor in data(tokens))
+        x, weight, bias = (tensor.to(dtype) for tensor in real_data(tokens))
         bias = bias if has_bias else None
         expected, allowed = product(x, weight, None if skip else bias, env.tp.world_size)
         ask = partial(run, weight=weight, bias=bias, skip_bias_add=skip, return_bias=returns)
@@ -99,7 +95,7 @@ def prefetches(rank: int) -> None:
 
 def fused(rank: int, world: int, dtype: torch.dtype) -> None:
     for case in (matmul_allreduce, matmul_reduce_scatter):
-        with_groups(partial(case, dtype=dtype), layout(world, 1), rank)
+        with_groups(partial(case, dtype=dtype), arrangement(world, 1), rank)
 
 
 def strict_2(rank: int) -> None:
@@ -117,14 +113,14 @@ def strict_4(rank: int) -> None:
 
 def relaxed_8(rank: int) -> None:
     """Ops in float64 as over gloo, fused kernels and W8A8 in float32; all of TP or DP in eight."""
-    with_groups(linear_cases.plain_ops, layout(8, 1), rank)
-    with_groups(linear_cases.sequence_ops, layout(8, 1), rank)
-    with_groups(partial(linear_cases.sequence_ops, dp_tokens=(3, 6, 1, 4)), layout(8, 4), rank)
+    with_groups(linear_cases.plain_ops, arrangement(8, 1), rank)
+    with_groups(linear_cases.sequence_ops, arrangement(8, 1), rank)
+    with_groups(partial(linear_cases.sequence_ops, dp_tokens=(3, 6, 1, 4)), arrangement(8, 4), rank)
     for k in (1, 2, 4):
-        with_groups(linear_cases.flashcomm2, layout(8, 1, flashcomm2=k), rank)
+        with_groups(linear_cases.flashcomm2, arrangement(8, 1, flashcomm2=k), rank)
     for k in (2, 4, 8):
-        with_groups(linear_cases.mlp, layout(8, 8, mlp_tp=k), rank)
-        with_groups(linear_cases.oproj, layout(8, 8, otp=k), rank)
+        with_groups(linear_cases.mlp, arrangement(8, 8, mlp_tp=k), rank)
+        with_groups(linear_cases.oproj, arrangement(8, 8, otp=k), rank)
     fused(rank, 8, torch.float32)
     quant_cases.exactly(rank, 8)
     topology = Topology(8, data_parallel=2, tensor_parallel=4)

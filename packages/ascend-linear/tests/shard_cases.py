@@ -4,7 +4,7 @@
 import ascend_linear as al
 import torch
 from ascend_comm import GroupConfig, Solo, Topology
-from linear_cases import cut, data, equal, equal_chunk
+from linear_cases import activation, cut, data, equal, equal_chunk
 from spawned import with_groups
 from torch.nn.functional import linear
 
@@ -86,10 +86,10 @@ def check_model(ops, weights, env: al.LinearEnv, x: torch.Tensor, tokens: int) -
     padded = torch.nn.functional.pad(x, (0, 0, 0, state.pad_size))
     hidden, dense = cut(padded, 0, env.tp) if state.flashcomm1 else x, x
     for layer, (qkv, o_proj) in ops.items():
-        heads, up = linear(dense, weights[layer][0]).tanh(), qkv.apply(hidden, state)[0].tanh()
+        heads, up = activation(linear(dense, weights[layer][0])), activation(qkv.apply(hidden, state)[0])
         equal(up, cut(heads, 1, env.tp))
-        dense = linear(heads, weights[layer][1], weights[layer][2]).tanh()
-        hidden = o_proj.apply(up, state)[0].tanh()
+        dense = activation(linear(heads, weights[layer][1], weights[layer][2]))
+        hidden = activation(o_proj.apply(up, state)[0])
         equal_chunk(hidden, dense, state, env.tp)
 
 

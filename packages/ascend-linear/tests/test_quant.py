@@ -8,6 +8,7 @@ import sys
 import ascend_linear as al
 import pytest
 import torch
+from linear_bounds import assert_close, gamma
 from spawned import NO_NPU
 
 IN, OUT = 40, 12
@@ -38,9 +39,13 @@ def test_static(shape, once):
     y = quant.product(x.npu(), weight.npu(), bias.npu(), once=once)
     eight = (x.float() * 32 - 20).round().clamp(-128, 127).long()
     sums = eight @ weight.long().T + (quant.quant_bias.cpu().long() if once else 0)
-    expected = (sums.double() * quant.deq_scale.cpu().double()).bfloat16() + bias
+    scaled = sums.double() * quant.deq_scale.cpu().double()
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.cpu(), expected, rtol=2**-7, atol=2**-7)
+    assert_close(y, *with_bias(scaled, gamma(3) * scaled.abs(), bias))
+    if x.numel():
+        for wrong in (scaled.roll(1, -1), scaled - 2 * bias.double()):
+            with pytest.raises(AssertionError, match="beyond its bound"):
+                assert_close(y, *with_bias(wrong, gamma(3) * wrong.abs(), bias))
     if x.numel():
         assert torch.equal(quant.quantise(x.npu()).cpu().long(), eight)
         assert torch.equal(quant.product(quant.quantise(x.npu()), weight.npu(), bias.npu(), once=once), y)
@@ -54,11 +59,58 @@ def test_dynamic(shape, dtype):
     x, weight = torch.randn(shape, dtype=dtype), torch.randint(-128, 128, (OUT, IN), dtype=torch.int8)
     bias = torch.randn(OUT).to(dtype)
     y = quant.product(x.npu(), weight.npu(), bias.npu())
-    step = x.float().abs().amax(-1, keepdim=True) / 127
-    sums = (x.float() / step).round().long() @ weight.long().T
-    expected = sums.double() * step.double() * scale.double() + bias.double()
-    assert (y.shape, y.dtype) == (expected.shape, dtype)
-    torch.testing.assert_close(y.cpu().double(), expected, rtol=2**-7, atol=2**-7)
+    step = x.double().abs().amax(-1, keepdim=True) / 127
+    quotient = x.double() / step
+    scaled = (quotient.round() @ weight.double().T) * step * scale.double()
+    # A quotient so near the middle of two whole numbers that float32 may round it either way is off by one.
+    either = ((quotient - quotient.floor() - 0.5).abs() <= 127 * gamma(3)).double()
+    error = gamma(5) * scaled.abs() + (either @ weight.double().abs().T) * step * scale.double()
+    assert y.dtype == dtype
+    assert_close(y, *with_bias(scaled, error, bias))
+    if x.numel():
+        for wrong in (scaled.roll(1, -1), scaled - 2 * bias.double()):
+            with pytest.raises(AssertionError, match="beyond its bound"):
+                assert_close(y, *with_bias(wrong, error, bias))
+
+
+def with_bias(scaled, error, bias):
+    """The result of a product that is known within `error`, stored before and after the bias is added, and how far it may be off."""
+    expected = scaled + bias.double()
+    error = error + gamma(1, bias.dtype) * (scaled.abs() + error)
+    return expected, error + gamma(1, bias.dtype) * (expected.abs() + error)
+
+
+def test_an_op_that_holds_a_product_computes_with_the_one_that_replaces_it():
+    held, other = (
+        layer(),
+        layer(input_scale=torch.tensor([0.0625]), input_offset=torch.tensor([3.0]), deq_scale=torch.ones(OUT)),
+    )
+    x, weight = torch.randn(7, IN, dtype=torch.bfloat16).npu(), torch.randint(-128, 128, (OUT, IN), dtype=torch.int8)
+    before = held.product(x, weight.npu(), None)
+    held.replace(other)
+    assert torch.equal(held.product(x, weight.npu(), None), other.product(x, weight.npu(), None))
+    assert torch.equal(held._dequantised_bias, other._dequantised_bias)  # which only the fused kernel reads
+    assert not torch.equal(held.product(x, weight.npu(), None), before)
+    dynamic = al.W8A8Dynamic(weight_scale=torch.ones(OUT).npu())
+    dynamic.replace(al.W8A8Dynamic(weight_scale=torch.full((OUT,), 2.0).npu()))
+    assert torch.equal(dynamic.weight_scale.cpu(), torch.full((OUT,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_bias": None}, r"quant_bias of shape None: must be of shape \(12,\), as before"),
+        (
+            {"deq_scale": torch.ones(3), "quant_bias": torch.ones(3, dtype=torch.int32)},
+            r"deq_scale of shape \(3,\): must be of shape \(12,\), as before",
+        ),
+    ],
+)
+def test_a_product_of_another_layer_replaces_nothing(change, message):
+    held, before = layer(), layer()
+    with pytest.raises(ValueError, match=message):
+        held.replace(layer(input_scale=torch.tensor([0.5]), **change))
+    assert torch.equal(held.input_scale, before.input_scale)
 
 
 @pytest.mark.parametrize(

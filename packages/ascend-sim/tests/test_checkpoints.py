@@ -2,8 +2,10 @@
 import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -360,7 +362,8 @@ def test_upcycle_reads_shards_and_older_configs_and_takes_the_tokenizer_along(tm
     [
         ({"experts": 4, "top_k": 0}, r"top_k=0: must be in 1..experts, that is 1..4"),
         ({"experts": 4, "top_k": 5}, r"top_k=5: must be in 1..experts"),
-        ({"experts": 0, "top_k": 1}, r"experts=0: at least 1"),
+        ({"experts": 0, "top_k": 1}, r"experts=0: must be in 1..1024"),
+        ({"experts": 10**9, "top_k": 1}, r"experts=1000000000: must be in 1..1024"),
         ({"experts": 4, "top_k": 2, "seed": -1}, r"seed=-1: must not be negative"),
     ],
 )
@@ -395,6 +398,54 @@ def test_upcycle_names_what_the_source_lacks(tmp_path, llama):
         FileNotFoundError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"
     ):
         checkpoints.upcycle(tmp_path, tmp_path / "moe", experts=2, top_k=1)
+
+
+def cut(source):
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def without_a_file(source):
+    index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut, r"model.safetensors cannot be read: .*Make or copy the checkpoint again"),
+        (lambda source: (source / "model.safetensors").write_bytes(b"x" * 9), "model.safetensors cannot be read: "),
+        (lambda source: (source / "config.json").write_text("[1]"), "config.json must be one JSON object, got list"),
+        (lambda source: (source / "config.json").write_text("[" * 10**5), "config.json is nested too deeply"),
+        (lambda source: (source / "config.json").write_bytes(b"\xff"), "config.json is not JSON: "),
+        (lambda source: changed_config(source, num_hidden_layers=None), "has num_hidden_layers = None: must be a whole number"),
+        (lambda source: changed_config(source, hidden_size="64"), "has hidden_size = '64': must be a whole number"),
+        (lambda source: changed_config(source, num_hidden_layers=4), "lacks 3 tensors that a Llama of 4 layers has, such as model.layers.3.mlp"),
+        (lambda source: changed_config(source, num_hidden_layers=1), r"has tensors of layers that its config does not have \(1 layers\)"),
+        (lambda source: (source / "model.safetensors.index.json").write_text("{}"), "index.json must have a weight_map"),
+        (lambda source: (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), "must have a weight_map"),
+        (without_a_file, "gone.safetensors is missing, which model.safetensors.index.json names"),
+    ],
+)  # fmt: skip
+def test_a_damaged_source_is_named_and_nothing_is_written(tmp_path, llama, spoil, message):
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    spoil(source)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        checkpoints.upcycle(source, tmp_path / "moe", experts=2, top_k=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def changed_config(source, **changes):
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"the checkpoint needs at least .* bytes and 1,000 are free"):
+        checkpoints.upcycle(llama, tmp_path / "moe", experts=2, top_k=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -48,10 +48,17 @@ class OtherOrder(TorchFunctionMode):
 
 
 def own_logprobs(model, prompts):
-    """Log-probabilities that a Hugging Face model gives to the prompts' own tokens but the first, `[positions]` in float32."""
+    """Log-probabilities that a Hugging Face model gives to the prompts' own tokens but the first, `[positions]` in float32.
+
+    Args:
+        model: the model.
+        prompts: of each its token ids, or all arguments of the model, for one sequence.
+    """
+    inputs = [prompt if isinstance(prompt, dict) else {"input_ids": torch.tensor([prompt])} for prompt in prompts]
     with torch.inference_mode():
-        rows = [(model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1), ids[1:]) for ids in prompts]
-    return torch.cat([logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0] for logprobs, ids in rows])
+        rows = [model(**each).logits[0, :-1].float().log_softmax(-1) for each in inputs]
+    own = [each["input_ids"][0, 1:, None] for each in inputs]
+    return torch.cat([logprobs.gather(1, ids)[:, 0] for logprobs, ids in zip(rows, own, strict=True)])
 
 
 def errors(ours, exact):

@@ -88,6 +88,35 @@ def experts(worker):
     ]
 
 
+def load(worker, folder):
+    """What is said when one worker loads the checkpoint in another folder into a second model of the same config; None if it loads."""
+    from copy import copy
+
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model
+
+    config = copy(worker.vllm_config)
+    config.model_config, config.compilation_config = copy(config.model_config), copy(config.compilation_config)
+    config.model_config.model, config.compilation_config.static_forward_context = folder, {}
+    with set_current_vllm_config(config):
+        return refusal(get_model, vllm_config=config)
+
+
+def refusal(function, *args, **kwargs):
+    """The message of the exception that a call ends with, or None."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return str(error)
+
+
+def reload(llm, arguments):
+    """Load weights anew; what is said if they are refused."""
+    said = refusal(llm.collective_rpc, "reload_weights", kwargs=arguments)
+    llm.reset_prefix_cache()
+    return said
+
+
 def start(rendezvous=None, **engine):
     """An engine; as one data parallel rank of several, if `rendezvous` is the port of the store at which they find each other."""
     from vllm import LLM
@@ -112,13 +141,16 @@ def main(job_file, result_file):
     for engine in job:
         llm = start(engine.get("rendezvous"), disable_log_stats=False, **engine["engine"])
         inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
-        runs, collectives = [], []
+        runs, collectives, refusals = [], [], []
         for run in engine["runs"]:
+            refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
             runs.append(generate(llm, run))
             collectives.append(llm.collective_rpc(traffic) if inspected else None)
         results.append(
             {
                 "runs": runs,
+                "refusals": refusals,
+                "loads": [llm.collective_rpc(load, args=(folder,)) for folder in engine.get("load", ())],
                 "preemptions": preemptions(llm),
                 "collectives": collectives,
                 "layers": llm.collective_rpc(linear_layers) if inspected else None,

@@ -8,18 +8,34 @@ import torch
 
 LATENT, ROPE, HEADS, BLOCK = 512, 64, 4, 128
 SCALE = 0.05
+EXPONENTIAL = 8  # roundings that stand for one exp in float32: 4 units in the last place
+
+
+def gamma(roundings, dtype=torch.float32):
+    """What so many roundings do to a number, relatively (Higham, Accuracy and Stability of Numerical Algorithms, chapter 3)."""
+    change = roundings * torch.finfo(dtype).eps / 2
+    return change / (1 - change)
 
 
 def naive(query, query_rope, latents, keys):
-    """float64 `[T, N, 512]` for the last T of a request's K tokens; latents `[K, 512]`, rotated keys `[K, 64]`."""
+    """float64 `[T, N, 512]` for the last T of a request's K tokens; latents `[K, 512]`, rotated keys `[K, 64]`. And how far bfloat16 may be from it.
+
+    Scores, their exponentials and the sums over keys are off by roundings in float32, in whatever order; the result is stored once.
+    """
     tokens, length = query.shape[0], latents.shape[0]
     out = torch.empty(tokens, HEADS, LATENT, dtype=torch.float64)
+    allowed = torch.empty_like(out)
     for t in range(tokens):
         seen = length - tokens + t + 1
         for n in range(HEADS):
-            scores = latents[:seen] @ query[t, n] + keys[:seen] @ query_rope[t, n]
-            out[t, n] = (scores * SCALE).softmax(0) @ latents[:seen]
-    return out
+            scores = SCALE * (latents[:seen] @ query[t, n] + keys[:seen] @ query_rope[t, n])
+            terms = SCALE * (latents[:seen].abs() @ query[t, n].abs() + keys[:seen].abs() @ query_rope[t, n].abs())
+            weights = scores.softmax(0)
+            out[t, n] = weights @ latents[:seen]
+            of_a_weight = gamma(LATENT + ROPE + 1) * terms + gamma(1) * (scores.max() - scores) + gamma(EXPONENTIAL)
+            computed = 2 * (of_a_weight.max() + gamma(2 * seen + 4)) * (weights @ latents[:seen].abs())
+            allowed[t, n] = computed + gamma(1, torch.bfloat16) * (out[t, n].abs() + computed)
+    return out, allowed
 
 
 @pytest.fixture
@@ -84,7 +100,13 @@ def test_attention_over_latents(backend, lengths, context):
     assert (step.num_decode_tokens, step.num_prefills) == (sum(lengths), 0)
     found, _ = impl.forward_mqa((query, query_rope), cache, step, None)
     for part, request in zip(found.cpu().split(lengths), requests, strict=True):
-        torch.testing.assert_close(part.double(), naive(*(x.double() for x in request)), rtol=2e-2, atol=2e-2)
+        expected, allowed = naive(*(x.double() for x in request))
+        assert ((part.double() - expected).abs() <= allowed).all()
+        for wrong in (
+            expected.roll(1, 1),
+            expected * (1 + 2**-7),
+        ):  # another head's result, and all of them a little too large
+            assert not ((part.double() - wrong).abs() <= allowed).all()
 
 
 def test_tiles_end_where_their_last_token_sees():

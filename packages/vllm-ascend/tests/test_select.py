@@ -74,8 +74,10 @@ def test_shares_of_tokens_sum_to_the_whole(tokens, ranks):
     from vllm_ascend.layers.sequence import _ShareOfTokens
 
     torch.manual_seed(0)
-    layer = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.SiLU())
-    x = torch.randn(tokens, 8)
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU())
+    for parameter in layer.parameters():  # whole numbers, of which every sum is exact
+        parameter.data = torch.randint(-9, 10, parameter.shape).float()
+    x = torch.randint(-9, 10, (tokens, 8)).float()
     whole = layer(x)
     summed = torch.zeros_like(whole)
     for rank in range(ranks):
@@ -84,4 +86,4 @@ def test_shares_of_tokens_sum_to_the_whole(tokens, ranks):
         summed += layer(x)
         for hook in hooks:
             hook.remove()
-    torch.testing.assert_close(summed, whole)
+    assert torch.equal(summed, whole)

@@ -2,58 +2,50 @@
 """`vllm serve` as a user runs it, called with the OpenAI client."""
 
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from engine_processes import LIMIT, end, listening_port, start, until, what_it_said
 
 pytestmark = pytest.mark.slow
 # The embedding and the LM head in a group of one rank: what the front end refuses is the same for more.
 SHARED = {"embedding_tensor_parallel_size": 1, "lmhead_tensor_parallel_size": 1}
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def is_answered(client):
+    try:
+        return client.models.list()
+    except openai.APIConnectionError:
+        return None
 
 
 @pytest.fixture(scope="module")
-def server(smollm2, tmp_path_factory, alive):
+def server(smollm2, tmp_path_factory):
     """A server process, in a session of its own, and a client."""
-    port = free_port()
+    port = 0  # the kernel chooses
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     command = [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(smollm2), "--served-model-name", "smollm2", "--port", str(port),
         "--additional-config", json.dumps({"finegrained_tp_config": SHARED}), "--max-model-len", "512", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(128 << 20), "--host", "127.0.0.1",
     ]  # fmt: skip
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with open(log, "w") as handle:
-        process = subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT, env=env, start_new_session=True)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
+    process = start(command, log, {})
+
+    def reached():
+        assert process.poll() is None, what_it_said(log)
+        return listening_port(process)
+
     try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                client.models.list()
-                break
-            except openai.APIConnectionError:
-                time.sleep(1)
+        port = until(reached, process, log)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=LIMIT, max_retries=0)
+        until(lambda: is_answered(client), process, log)
         yield process, client, log
-    finally:
-        for pid in alive(process.pid):
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
         client.close()
+    finally:
+        end(process)
 
 
 def chat(client, text, **options):
@@ -132,11 +124,8 @@ def test_sigterm_ends_everything(server, alive):
     """The last test of this module: afterwards the server is gone, and so is every process that it started."""
     process, _, log = server
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=60)
-    deadline = time.monotonic() + 20
-    while (left := alive(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert left == [], log.read_text()[-3000:]
+    until(lambda: process.poll() is not None, process, log)
+    until(lambda: not alive(process.pid), process, log)
     served, triggered, ending = log.read_text().partition("[shutdown] API server: shutdown triggered")
     assert triggered
     assert "Traceback" not in served

@@ -67,6 +67,14 @@ class W8A8Static:
         bias = None if self.quant_bias is None else (self.quant_bias * self.deq_scale).to(self.output_dtype)
         object.__setattr__(self, "_dequantised_bias", bias)
 
+    def replace(self, by: "W8A8Static") -> None:
+        """Take the values of another product of the same layer, in place: ops that hold this one compute with them from then on."""
+        _copy(
+            self,
+            by,
+            ("input_scale", "input_offset", "deq_scale", "quant_bias", "_reciprocal", "_offset", "_dequantised_bias"),
+        )
+
     def quantise(self, x: Tensor) -> Tensor:
         """`x` as int8, which `product` takes too; ranks may exchange it in this form, half the bytes."""
         return kernels.quantize(x, self._reciprocal, self._offset)
@@ -130,6 +138,10 @@ class W8A8Dynamic:
         _check_output(self.output_dtype)
         _check_scale("weight_scale", self.weight_scale)
 
+    def replace(self, by: "W8A8Dynamic") -> None:
+        """Take the values of another product of the same layer, in place: ops that hold this one compute with them from then on."""
+        _copy(self, by, ("weight_scale",))
+
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, once: bool = True) -> Tensor:
         """``[..., in] -> [..., out]`` on this rank; `bias` (floating point) is added after scaling."""
         if x.numel() == 0:
@@ -147,6 +159,25 @@ class W8A8Dynamic:
 
 
 QuantMethod = W8A8Static | W8A8Dynamic
+
+
+def _copy(mine: object, other: object, names: tuple[str, ...]) -> None:
+    """Copy the tensors of these names from one product to another.
+
+    Raises:
+        ValueError: the products are of different layers: a tensor that only one of them has, or one of another shape.
+    """
+    pairs = [(name, getattr(mine, name), getattr(other, name)) for name in names]
+    for name, old, new in pairs:
+        if (old is None) != (new is None) or (old is not None and old.shape != new.shape):
+            raise ValueError(f"{name} of shape {_shape(new)}: must be of shape {_shape(old)}, as before")
+    for _, old, new in pairs:
+        if old is not None:
+            old.copy_(new)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else str(tuple(tensor.shape))
 
 
 def _check_output(output_dtype: torch.dtype) -> None:

@@ -88,8 +88,8 @@ def entry(name: str) -> Iterator[tuple[Path, Path | None]]:
             return
         if final.exists():
             shutil.rmtree(final)
-        for left_behind in folder.glob(f".{name}-*"):  # by a compile that was killed
-            shutil.rmtree(left_behind)
+        for unfinished in folder.glob(f".{name}-*"):  # by a compile that was killed
+            shutil.rmtree(unfinished)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as scratch:
             made = Path(scratch) / "made"
             made.mkdir()

@@ -4,6 +4,8 @@
 vLLM finds this package by its two entry points; importing it touches neither torch nor torch_npu nor vLLM.
 """
 
+from functools import cache
+
 __version__ = "0.32.0"
 __all__ = ["__version__", "register", "register_general"]
 
@@ -19,17 +21,20 @@ def register() -> str | None:
     return "vllm_ascend.platform.AscendPlatform"
 
 
+@cache
 def register_general() -> None:
-    """vLLM's `vllm.general_plugins` entry point: runs in every process, and may run twice."""
+    """vLLM's `vllm.general_plugins` entry point: runs in every process. A second call does nothing."""
     from vllm_ascend import doctor
 
     if doctor.inactive_because():
         return
     from vllm.v1.attention.backends.registry import register_backend
 
-    from vllm_ascend import quantization
+    from vllm_ascend import compat, multimodal, quantization
     from vllm_ascend.attention import BACKENDS
 
     for name, path in BACKENDS.values():
         register_backend(name, path)
     quantization.register()
+    if multimodal.missing():
+        compat.name_missing_libraries()

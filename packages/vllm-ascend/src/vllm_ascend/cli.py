@@ -48,6 +48,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     else:
         console.print("plugin: [red]inactive[/red] because ", end="")
         console.print(report.reason, markup=False, highlight=False, soft_wrap=True)
+    if report.not_installed:
+        console.print(report.not_installed, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(0 if report.active else 1)
 
 

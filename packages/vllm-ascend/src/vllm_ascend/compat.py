@@ -4,13 +4,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 
-__all__ = ["alias_cuda_streams", "register_slot_mapping", "replace_grouped_topk", "shard_of"]
+from vllm_ascend import multimodal
+
+__all__ = [
+    "alias_cuda_streams",
+    "declare_torchvision_operators",
+    "name_missing_libraries",
+    "register_slot_mapping",
+    "replace_grouped_topk",
+    "replace_model_loader",
+    "shard_of",
+]
 
 
 def alias_cuda_streams() -> None:
@@ -54,6 +69,18 @@ def replace_grouped_topk(grouped_topk: Callable[..., tuple[torch.Tensor, torch.T
     from vllm.model_executor.layers.fused_moe.router import grouped_topk_router
 
     grouped_topk_router.grouped_topk = grouped_topk
+
+
+def replace_model_loader(in_tree: type, ours: type) -> None:
+    """Let vLLM use the loader `ours` for every load format that it has `in_tree` for.
+
+    Reason: `register_model_loader`, which does this for one format, warns the user that the format "will be overwritten", once for each of seven.
+    Retired by: a loader that a platform can choose, or the check of what was loaded as strict in vLLM as it is here.
+    """
+    from vllm.model_executor import model_loader
+
+    formats = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    formats.update({name: ours for name, loader in formats.items() if loader is in_tree})
 
 
 def compute_slot_mapping(
@@ -124,3 +151,68 @@ def register_slot_mapping() -> None:
         )
     finally:
         dispatcher.sys = kept
+
+
+# What torchvision 0.28 registers shape functions for when it is imported. Detection models call them, image processors do not.
+TORCHVISION_OPERATORS = (
+    "nms", "qnms", "roi_align", "_roi_align_backward", "qroi_align", "ps_roi_align", "_ps_roi_align_backward", "roi_pool",
+    "_roi_pool_backward", "ps_roi_pool", "_ps_roi_pool_backward", "deform_conv2d", "_deform_conv2d_backward",
+)  # fmt: skip
+
+
+@cache
+def declare_torchvision_operators() -> torch.library.Library | None:
+    """Let torchvision be imported where its compiled part does not load, as that of its CUDA build beside a CPU build of torch.
+
+    Torch calls this at the end of its own import (entry point `torch.backends`).
+
+    Reason: torchvision goes on without its compiled part, but then registers shape functions for the operators in it, and its import ends with
+    "operator torchvision::nms does not exist"; so do those of transformers' classes. The processors of most multimodal models need its Python part alone. The operators are declared
+    and have no kernel; torchvision itself refuses to call them. Retired by: a torchvision build for the torch in use, which is left alone.
+
+    Returns:
+        What keeps the declarations alive; None where torchvision is absent, has been imported, or is whole.
+    """
+    spec = find_spec("torchvision")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    if not folders or "torchvision" in sys.modules or _loads(Path(folder) for folder in folders):
+        return None
+    declared = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name in TORCHVISION_OPERATORS:
+        declared.define(f"{name}(...) -> ...")  # type: ignore[no-untyped-call]
+    return declared
+
+
+def _loads(folders: Iterable[Path]) -> bool:
+    """Whether torchvision's compiled part, `_C`, is in one of the folders and loads."""
+    names = [f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
+    libraries = [folder / name for folder in folders for name in names if (folder / name).exists()]
+    try:
+        for library in libraries:
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    except OSError:  # a library that it is linked to is absent, such as CUDA's
+        return False
+    return bool(libraries)
+
+
+@cache
+def name_missing_libraries() -> None:
+    """Let vLLM's error about a model that it cannot inspect name the extra that its processor needs.
+
+    Reason: without torchvision vLLM answers "Model architectures [...] failed to be inspected", and the cause is one of many tracebacks in
+    the log. Retired by: vLLM naming the cause in the error. Does nothing where everything is installed.
+    """
+    from vllm.model_executor.models.registry import _ModelRegistry
+
+    raise_for_unsupported = _ModelRegistry._raise_for_unsupported
+
+    def and_name_them(self: Any, architectures: list[str]) -> None:
+        try:
+            raise_for_unsupported(self, architectures)
+        except ValueError as error:
+            reason = multimodal.what_is_missing()
+            if reason is None or "failed to be inspected" not in str(error):
+                raise
+            raise ValueError(f"{error} Here {reason}.") from error
+
+    _ModelRegistry._raise_for_unsupported = and_name_them  # type: ignore[method-assign]

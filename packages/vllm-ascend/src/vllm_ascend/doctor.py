@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vllm_ascend import multimodal
+
 __all__ = ["Report", "examine", "inactive_because", "log_inactive"]
 
 # The triple that fits together; the version of this package follows vLLM's.
@@ -109,6 +111,7 @@ class Report:
         reason: why not, with the remedy; empty where active.
         versions: name -> version, "missing" for what is not installed.
         devices: names of the visible NPUs.
+        not_installed: which libraries of multimodal models are not installed, with the remedy; empty where all are.
         simulated: whether ascend-sim stands in for CANN.
     """
 
@@ -116,6 +119,7 @@ class Report:
     reason: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     devices: list[str] = field(default_factory=list)
+    not_installed: str = ""
     simulated: bool = False
 
     def as_dict(self) -> dict[str, object]:
@@ -136,6 +140,7 @@ def examine() -> Report:
         "ascend-linear",
         "ascend-moe",
         "ascend-sim",
+        "torchvision",
     )
     versions = {"Python": platform.python_version()} | {name: installed(name) or "missing" for name in names}
     devices: list[str] = []
@@ -144,7 +149,10 @@ def examine() -> Report:
         devices = [torch.npu.get_device_name(index) for index in range(torch.npu.device_count())]
     simulated = _simulator().active
     versions["CANN"] = "simulated" if simulated else _cann_version() if not reason else "missing"
-    return Report(active=not reason, reason=reason or "", versions=versions, devices=devices, simulated=simulated)
+    return Report(
+        active=not reason, reason=reason or "", versions=versions, devices=devices,
+        not_installed=multimodal.what_is_missing() or "", simulated=simulated,
+    )  # fmt: skip
 
 
 def _simulator() -> Simulator:

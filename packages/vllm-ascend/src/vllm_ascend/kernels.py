@@ -85,6 +85,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tens
     return _npu().npu_fused_infer_attention_score(query, key, value, input_layout="TND", **options)[0]  # type: ignore[no-any-return]
 
 
+def attention_of_any_size(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """`attention` for heads of any size up to 256: they are filled with zeros up to the next size that the kernel takes, and the result is cut."""
+    size = query.shape[-1]
+    wider = next(taken for taken in (64, 128, 192, 256) if taken >= size) - size
+    query, key, value = (torch.nn.functional.pad(x, (0, wider)).contiguous() for x in (query, key, value))
+    return attention(query, key, value, **options)[..., :size]
+
+
 def latent_attention(
     query: Tensor,
     query_rope: Tensor,

@@ -22,7 +22,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_ascend import compat, parallel
+from vllm_ascend import compat, loader, parallel
 from vllm_ascend.attention import mla
 from vllm_ascend.eplb.record import LoadRecorder
 from vllm_ascend.layers import linear, moe, sequence
@@ -54,6 +54,33 @@ class AscendModelRunner(GPUModelRunner):
         mla.spare_workspace(model)
         self.load_recorder = moe.load_recorder(model)
         self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())
+
+    def reload_weights(
+        self, weights_iterator: Any = None, weights_path: str | None = None, is_checkpoint_format: bool = True
+    ) -> None:
+        """Load weights anew into the model that runs, as vLLM does, and check that all have come (`loader.reloading`).
+
+        Cached prefixes are of the old weights: `reset_prefix_cache` drops them.
+
+        Raises:
+            ValueError: tensors that are missing; layer sharding, whose weights are not all on this rank; weights in the form of kernels for a model that
+                keeps more than they are.
+        """
+        linear.refuse_to_reload()
+        model = self.get_model()
+        derives = self.model_config.quantization is not None or self.model_config.use_mla
+        if not is_checkpoint_format and derives:
+            raise ValueError(
+                "reload_weights with is_checkpoint_format=False: what a quantised model, or one with latent attention, derives from its weights "
+                "would stay as it is; give the weights as a checkpoint has them"
+            )
+        if is_checkpoint_format:
+            checked = loader.reloading(model, self.model_config, partial=weights_iterator is not None)
+            model.load_weights = checked  # type: ignore[assignment]  # vLLM calls this attribute
+        try:
+            super().reload_weights(weights_iterator, weights_path, is_checkpoint_format)
+        finally:
+            model.__dict__.pop("load_weights", None)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:

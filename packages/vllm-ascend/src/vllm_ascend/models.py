@@ -11,7 +11,7 @@ from typing import Any, Literal
 from vllm_ascend.findings import shown
 from vllm_ascend.json_object import parse_object
 from vllm_ascend.moe_layers import ConfigReader, moe_layers, unreadable_selectors
-from vllm_ascend.quantization.description import FILE
+from vllm_ascend.quantization.files import description_files
 
 __all__ = ["ARCHITECTURES", "Linear", "layers_of", "padded_vocabulary", "quantised_by", "read_config", "stage_layers"]
 
@@ -86,7 +86,7 @@ def quantised_by(model: str, config: Config) -> str | None:
     """What says that the weights of `model`, a folder or a name, are quantised: a key of its config or a file beside it; None: nothing does."""
     if config.get("quantization_config"):
         return "quantization_config"
-    return FILE if (Path(model) / FILE).exists() else None
+    return next(iter(description_files(model)), None)
 
 
 def padded_vocabulary(tokens: int) -> int:

@@ -23,8 +23,6 @@ __all__ = ["Host", "check"]
 
 # Families of chips that the attention kernels, as they are called here, do not run on, by the start of the chips' names.
 _ABSENT_CHIPS = {"Atlas 300I (310P)": "Ascend310P", "Atlas A5 (950)": "Ascend950"}
-# Methods of vLLM's own whose layers compute with torch's operators alone; the rest of them need compiled kernels for other devices.
-_WITHOUT_KERNELS = ("experts_int8", "int8_per_channel_weight_only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +139,8 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
             "not lie in one piece here; leave it out"
         )
     method = vllm_config.quant_config
-    if type(method).__module__.startswith("vllm.") and model.quantization not in _WITHOUT_KERNELS:
+    # Every method of vLLM's own needs kernels for other devices. Those for experts alone ("experts_int8") would leave a dense model as it is.
+    if type(method).__module__.startswith("vllm."):
         yield (
             f"quantization ({model.quantization!r}) has no kernels in vllm-ascend, which serves ModelSlim's W8A8 checkpoints ('ascend') and those "
             "without quantisation"

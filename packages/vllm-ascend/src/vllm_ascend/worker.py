@@ -16,9 +16,10 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_ascend import layers, parallel
+from vllm_ascend import layers, loader, parallel
 from vllm_ascend.attention import probe
 from vllm_ascend.attention.limits import Attention
+from vllm_ascend.layers import linear
 from vllm_ascend.model_runner import AscendModelRunner
 
 __all__ = ["AscendWorker"]
@@ -28,9 +29,10 @@ class AscendWorker(Worker):
     """One process, one NPU."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Replace vLLM's layers by ours before any is built."""
+        """Replace vLLM's layers and loader by ours before a model is built."""
         super().__init__(*args, **kwargs)
         layers.register()
+        loader.register()
 
     def init_device(self) -> None:
         """Take the device, join vLLM's process groups and ours, measure free memory."""
@@ -75,6 +77,11 @@ class AscendWorker(Worker):
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def start_weight_update(self) -> None:
+        """Begin to receive weights from a trainer. ValueError as of `AscendModelRunner.reload_weights`."""
+        linear.refuse_to_reload()
+        super().start_weight_update()
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Nothing is compiled; the profiling run has already warmed the kernels up."""

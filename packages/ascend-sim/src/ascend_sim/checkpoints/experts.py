@@ -8,6 +8,7 @@ from ascend_sim.checkpoints.folder import (
     RECIPE_FORMAT,
     Progress,
     already_there,
+    check_room,
     module,
     new_directory,
     silent,
@@ -23,6 +24,7 @@ from ascend_sim.checkpoints.source import (
 
 __all__ = ["upcycle"]
 
+MOST_EXPERTS = 1024  # more than any published model has, and as many as npu_moe_distribute_dispatch_v2 takes
 _EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
@@ -39,7 +41,7 @@ def upcycle(
     Args:
         source: a Llama checkpoint (config.json, safetensors) without biases and with SiLU. Its dtype is kept.
         directory: where the new checkpoint shall be; absent, empty, or made by an earlier call.
-        experts: number of experts in each layer.
+        experts: number of experts in each layer, at most 1024.
         top_k: experts that each token visits, in 1..``experts``.
         seed: of the neurons' orders and the router's weights.
         progress: told of the stage "upcycle", in shards.
@@ -48,13 +50,14 @@ def upcycle(
         ``directory``.
 
     Raises:
-        ValueError: ``experts``, ``top_k`` or ``seed`` is out of range, or ``source`` is no such Llama checkpoint.
+        ValueError: ``experts``, ``top_k`` or ``seed`` is out of range, or ``source`` is no such Llama checkpoint, or a damaged one.
+        OSError: the file system has less room than the new checkpoint needs.
         FileNotFoundError: ``source`` has no config.json or no safetensors.
         FileExistsError: ``directory`` holds something else.
         RuntimeError: a Python package is missing.
     """
-    if experts < 1:
-        raise ValueError(f"experts={experts}: at least 1 is needed")
+    if not 1 <= experts <= MOST_EXPERTS:
+        raise ValueError(f"experts={experts}: must be in 1..{MOST_EXPERTS}")
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k={top_k}: must be in 1..experts, that is 1..{experts}")
     if seed < 0:
@@ -62,6 +65,7 @@ def upcycle(
     report = progress or silent
     config = _mixtral_config(source, experts, top_k)
     weight_files = find_tensors(source)
+    _check_tensors(source, weight_files, config)
     recipe = {
         "format": RECIPE_FORMAT,
         "model": "upcycle",
@@ -72,6 +76,7 @@ def upcycle(
     }
     if already_there(directory, recipe):
         return directory
+    check_room(directory, _least_bytes(config))
     with new_directory(directory, recipe) as draft:
         copy_beside_weights(source, draft)
         write_json(draft / "config.json", config)
@@ -92,6 +97,9 @@ def _mixtral_config(source: Path, experts: int, top_k: int) -> dict[str, Any]:
         value = llama.get(key, required.get(key))
         if value != needed:
             raise ValueError(f"{file} has {key} = {value!r}: only {needed!r} can be upcycled to a Mixtral")
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if type(llama.get(key)) is not int or llama[key] < 1:
+            raise ValueError(f"{file} has {key} = {llama.get(key)!r}: must be a whole number of at least 1")
     heads = llama["num_attention_heads"]
     rope = llama.get("rope_parameters") or {
         "rope_type": "default",
@@ -119,6 +127,29 @@ def _mixtral_config(source: Path, experts: int, top_k: int) -> dict[str, Any]:
         "num_experts_per_tok": top_k,
         **{key: llama[key] for key in kept if key in llama},
     }
+
+
+def _check_tensors(source: Path, weight_files: dict[str, str], config: dict[str, Any]) -> None:
+    """Raise ValueError unless the checkpoint has the MLPs of all layers of its config, and no further layers."""
+    layers = range(config["num_hidden_layers"])
+    wanted = {f"model.layers.{layer}.mlp.{name}.weight" for layer in layers for name in _EXPERT_NAMES}
+    if absent := sorted(wanted - weight_files.keys()):
+        raise ValueError(
+            f"source={source} lacks {len(absent)} tensors that a Llama of {len(layers)} layers has, such as {absent[0]}"
+        )
+    beyond = sorted(
+        name for name in weight_files if name.startswith("model.layers.") and name.split(".")[2] not in map(str, layers)
+    )
+    if beyond:
+        raise ValueError(
+            f"source={source} has tensors of layers that its config does not have ({len(layers)} layers), such as {beyond[0]}"
+        )
+
+
+def _least_bytes(config: dict[str, Any]) -> int:
+    """Bytes of the new checkpoint's experts, of at least two bytes a number."""
+    neurons: int = config["num_hidden_layers"] * config["num_local_experts"] * config["intermediate_size"]
+    return 3 * neurons * int(config["hidden_size"]) * 2
 
 
 def _write_mixtral_shards(

@@ -7,12 +7,23 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RECIPE_FORMAT", "Progress", "already_there", "module", "new_directory", "sha256", "silent", "write_json"]
+__all__ = [
+    "RECIPE_FORMAT",
+    "Progress",
+    "already_there",
+    "check_room",
+    "module",
+    "new_directory",
+    "sha256",
+    "silent",
+    "write_json",
+]
 
 #: Called as ``progress(stage, done, total)``. Stages follow each other; ``done`` rises from 0 to ``total`` in each. The
 #: unit of "download" is bytes, that of the other stages is tensors or files.
@@ -71,6 +82,18 @@ def already_there(directory: Path, recipe: dict[str, Any]) -> bool:
 def _size(file: Path) -> int | None:
     """Size of ``file`` in bytes, None where there is none."""
     return file.stat().st_size if file.is_file() else None
+
+
+def check_room(directory: Path, size: int) -> None:
+    """Raise OSError unless ``size`` bytes are free where ``directory`` shall be."""
+    parent = next(folder for folder in directory.resolve().parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the checkpoint needs at least {size:,} bytes and {free:,} are free; name a directory with more room",
+            str(directory),
+        )
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ at::Tensor swiglu(const at::Tensor& input, int64_t dim) {
   return out;
 }
 
-// torch_npu/_op_plugin_docs.py: npu_clipped_swiglu. Rows behind sum(group_index) are not computed; they are zero here.
+// torch_npu/_op_plugin_docs.py: npu_clipped_swiglu. Rows after sum(group_index) are not computed; they are zero here.
 at::Tensor clipped_swiglu(const at::Tensor& input, const std::optional<at::Tensor>& group_index, int64_t dim, double alpha, double limit,
                           double bias, bool interleaved) {
   static Tally& mine = tally("npu::npu_clipped_swiglu");

@@ -99,7 +99,7 @@ class AttentionKernel final : public c10::OperatorKernel {
     return {out, lse};
   }
 
-  // Tokens behind a request's length are computed by no request: zeros.
+  // Tokens after a request's length are computed by no request: zeros.
   static void blank_padding(const Call& call, const Sizes& query, const at::Tensor& out, const at::Tensor& lse) {
     int64_t tokens = 0;
     for (const Request& r : call.requests) tokens += r.query_length;

@@ -53,7 +53,7 @@ class Arguments {
 // "BSND_NBSD" is query, key and value in BSND and the result in NBSD.
 struct Layout {
   std::string in, out;
-  bool packed;  // no batch dimension: requests lie one behind the other
+  bool packed;  // no batch dimension: requests lie one after the other
 };
 
 // Sizes of a query, key or value: tokens is S, or T of a packed layout (whose batch is 1).

@@ -85,7 +85,7 @@ void write(const Call& call, const Request& r, int64_t token, int64_t head, cons
   }
 }
 
-// The attention sink is one more score with no value behind it.
+// The attention sink is one more score, which has no value.
 inline void add_sink(const Call& call, int64_t head, float most, float& sum) {
   if (call.sink.defined()) sum += std::exp(call.sink.const_data_ptr<float>()[head] - most);
 }

@@ -105,7 +105,7 @@ void gather(const char* which, const at::Tensor& cache, const at::Tensor& out, c
     }
 }
 
-// aclnnGatherPaKvCache, "Norm" format (not in _op_plugin_docs.py): the sequences' tokens, one behind the other, into key and value, in place.
+// aclnnGatherPaKvCache, "Norm" format (not in _op_plugin_docs.py): the sequences' tokens, one after the other, into key and value, in place.
 // seq_lens: lengths, or with is_seq_lens_cumsum B + 1 prefix sums; seq_offset: the first token of each sequence.
 void gather_pa_kv_cache(const at::Tensor& key_cache, const at::Tensor& value_cache, const at::Tensor& block_tables, const at::Tensor& seq_lens,
                         at::Tensor& key, at::Tensor& value, const Optional& seq_offset, bool is_seq_lens_cumsum) {

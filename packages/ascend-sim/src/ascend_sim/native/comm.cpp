@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Collectives on npu tensors, over Gloo. Every c10d operator gets one boxed kernel: it replaces npu tensors by aliases that keep the memory
-// alive (asynchronous work outlasts the call) and hands them to the CPU kernel of the same operator with the Gloo group behind "hccl".
+// alive (asynchronous work outlasts the call) and hands them to the CPU kernel of the same operator with the Gloo group that "hccl" uses.
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/Work.hpp>

@@ -9,7 +9,7 @@ namespace ascend_sim {
 // The process group whose HCCL communicator has this name (get_hccl_comm_name); an error that names `op` where this process is in none.
 c10::intrusive_ptr<c10d::ProcessGroup> group_named(const char* op, c10::string_view comm_name);
 
-// The same ranks for CPU tensors, over the Gloo group that stands behind the npu backend. What runs over it is not counted.
+// The same ranks for CPU tensors, over the Gloo group that the npu backend uses. What runs over it is not counted.
 c10::intrusive_ptr<c10d::ProcessGroup> over_gloo(const c10::intrusive_ptr<c10d::ProcessGroup>& group);
 
 // One more call of a collective, or of a kernel that has one in it, on a group, and the bytes that this rank sent.

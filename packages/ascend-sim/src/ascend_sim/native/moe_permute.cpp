@@ -57,7 +57,7 @@ void check_sorted(const char* op, const int32_t* where, int64_t pairs, const flo
 }
 
 // torch_npu/_op_plugin_docs.py: npu_moe_token_unpermute: out[t] = sum over k of probs[t, k] * permuted[sorted[t * K + k]], summed in float32. A
-// row behind the last one (npu_moe_token_permute dropped it) counts as zero.
+// row after the last one (npu_moe_token_permute dropped it) counts as zero.
 at::Tensor token_unpermute(const at::Tensor& permuted_tokens, const at::Tensor& sorted_indices, const std::optional<at::Tensor>& probs,
                            bool padded_mode, at::OptionalIntArrayRef restore_shape) {
   static Tally& mine = tally("npu::npu_moe_token_unpermute");

@@ -34,7 +34,7 @@ void quantise_rows(const Routing& r, const at::Tensor& x, const at::Tensor& scal
   });
 }
 
-// Counts (1), cumulative counts (0), or pairs of expert and count with (0, 0) behind them (2).
+// Counts (1), cumulative counts (0), or pairs of expert and count with (0, 0) after them (2).
 at::Tensor token_numbers(const Routing& r, int64_t kind, int64_t experts, const at::TensorOptions& options) {
   std::vector<int64_t> counts(r.last - r.first);
   for (int32_t place : r.places) ++counts[r.ids[place] - r.first];

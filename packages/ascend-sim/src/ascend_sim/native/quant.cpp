@@ -103,7 +103,7 @@ at::Tensor quantize(const at::Tensor& input, const at::Tensor& scales, const Opt
   return out;
 }
 
-// Which row of smooth_scales a token has: the first whose end, group_index[i], lies behind it. One row without groups.
+// Which row of smooth_scales a token has: the first whose end, group_index[i], lies after it. One row without groups.
 std::vector<int64_t> smooth_rows(const Optional& smooth, const Optional& group_index, int64_t tokens, int64_t width) {
   if (!given(smooth)) {
     TORCH_CHECK(!given(group_index), "npu_dynamic_quant: group_index needs smooth_scales");

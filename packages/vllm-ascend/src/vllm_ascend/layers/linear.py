@@ -49,6 +49,7 @@ __all__ = [
     "AscendRowParallelLinear",
     "WithOp",
     "finish_loading",
+    "refuse_to_reload",
     "register",
 ]
 
@@ -204,6 +205,16 @@ def finish_loading(model: nn.Module) -> None:
         _stream(layers, shared.env.o_shard)
     if shared.prefetcher is not None:
         _chain(layers)
+
+
+def refuse_to_reload() -> None:
+    """Raise ValueError where layer sharding is on: this rank does not hold all weights that would be loaded anew."""
+    shared = parallel.current()
+    if shared is not None and shared.env.o_shard is not None:
+        raise ValueError(
+            "weights cannot be loaded anew with layer_sharding (additional_config): the ranks hold the weights of different layers; "
+            "restart with the new weights, or leave layer_sharding out"
+        )
 
 
 def _stream(layers: list[WithOp], o_shard: LayerShard) -> None:

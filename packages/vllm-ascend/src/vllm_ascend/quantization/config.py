@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from vllm_ascend.quantization.description import DYNAMIC, FILE, FLOAT, STATIC, Description
+from vllm_ascend.findings import refuse
+from vllm_ascend.quantization.description import DYNAMIC, FLOAT, Description
+from vllm_ascend.quantization.files import has_description, lacking, read_description
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["METHOD", "AscendQuantizationConfig", "choose_by_folder"]
 
 METHOD = "ascend"
+# Formats of vLLM that read a checkpoint as its author has written it; others have files of their own, or none.
+_CHECKPOINT_FORMATS = ("auto", "hf", "safetensors", "mistral", "fastsafetensors", "instanttensor", "runai_streamer")
 
 
 class AscendQuantizationConfig(QuantizationConfig):
@@ -68,11 +70,11 @@ class AscendQuantizationConfig(QuantizationConfig):
         """Read and check the checkpoint's description.
 
         Raises:
-            ValueError: there is none, or it says something that is not supported.
+            ValueError: there is none, or everything in it that is not supported.
         """
-        self._description = Description(_read(model_name, revision))
-        if hasattr(getattr(hf_config, "text_config", hf_config), "rms_norm_eps"):
-            self._description.check_rms_norms()
+        content, source = read_description(model_name, revision, hf_config)
+        rms_norms = hasattr(getattr(hf_config, "text_config", hf_config), "rms_norm_eps")
+        self._description = Description.read(content, source, rms_norms=rms_norms)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take the names that vLLM's model gives to the checkpoint's tensors."""
@@ -84,6 +86,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         Raises:
             ValueError: what the description says of this layer is not supported.
         """
+        from vllm.config import get_current_vllm_config
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -95,48 +98,35 @@ class AscendQuantizationConfig(QuantizationConfig):
             kind = self.description.linear(prefix, self.packed_modules_mapping)
             if kind == FLOAT:
                 return UnquantizedLinearMethod()
-            if kind == STATIC and prefix.endswith(".kv_b_proj"):
-                raise ValueError(
-                    f"{FILE}: {prefix!r} is of type {STATIC!r}; latent attention reads this weight back, so it must be {FLOAT} or {DYNAMIC}"
-                )
-            return W8A8DynamicLinearMethod() if kind == DYNAMIC else W8A8StaticLinearMethod()
+            random = get_current_vllm_config().load_config.load_format == "dummy"
+            if kind == DYNAMIC:
+                return W8A8DynamicLinearMethod(random=random)
+            has_weight_scale = self.description.has_weight_scale(prefix, self.packed_modules_mapping)
+            return W8A8StaticLinearMethod(random=random, has_weight_scale=has_weight_scale)
         if isinstance(layer, RoutedExperts):
             names = (layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name)
             projections = [name for name in names if name is not None]  # without a gate there is no third one
             kind = self.description.experts(prefix, projections, layer.moe_config.num_logical_experts)
-            return None if kind == FLOAT else W8A8DynamicExpertsMethod(layer.moe_config)
+            random = get_current_vllm_config().load_config.load_format == "dummy"
+            return None if kind == FLOAT else W8A8DynamicExpertsMethod(layer.moe_config, random=random)
         if isinstance(layer, VocabParallelEmbedding):
             self.description.check_float(prefix)
         return None
 
 
 def choose_by_folder(vllm_config: VllmConfig) -> None:
-    """Choose the method for a model whose folder holds a description, unless another method has been chosen.
+    """Choose the method for a model whose folder holds a description, unless another method has been chosen, and look whether its files fit.
 
     Raises:
-        ValueError: the description says something that is not supported, or the dtype is not.
+        ValueError: everything in the description that is not supported; the dtype is not; tensors that the files lack.
     """
     model = vllm_config.model_config
-    if model is None or model.quantization is not None or not (Path(model.model) / FILE).is_file():
-        return
-    model.quantization = METHOD
-    vllm_config.quant_config = type(vllm_config).get_quantization_config(model, vllm_config.load_config)
-
-
-def _read(model: str, revision: str | None) -> dict[str, Any]:
-    """The description of a model: a folder, or a name on a hub. ValueError where there is none."""
-    from vllm.transformers_utils.repo_utils import get_hf_file_bytes
-
-    content = get_hf_file_bytes(FILE, model, revision)
-    if content is None:
-        raise ValueError(
-            f"--quantization {METHOD}: {model!r} has no {FILE}, as checkpoints quantised by ModelSlim have; "
-            "leave the option out for a float checkpoint"
-        )
-    try:
-        description = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{FILE} of {model!r} is not JSON: {error}") from error
-    if not isinstance(description, dict):
-        raise ValueError(f"{FILE} of {model!r} must be one JSON object, got {type(description).__name__}")
-    return description
+    if model is None:  # of a config that vLLM makes without a model
+        return  # type: ignore[unreachable]  # vLLM's type does not say that
+    if model.quantization is None and has_description(model.model, model.hf_config):
+        model.quantization = METHOD
+        vllm_config.quant_config = type(vllm_config).get_quantization_config(model, vllm_config.load_config)
+    method = vllm_config.quant_config
+    if isinstance(method, AscendQuantizationConfig) and vllm_config.load_config.load_format in _CHECKPOINT_FORMATS:
+        decoder_layers = getattr(model.hf_text_config, "num_hidden_layers", 0)
+        refuse(lacking(method.description, model.model, decoder_layers))

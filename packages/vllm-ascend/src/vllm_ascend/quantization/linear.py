@@ -20,7 +20,15 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
-from vllm_ascend.quantization.checks import check_loaded, check_symmetric
+from vllm_ascend.quantization.checks import (
+    DUMMY_INPUT_SCALE,
+    DUMMY_WEIGHT_SCALE,
+    check_finite,
+    check_product,
+    check_symmetric,
+    dummy,
+    int8,
+)
 
 __all__ = ["W8A8DynamicLinearMethod", "W8A8StaticLinearMethod", "float_scale"]
 
@@ -31,7 +39,18 @@ def float_scale(loaded: Tensor) -> Tensor:
 
 
 class _W8A8LinearMethod(LinearMethodBase):
-    """What both have in common: an int8 weight `[out, in]`, whose scales are cut with the output features."""
+    """What both have in common: an int8 weight `[out, in]`, whose scales are cut with the output features.
+
+    Args:
+        random: whether weights start with random values, because none will be loaded.
+    """
+
+    optional_parameters: frozenset[str] = frozenset()
+    """Parameters that a checkpoint may lack."""
+
+    def __init__(self, *, random: bool = False) -> None:
+        """Store the argument."""
+        self._random = random
 
     def create_weights(
         self,
@@ -43,10 +62,10 @@ class _W8A8LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the checkpoint's tensors, of this rank's shard, filled with what cannot be mistaken for loaded."""
+        """Register the checkpoint's tensors, of this rank's shard."""
         loader: Callable[..., Any] = extra_weight_attrs["weight_loader"]
         out = sum(output_partition_sizes)
-        weight = torch.zeros(out, input_size_per_partition, dtype=torch.int8)
+        weight = int8(out, input_size_per_partition, random=self._random)
         layer.register_parameter(
             "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
         )
@@ -55,6 +74,18 @@ class _W8A8LinearMethod(LinearMethodBase):
     def create_scales(self, layer: Any, out: int, parts: int, loader: Callable[..., Any]) -> None:
         """Register the tensors beside the weight, for `out` output features in `parts` layers that are fused."""
         raise NotImplementedError
+
+    def give(self, layer: Any, quant: W8A8Dynamic | W8A8Static) -> None:
+        """Leave the product at `layer.quant`. Where one is there already, weights have been loaded anew, and ops hold it: it takes the new values.
+
+        Raises:
+            ValueError: a product of another type, or of other shapes.
+        """
+        held = getattr(layer, "quant", None)
+        if held is None:
+            layer.quant = quant
+        else:
+            held.replace(quant)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product on this rank: `[..., in] -> [..., out]`."""
@@ -69,53 +100,66 @@ class W8A8DynamicLinearMethod(_W8A8LinearMethod):
 
     def create_scales(self, layer: Any, out: int, parts: int, loader: Callable[..., Any]) -> None:
         """`weight_scale` and `weight_offset`, `[out, 1]`."""
-        for name in ("weight_scale", "weight_offset"):
-            scale = torch.full((out, 1), torch.nan, dtype=torch.float32)
-            layer.register_parameter(name, ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader))
+        _create_weight_scale(layer, out, loader)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded, and make the product.
 
         Raises:
-            ValueError: a scale that is missing, or a weight that is not symmetric.
+            ValueError: a scale that is not finite, or a weight that is not symmetric.
         """
-        check_loaded(layer.prefix, weight_scale=layer.weight_scale, weight_offset=layer.weight_offset)
+        check_finite(layer.prefix, weight_scale=layer.weight_scale, weight_offset=layer.weight_offset)
         check_symmetric(layer.prefix, layer.weight_offset)
         del layer.weight_offset
         layer.weight_scale = Parameter(layer.weight_scale.data.reshape(-1), requires_grad=False)
-        layer.quant = W8A8Dynamic(weight_scale=layer.weight_scale.data, output_dtype=layer.params_dtype)
+        self.give(layer, W8A8Dynamic(weight_scale=layer.weight_scale.data, output_dtype=layer.params_dtype))
 
 
 @register_weight_loader_v2_supported_method
 class W8A8StaticLinearMethod(_W8A8LinearMethod):
-    """Activations with one scale and offset for the layer. `quant_bias` holds the layer's bias, and `bias` is not added again."""
+    """Activations with one scale and offset for the layer. `quant_bias` holds the layer's bias, and `bias` is not added again.
+
+    Args:
+        random: whether weights start with random values, because none will be loaded.
+        has_weight_scale: whether the checkpoint has the weight's own scale and offset as well, as those of older ModelSlim do. `deq_scale` has the scale in it.
+    """
+
+    optional_parameters = frozenset({"bias"})
+
+    def __init__(self, *, random: bool = False, has_weight_scale: bool = False) -> None:
+        """Store the arguments."""
+        super().__init__(random=random)
+        self._has_weight_scale = has_weight_scale
 
     def create_scales(self, layer: Any, out: int, parts: int, loader: Callable[..., Any]) -> None:
         """`input_scale`, `input_offset`: one number for each part; `quant_bias`, `deq_scale`: `[out]`."""
-        for name in ("input_scale", "input_offset"):
+        for name, value in (("input_scale", DUMMY_INPUT_SCALE), ("input_offset", 0.0)):
             number = torch.full((parts,), torch.nan, dtype=torch.float32)
             parameter = PerTensorScaleParameter(data=number, weight_loader=loader)  # type: ignore[no-untyped-call]
-            layer.register_parameter(name, parameter)
+            layer.register_parameter(name, dummy(parameter, value))
 
-        def load_deq_scale(parameter: Parameter, loaded: Tensor, *shard: Any, **options: Any) -> Any:
-            return loader(parameter, float_scale(loaded), *shard, **options)
+        def load_deq_scale(param: Parameter, loaded: Tensor, *shard: Any, **options: Any) -> Any:
+            # vLLM passes another parameter by this name when it loads weights anew.
+            return loader(param, float_scale(loaded), *shard, **options)
 
         scale = torch.full((out,), torch.nan, dtype=torch.float32)
-        layer.register_parameter(
-            "deq_scale", ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=load_deq_scale)
-        )
+        deq_scale = ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=load_deq_scale)
+        layer.register_parameter("deq_scale", dummy(deq_scale, DUMMY_INPUT_SCALE * DUMMY_WEIGHT_SCALE))
         bias = torch.zeros(out, dtype=torch.int32)
         layer.register_parameter(
             "quant_bias", ChannelQuantScaleParameter(data=bias, output_dim=0, weight_loader=loader)
         )
+        if self._has_weight_scale:
+            _create_weight_scale(layer, out, loader)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded, and make the product.
 
         Raises:
-            ValueError: a scale that is missing, or parts of a fused layer that quantise their common input in different ways.
+            ValueError: a scale that is not finite, parts of a fused layer that quantise their common input in different ways, a weight that is not
+                symmetric, or scales that do not belong together.
         """
-        check_loaded(
+        check_finite(
             layer.prefix, input_scale=layer.input_scale, input_offset=layer.input_offset, deq_scale=layer.deq_scale
         )
         for name in ("input_scale", "input_offset"):
@@ -125,11 +169,34 @@ class W8A8StaticLinearMethod(_W8A8LinearMethod):
                     f"layer {layer.prefix!r}: its fused parts have {name} {number.tolist()}, but one input; they must be equal"
                 )
             setattr(layer, name, Parameter(number[:1].clone(), requires_grad=False))
+        if self._has_weight_scale:
+            check_symmetric(layer.prefix, layer.weight_offset)
+            check_product(layer.prefix, layer.deq_scale.data, layer.input_scale.data, layer.weight_scale.data)
+            del layer.weight_scale, layer.weight_offset
         layer.register_parameter("bias", None)
-        layer.quant = W8A8Static(
+        product = W8A8Static(
             input_scale=layer.input_scale.data,
             input_offset=layer.input_offset.data,
             deq_scale=layer.deq_scale.data,
             quant_bias=layer.quant_bias.data,
             output_dtype=layer.params_dtype,
         )
+        self.give(layer, product)
+
+
+def _create_weight_scale(layer: Any, out: int, loader: Callable[..., Any]) -> None:
+    """Register `weight_scale` and `weight_offset`, `[out, 1]`; a checkpoint may have them as `[out]`."""
+
+    def load_column(param: Parameter, loaded: Tensor, *shard: Any, **options: Any) -> Any:
+        column = loaded.reshape(-1, 1) if loaded.dim() == 1 else loaded
+        if column.dim() != 2 or column.shape[1] != 1:
+            raise ValueError(
+                f"layer {layer.prefix!r}: weight_scale or weight_offset of shape {list(loaded.shape)} must be [out, 1], one for each output "
+                "feature; weights quantised in groups are not supported"
+            )
+        return loader(param, column, *shard, **options)  # `param` is a name that vLLM knows, as in `load_deq_scale`
+
+    for name, value in (("weight_scale", DUMMY_WEIGHT_SCALE), ("weight_offset", 0.0)):
+        scale = torch.full((out, 1), torch.nan, dtype=torch.float32)
+        parameter = ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=load_column)
+        layer.register_parameter(name, dummy(parameter, value))

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightSc
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_ascend.layers.moe import activation_of, check_ours
-from vllm_ascend.quantization.checks import check_loaded, check_symmetric
+from vllm_ascend.quantization.checks import DUMMY_WEIGHT_SCALE, check_finite, check_symmetric, dummy, int8
 
 __all__ = ["W8A8DynamicExpertsMethod"]
 
@@ -25,9 +25,18 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
     """int8 weights with a scale for each output channel, int8 rows with a scale each.
 
     Legend: L slots of this rank, H hidden, I this rank's share of the intermediate size.
+
+    Args:
+        moe: vLLM's description of the layer.
+        random: whether weights start with random values, because none will be loaded.
     """
 
     activation: Activation
+
+    def __init__(self, moe: Any, *, random: bool = False) -> None:
+        """Store the arguments."""
+        super().__init__(moe)
+        self._random = random
 
     @property
     def is_monolithic(self) -> bool:
@@ -48,7 +57,7 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the checkpoint's tensors for `num_experts` slots, filled with what cannot be mistaken for loaded.
+        """Register the checkpoint's tensors for `num_experts` slots.
 
         Raises:
             ValueError: a layer of another class than this plugin's, an activation that has no kernel, or a share of the intermediate size that its kernel cannot take.
@@ -65,13 +74,13 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
             "w2": (hidden_size, intermediate_size_per_partition),
         }
         for name, (rows, columns) in shapes.items():
-            tensors = {
-                f"{name}_weight": torch.zeros(num_experts, rows, columns, dtype=torch.int8),
-                f"{name}_weight_scale": torch.full((num_experts, rows, 1), torch.nan, dtype=torch.float32),
-                f"{name}_weight_offset": torch.full((num_experts, rows, 1), torch.nan, dtype=torch.float32),
+            scale = torch.full((num_experts, rows, 1), torch.nan, dtype=torch.float32)
+            parameters = {
+                f"{name}_weight": _parameter(int8(num_experts, rows, columns, random=self._random)),
+                f"{name}_weight_scale": dummy(_parameter(scale), DUMMY_WEIGHT_SCALE),
+                f"{name}_weight_offset": dummy(_parameter(scale.clone()), 0.0),
             }
-            for full_name, tensor in tensors.items():
-                parameter = Parameter(tensor, requires_grad=False)
+            for full_name, parameter in parameters.items():
                 attributes = {"quant_method": FusedMoeWeightScaleSupported.CHANNEL.value, **extra_weight_attrs}
                 set_weight_attrs(parameter, attributes)
                 layer.register_parameter(full_name, parameter)
@@ -80,7 +89,7 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
         """Check what was loaded, and lay it out as the grouped products read it: `[L, 2I, H]` -> `[L, H, 2I]`, `[L, H, I]` -> `[L, I, H]`.
 
         Raises:
-            ValueError: a scale that is missing, or weights that are not symmetric.
+            ValueError: a scale that is not finite, or weights that are not symmetric.
         """
         # The second product's scale is of the type that its kernel takes for the layer's dtype.
         scale_dtypes = {
@@ -91,7 +100,7 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
             weight, scale, offset = (
                 getattr(layer, f"{name}_{end}") for end in ("weight", "weight_scale", "weight_offset")
             )
-            check_loaded(layer.layer_name, **{f"{name}_weight_scale": scale, f"{name}_weight_offset": offset})
+            check_finite(layer.layer_name, **{f"{name}_weight_scale": scale, f"{name}_weight_offset": offset})
             check_symmetric(layer.layer_name, offset)
             delattr(layer, f"{name}_weight_offset")
             weight.data = weight.data.transpose(1, 2).contiguous()
@@ -114,3 +123,7 @@ class W8A8DynamicExpertsMethod(FusedMoEMethodBase):
             w2_scale=tensor("w2_weight_scale"),
             activation=self.activation,
         )
+
+
+def _parameter(tensor: Tensor) -> Parameter:
+    return Parameter(tensor, requires_grad=False)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layouts that are compared, the ops of a layer in each, and the least bytes that each has to send.
+"""The arrangements that are compared, the ops of a layer in each, and the least bytes that each has to send.
 
-W ranks, N tokens of them together, b bytes a number. The least: what the layout's own exchanges need on N tokens, with
+W ranks, N tokens of them together, b bytes a number. The least: what the arrangement's own exchanges need on N tokens, with
 bandwidth-optimal collectives; what is measured more is padding.
 """
 
@@ -58,7 +58,7 @@ def o_shard() -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Arrangement:
     """One row of the table.
 
     Args:
@@ -94,22 +94,22 @@ class Layout:
 FC1 = {"enable_flashcomm1": True}
 O_SHARD = {"flashcomm2": 1, "layer_sharding": ("o_proj",)}
 FC2_FORMULA = "a2a(N, A/W; G) + rs(N/G, H; k) + ag(N, H) + 2 rs(N, H)"
-LAYOUTS = (
-    Layout(name="tensor parallel", least=plain, formula="4 rs(N, H)"),
-    Layout(
+ARRANGEMENTS = (
+    Arrangement(name="tensor parallel", least=plain, formula="4 rs(N, H)"),
+    Arrangement(
         name="tensor parallel, matmul-allreduce",
         least=plain,
         formula="4 rs(N, H)",
         env={"enable_matmul_allreduce": True},
     ),
-    Layout(name="FlashComm1", least=flashcomm1, formula="2 ag(N, H) + 2 rs(N, H)", env=FC1),
-    Layout(
+    Arrangement(name="FlashComm1", least=flashcomm1, formula="2 ag(N, H) + 2 rs(N, H)", env=FC1),
+    Arrangement(
         name="FlashComm1, fused",
         least=flashcomm1,
         formula="2 ag(N, H) + 2 rs(N, H)",
         env={**FC1, "enable_matmul_reduce_scatter": True},
     ),
-    Layout(
+    Arrangement(
         name="FlashComm1, fused, o_proj int8",
         least=flashcomm1,
         formula="2 ag(N, H) + 2 rs(N, H)",
@@ -117,7 +117,7 @@ LAYOUTS = (
         int8=True,
     ),
     *[
-        Layout(
+        Arrangement(
             name=f"FlashComm2 k={k}" + (", int8" if int8 else ""),
             least=partial(flashcomm2, k, 1 if int8 else BYTES),
             formula=FC2_FORMULA,
@@ -127,21 +127,21 @@ LAYOUTS = (
         for int8 in (False, True)
         for k in (1, 2)
     ],
-    Layout(
+    Arrangement(
         name="FlashComm2 k=1, o-shard",
         least=o_shard,
         formula=f"{FC2_FORMULA} + H A b / W",
         groups=O_SHARD,
         env={"layer_sharding": ("o_proj",)},
     ),
-    Layout(
+    Arrangement(
         name="oproj-TP, DP 4",
         least=data_parallel_oproj,
         formula="a2a(N/W, A; W) + rs(N, H)",
         data_parallel=WORLD,
         groups={"otp": WORLD},
     ),
-    Layout(
+    Arrangement(
         name="mlp-TP, DP 4",
         least=data_parallel_mlp,
         formula="ag(N, H) + rs(N, H)",
@@ -159,11 +159,11 @@ SHAPES = {
 BLOCK = {"qkv_proj": "self_attn", "o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
 
 
-def build(layout: Layout, groups: GroupSet) -> tuple[al.LinearEnv, list[dict[str, al.CustomLinearOp]], int]:
+def build(arrangement: Arrangement, groups: GroupSet) -> tuple[al.LinearEnv, list[dict[str, al.CustomLinearOp]], int]:
     """The environment, the ops of every layer by name, and the bytes that o_proj takes on this rank per layer."""
     names = {name: groups.get(name) for name in ("otp", "mlp_tp", "flashcomm2_odp", "flashcomm2_otp")}
     shard = al.LayerShard(groups["shard_weight"]) if "shard_weight" in groups else None
-    env = al.LinearEnv(tp=groups["tp"], dp_rank=groups["dp"].rank_in_group, o_shard=shard, **names, **layout.env)
+    env = al.LinearEnv(tp=groups["tp"], dp_rank=groups["dp"].rank_in_group, o_shard=shard, **names, **arrangement.env)
     layers, held = [], 0
     for index in range(LAYERS):
         ops = {}
@@ -174,7 +174,7 @@ def build(layout: Layout, groups: GroupSet) -> tuple[al.LinearEnv, list[dict[str
                 kind = al.CustomColumnParallelOp if direction == "column" else al.CustomRowParallelOp
                 op = kind(env, prefix=prefix)
             shape = (out // size, in_) if direction == "column" else (out, in_ // size)
-            int8 = layout.int8 and name == "o_proj"
+            int8 = arrangement.int8 and name == "o_proj"
             weight = torch.zeros(shape, dtype=torch.int8 if int8 else torch.bfloat16)
             streamed = shard.add(index, weight) if shard and name == "o_proj" else None
             quant = static_quant(out) if int8 else None

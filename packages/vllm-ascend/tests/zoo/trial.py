@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of an entry's engines: `trial.main(name, folder, kind)` writes `KIND.json` into the folder after every engine.
+
+Each engine's outcome is {"refused": reason}, {"failed": what was raised}, or what its runs said.
+"""
+
+import gc
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+from zoo import media
+
+SMALL = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 32 << 20}
+KINDS = ("one", "tp", "ep", "bfloat16")
+"""float32 on one rank (whole prompts, then from the prefix cache, then in chunks), over ranks, with expert parallelism; strict bfloat16."""
+
+
+def sampling(**more):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, detokenize=False, **more)
+
+
+def asked(requests, folder, task):
+    """vLLM's prompts."""
+    return [
+        {"prompt_token_ids": request["ids"]}
+        | ({"multi_modal_data": media.for_vllm(task, folder, request["media"])} if request.get("media") else {})
+        for request in requests
+    ]
+
+
+def generated(llm, prompts, new_tokens):
+    """Greedy tokens of each prompt, and how many of its own came from the prefix cache; and the prompt's ids, where vLLM puts those of media into it."""
+    outputs = llm.generate(prompts, sampling(max_tokens=new_tokens, ignore_eos=True), use_tqdm=False)
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "cached": [output.num_cached_tokens for output in outputs],
+        "prompts": [list(output.prompt_token_ids) for output in outputs],
+    }
+
+
+def own_logprobs(llm, prompts):
+    """(log-probability, rank) of each prompt's own tokens but the first."""
+    outputs = llm.generate(prompts, sampling(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    return [
+        [
+            (step[token].logprob, step[token].rank)
+            for step, token in zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+        ]
+        for output in outputs
+    ]
+
+
+def run_one(llm, reference, ask):
+    new = len(reference["tokens"][0])
+    answered = [
+        {**request, "ids": request["ids"] + tokens}
+        for request, tokens in zip(reference["requests"], reference["tokens"], strict=True)
+    ]
+    return {
+        "whole": generated(llm, ask(reference["requests"]), new),
+        "again": generated(llm, ask(reference["requests"]), new),
+        "forced": [row[-new:] for row in own_logprobs(llm, ask(answered))],
+    }
+
+
+def run_generate(llm, reference, ask):
+    return {"whole": generated(llm, ask(reference["requests"]), len(reference["tokens"][0]))}
+
+
+def run_bfloat16(llm, reference, ask):
+    found = own_logprobs(llm, ask(reference["bfloat16"]["requests"]))
+    return {"logprobs": [logprob for row in found for logprob, _ in row]}
+
+
+def engines(kind, entry):
+    """(name, arguments of the engine, what to run) of each engine of a kind."""
+    plain = {**SMALL, "dtype": "float32", **entry.engine}
+    over_ranks = {**plain, "tensor_parallel_size": entry.ranks}
+    return {
+        "one": [("one", plain, run_one), ("chunked", {**plain, "max_num_batched_tokens": 32}, run_generate)],
+        "tp": [("tp", over_ranks, run_generate)],
+        "ep": [("ep", {**over_ranks, "enable_expert_parallel": True}, run_generate)],
+        "bfloat16": [("bfloat16", {**plain, "dtype": "bfloat16"}, run_bfloat16)],
+    }[kind]
+
+
+def outcome(folder, task, arguments, run, reference):
+    """What one engine said, or why there was none."""
+    from pydantic import ValidationError
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = {"model": str(folder), "skip_tokenizer_init": True, "enforce_eager": True, **arguments}
+    try:
+        EngineArgs(**arguments).create_engine_config()
+    except ValidationError as error:
+        return {"refused": " ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())}
+    except ValueError as error:
+        return {"refused": str(error)}
+    try:
+        llm = LLM(**arguments)
+        said = run(llm, reference, partial(asked, folder=folder, task=task))
+        llm.llm_engine.engine_core.shutdown()
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}"}
+    del llm
+    gc.collect()
+    return said
+
+
+def main(name, folder, kind):
+    from vllm.model_executor.models import registry
+
+    from zoo import ENTRIES
+
+    # vLLM looks at a model's class in a process of its own, which imports everything anew, in order not to initialise a device here.
+    registry._run_in_subprocess = lambda look: look()
+    folder = Path(folder)
+    reference = json.loads((folder / "reference.json").read_text())
+    found = {}
+    for engine, arguments, run in engines(kind, ENTRIES[name]):
+        found[engine] = outcome(folder, ENTRIES[name].task, arguments, run, reference)
+        written = folder / f"{kind}.json.new"
+        written.write_text(json.dumps(found))
+        os.replace(written, folder / f"{kind}.json")
