@@ -23,7 +23,7 @@ from ascend_sim import cache
 __all__ = ["compiled", "compiler", "native", "runtime"]
 
 HERE = Path(__file__).parent
-RUNTIME = HERE / "runtime" / "cann.c"
+RUNTIME = HERE / "runtime"
 
 
 def compiler() -> str:
@@ -90,26 +90,25 @@ def run(command: Sequence[str]) -> None:
         raise RuntimeError(f"ascend-sim: the compiler failed ({' '.join(command[:3])} ...):\n{said[-4000:]}")
 
 
+def acl_headers() -> Path:
+    """The headers of CANN that the torch_npu wheel carries."""
+    return package_folder("torch_npu") / "include" / "third_party" / "acl" / "inc"
+
+
+def runtime_sources() -> list[Path]:
+    """The C sources and headers of the stub of CANN."""
+    return sorted(path for path in RUNTIME.iterdir() if path.suffix in (".c", ".h"))
+
+
 def runtime(sonames: Sequence[str]) -> Path:
     """Folder that holds the stub of CANN (`libascendcl.so`) and one empty library for each of `sonames`, which depends on it."""
-    with cache.entry(name_of("runtime", [RUNTIME])) as (final, made):
+    with cache.entry(name_of("runtime", runtime_sources())) as (final, made):
         if made:
-            headers = package_folder("torch_npu") / "include" / "third_party" / "acl" / "inc"
             shared = [compiler(), "-shared", "-fPIC", "-O2"]
             stub = made / "libascendcl.so"
-            run(
-                [
-                    *shared,
-                    "-x",
-                    "c",
-                    f"-I{headers}",
-                    "-Wl,-soname,libascendcl.so",
-                    "-o",
-                    str(stub),
-                    str(RUNTIME),
-                    "-lpthread",
-                ]
-            )
+            sources = [str(source) for source in runtime_sources() if source.suffix == ".c"]
+            in_c = [option for source in sources for option in ("-x", "c", source)]  # g++ takes -x for the next file alone
+            run([*shared, f"-I{acl_headers()}", "-Wl,-soname,libascendcl.so", "-o", str(stub), *in_c, "-x", "none", "-lpthread"])
             for name in sonames:
                 run([*shared, "-x", "c", "/dev/null", "-x", "none", "-Wl,--no-as-needed", f"-Wl,-soname,{name}.so", "-Wl,-rpath,$ORIGIN",
                      "-o", str(made / f"{name}.so"), str(stub)])  # fmt: skip
@@ -117,13 +116,13 @@ def runtime(sonames: Sequence[str]) -> Path:
 
 
 def headers_of(source: Path) -> list[Path]:
-    """The headers of this folder that a source includes, directly or by another one."""
+    """The headers of this package that a source includes, directly or by another one."""
     found: dict[Path, None] = {}
     waiting = [source]
     while waiting:
         for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', waiting.pop().read_text(encoding="utf-8"), re.MULTILINE):
-            header = source.parent / name
-            if header not in found:
+            header = next((folder / name for folder in (source.parent, RUNTIME) if (folder / name).exists()), None)
+            if header and header not in found:
                 found[header] = None
                 waiting.append(header)
     return sorted(found)
@@ -133,17 +132,17 @@ def object_file(source: Path) -> Path:
     """The object file of one C++ source, compiled against the installed torch."""
     with cache.entry(name_of(f"object-{source.stem}", [source, *headers_of(source)])) as (final, made):
         if made:
-            torch = package_folder("torch")
-            include = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
+            torch, npu = package_folder("torch") / "include", package_folder("torch_npu") / "include"
+            include = [f"-I{path}" for path in (torch, torch / "torch/csrc/api/include", npu, acl_headers(), RUNTIME)]
             flags = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp"]
             run([compiler(), *flags, *include, "-c", str(source), "-o", str(made / "native.o")])
     return final / "native.o"
 
 
 def native_sources() -> tuple[list[Path], list[Path]]:
-    """The C++ sources and headers of the operators."""
+    """The C++ sources of the operators, and the headers that they include."""
     folder = HERE / "native"
-    return sorted(folder.glob("*.cpp")), sorted(folder.glob("*.h"))
+    return sorted(folder.glob("*.cpp")), sorted([*folder.glob("*.h"), *RUNTIME.glob("*.h")])
 
 
 def compiled() -> bool:
@@ -152,7 +151,7 @@ def compiled() -> bool:
     folder = cache.root()
     return all(
         cache.is_whole(folder / name_of(kind, files))
-        for kind, files in (("native", [*sources, *headers]), ("runtime", [RUNTIME]))
+        for kind, files in (("native", [*sources, *headers]), ("runtime", runtime_sources()))
     )
 
 
@@ -164,9 +163,10 @@ def native() -> Path:
             print(
                 "ascend-sim: compiling the simulator's kernels, once (a minute or two) ...", file=sys.stderr, flush=True
             )
-            torch = package_folder("torch")
+            libraries = [package_folder("torch") / "lib", package_folder("torch_npu") / "lib"]
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
                 objects = list(pool.map(object_file, sources))
-            run([compiler(), "-shared", "-o", str(made / "libascend_sim.so"), *map(str, objects), f"-L{torch}/lib", f"-Wl,-rpath,{torch}/lib",
-                 "-ltorch_cpu", "-lc10", "-fopenmp"])  # fmt: skip
+            found = [option for folder in libraries for option in (f"-L{folder}", f"-Wl,-rpath,{folder}")]
+            run([compiler(), "-shared", "-o", str(made / "libascend_sim.so"), *map(str, objects), *found,
+                 "-ltorch_cpu", "-lc10", "-ltorch_npu", "-fopenmp"])  # fmt: skip
     return final / "libascend_sim.so"

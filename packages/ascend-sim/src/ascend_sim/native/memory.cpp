@@ -10,13 +10,24 @@
 
 namespace ascend_sim {
 
+namespace {
+
 // 0x7FFF in every two bytes: NaN as bfloat16, float16, float32, float64 and as both kinds of float8; 2147450879 as int32.
+void poison_bytes(void* data, size_t bytes) {
+  std::fill_n(static_cast<uint16_t*>(data), bytes / 2, uint16_t{0x7FFF});
+  if (bytes % 2) static_cast<uint8_t*>(data)[bytes - 1] = 0x7F;
+}
+
+}  // namespace
+
 void poison(const at::Tensor& t) {
-  if (!on_npu(t)) return;
-  auto* words = static_cast<uint16_t*>(t.storage().mutable_data());
-  const size_t bytes = t.storage().nbytes();
-  std::fill_n(words, bytes / 2, uint16_t{0x7FFF});
-  if (bytes % 2) reinterpret_cast<uint8_t*>(words)[bytes - 1] = 0x7F;
+  if (on_npu(t)) poison_bytes(t.storage().mutable_data(), t.storage().nbytes());
+}
+
+at::Tensor poisoned_on_cpu(at::IntArrayRef sizes, at::ScalarType type) {
+  at::Tensor out = at::empty(sizes, type);
+  poison_bytes(out.data_ptr(), out.nbytes());
+  return out;
 }
 
 at::Tensor to_npu(const at::Tensor& given, c10::Device device) {
@@ -59,7 +70,7 @@ at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, T
 class Composed final : public c10::OperatorKernel {
  public:
   explicit Composed(const c10::OperatorHandle& op)
-      : of_any_device_(op.getComputedKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd)), tally_(tally(op.schema().name())) {}
+      : of_any_device_(op.getComputedKernelForDispatchKey(c10::DispatchKey::CPU)), tally_(tally(op.schema().name())) {}
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
     tally_.calls.fetch_add(1, std::memory_order_relaxed);
