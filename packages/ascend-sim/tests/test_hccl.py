@@ -16,12 +16,13 @@ WORKER = Path(__file__).with_name("hccl_worker.py")
 CHECKS = re.findall(r"^@check\ndef (\w+)", WORKER.read_text(encoding="utf-8"), re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+@pytest.fixture(scope="module", params=["immediate", "lazy"])
+def outcomes(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hccl")
     ranks = []
     for rank in range(WORLD):
         environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1"}
+        environment["ASCEND_SIM_STREAMS"] = request.param
         command = [sys.executable, "-W", "ignore", str(WORKER), str(folder / f"{rank}.json"), f"file://{folder}/store"]
         ranks.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
