@@ -110,6 +110,7 @@ def test_mistakes_are_one_line(tmp_path):
             "ascend-sim: /nowhere/config.json is missing",
         ),
         (["model", "smollm2", str(tmp_path / "full")], {}, "ascend-sim: "),
+        (["model", "minilm", str(tmp_path / "full")], {}, "ascend-sim: "),
     ):
         done = command(*arguments, **environment)
         errors = [line for line in done.stderr.splitlines() if line.strip()]

@@ -16,6 +16,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 HERE = Path(__file__).parent
 # A safety net against hangs, many times what any test takes on two busy cores; no test asserts how long anything takes.
 LIMIT = 1800
@@ -93,6 +95,12 @@ def until(reached, process, said):
             raise AssertionError(what_it_said(said))
         time.sleep(0.2)
     return found
+
+
+def listening_port(process):
+    """The TCP port that a process listens on, for a server that was told to take any (0); None before it listens."""
+    connections = psutil.Process(process.pid).net_connections("tcp")
+    return next((entry.laddr.port for entry in connections if entry.status == psutil.CONN_LISTEN), None)
 
 
 def wait(processes, said, limit=LIMIT):

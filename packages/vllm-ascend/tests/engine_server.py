@@ -7,6 +7,7 @@ python engine_server.py SOCKET, the descriptor of a connected socket. It takes l
 {"poll": process id} -> the child's exit code as `subprocess.Popen` has it, null while it runs
 """
 
+import gc
 import importlib
 import json
 import os
@@ -42,6 +43,9 @@ def main(descriptor):
     connection = socket.socket(fileno=int(descriptor))
     for module in MODULES:
         importlib.import_module(module)
+    # vLLM collects garbage a dozen times an engine, and each time looked at all that was imported: most of the time that an engine of a test took.
+    gc.collect()
+    gc.freeze()
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads: a fork would have only one of them"
     codes = {}

@@ -161,6 +161,7 @@ def main(job_file, result_file):
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+        gc.freeze()  # as engine_server.py does; an engine's shutdown undoes it
     with open(result_file, "w") as handle:
         json.dump(results, handle)
 

@@ -154,6 +154,24 @@ def test_a_broken_rule_is_named(given, deployment, message):
     assert message in found
 
 
+@pytest.mark.parametrize(
+    ("given", "deployment", "messages"),
+    [
+        (fine(lmhead=4), over(dp=2, model=TIED), ["must be equal, for", "(4) must divide data_parallel_size (2)"]),
+        (
+            {"enable_flashcomm1": True, "enable_matmul_allreduce": True},
+            over(tp=2, speculative=True),
+            ["cannot be used with speculative decoding", "cannot be used with enable_flashcomm1 (True)"],
+        ),
+    ],
+)
+def test_two_findings_about_one_option_are_both_named(given, deployment, messages):
+    found = list(broken(AscendConfig.of(given), deployment))
+    assert len(found) == 2, found
+    for finding, message in zip(found, messages, strict=True):
+        assert message in finding
+
+
 # Fields that no option of a user sets, that are checked before the libraries see them, or whose own names stand in messages.
 NO_OPTIONS = {
     "parallel", "dynamic_eplb", "pd_tp_ratio", "pd_head_replicas", "hccl_buffsize_mb", "mc2", "topology",  # not passed, or constants

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm_ascend.attention import probe
-from vllm_ascend.attention.limits import Attention, broken
+from vllm_ascend.attention.limits import Attention, broken, check_cache, kernel_head_size, notices
 
 DENSE = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 12, "num_key_value_heads": 3,
@@ -28,6 +28,11 @@ LATENT = {
     "num_key_value_heads": 20, "kv_lora_rank": 512, "q_lora_rank": 48, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
     "v_head_dim": 128, "num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 256, "torch_dtype": "bfloat16",
 }  # fmt: skip
+GEMMA4 = {
+    "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "global_head_dim": 128, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "intermediate_size": 64,
+    "hidden_size_per_layer_input": 16, "vocab_size": 512, "vocab_size_per_layer_input": 512, "max_position_embeddings": 256, "torch_dtype": "bfloat16",
+}  # fmt: skip
 COMPRESSED = {
     "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
     "config_groups": {"group_0": {
@@ -35,19 +40,31 @@ COMPRESSED = {
         "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     }},
 }  # fmt: skip
+ENCODER = {  # heads of 40, which are filled up to 64
+    "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 480, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 40,
+    "position_embedding_type": "absolute", "pad_token_id": 0,
+}  # fmt: skip
 # What differs from DENSE; arguments of vLLM; the environment; what the one finding has.
 ALONE = {
     "float8 cache": ({}, {"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype ('fp8') must be 'auto' or the model's dtype, 'bfloat16'"),
     "int8 cache": ({}, {"kv_cache_dtype": "int8_per_token_head"}, {}, "kv_cache_dtype ('int8_per_token_head') must be"),
     "float16 cache": ({}, {"kv_cache_dtype": "float16"}, {}, "kv_cache_dtype ('float16') must be"),
-    "block": ({}, {"block_size": 8}, {}, "block_size (8) must be a multiple of 16, at most 512; the default is 128"),
-    "large block": ({}, {"block_size": 1024}, {}, "block_size (1024) must be"),
+    "block": ({}, {"block_size": 8}, {}, "block_size (8) must be a multiple of 128, which is the default"),
+    "small block": ({}, {"block_size": 16}, {}, "block_size (16) must be a multiple of 128"),
+    "uneven block": ({}, {"block_size": 192}, {}, "block_size (192) must be a multiple of 128"),
+    "float16": ({}, {"dtype": "float16"}, {}, "dtype ('float16') is not one that the NPU's attention kernels take; give --dtype bfloat16"),
+    "tokens": ({}, {"max_num_batched_tokens": 2**20 + 1}, {}, "max_num_batched_tokens (1048577) must be at most 1048576"),
+    "requests": ({}, {"max_num_seqs": 4097, "max_num_batched_tokens": 8192}, {}, "max_num_seqs (4097) must be at most 4096"),
+    "query heads": ({"num_attention_heads": 65, "num_key_value_heads": 1}, {}, {}, "65 attention heads for each key and value head; the kernel takes at most 64"),
     "soft cap": ({"attn_logit_softcapping": 50.0}, {}, {}, "no attention kernel for a soft cap on attention logits (attn_logit_softcapping 50.0)"),
     "ALiBi": ({"alibi": True}, {}, {}, "no attention kernel for ALiBi"),
     "sinks": ({"add_swa_attention_sink_bias": True}, {}, {}, "no attention kernel for attention sinks (add_swa_attention_sink_bias)"),
     "sparse": ({"index_topk": 2048}, {}, {}, "no attention kernel for sparse attention (index_topk 2048)"),
+    "heads of two sizes": (GEMMA4, {}, {}, "no attention kernel for layers with heads of several sizes (64, 128): the cache has one shape for all of them"),
+    "dynamic rope": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, {"max_model_len": 512}, {}, "max_model_len (512) must be at most max_position_embeddings (256)"),
     "KV heads": ({}, {"tensor_parallel_size": 2}, {}, "tensor_parallel_size (2) must divide the model's 3 key and value heads, or be a multiple"),
-    "head size": ({"head_dim": 24}, {}, {}, "the model's heads are 24 wide: the kernel takes multiples of 16 up to 512"),
+    "head size": ({"head_dim": 264}, {}, {}, "the model's heads are 264 wide: the kernel takes at most 256"),
+    "MLA pieces": ({**LATENT, "num_attention_heads": 16, "v_head_dim": 256}, {"max_num_batched_tokens": 65536, "max_num_seqs": 96}, {}, "max_num_batched_tokens (65536) must be at most 64000 with max_num_seqs (96)"),
     "decode context": ({"num_key_value_heads": 1}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, {}, "decode_context_parallel_size (2) must be 1"),
     "prefill context": ({}, {"prefill_context_parallel_size": 2}, {}, "prefill_context_parallel_size (2) must be 1"),
     "backend": ({}, {"attention_backend": "FLASH_ATTN"}, {}, "attention_config.backend ('FLASH_ATTN') is not a backend of vllm-ascend for this model; leave it out, or give 'ASCEND_ATTN'"),
@@ -62,13 +79,14 @@ ALONE = {
     "int8 weights": ({}, {"quantization": "int8_per_channel_weight_only"}, {}, "quantization ('int8_per_channel_weight_only') has no kernels"),
     "mxfp8": ({}, {"quantization": "mxfp8"}, {}, "quantization ('mxfp8') has no kernels"),
     "compressed-tensors": ({"quantization_config": COMPRESSED}, {"dtype": "bfloat16"}, {}, "quantization ('compressed-tensors') has no kernels"),
-    "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}}, {"dtype": "float16"}, {}, "awq') has no kernels"),
+    "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}}, {"dtype": "bfloat16"}, {}, "awq') has no kernels"),
     "offload": ({}, {"cpu_offload_gb": 1}, {}, "cpu_offload_gb (1.0) needs a view of host memory"),
     "devices": ({"num_key_value_heads": 12}, {"tensor_parallel_size": 4, "data_parallel_size": 3}, {}, "12 NPUs are needed on this host, for 3 data parallel replicas of 4 ranks, and 8 are visible"),
     "V2 runner": ({}, {}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}, "VLLM_USE_V2_MODEL_RUNNER=1: vllm-ascend serves vLLM's V1 model runner only"),
     "old variable": ({}, {}, {"VLLM_ASCEND_ENABLE_NZ": "2"}, "environment variable VLLM_ASCEND_ENABLE_NZ belongs to the public plugin"),
     "buffer size": ({}, {}, {"HCCL_BUFFSIZE": "lots"}, "environment variable HCCL_BUFFSIZE='lots': must be a whole number of MB above 0"),
     "option": ({}, {"additional_config": {"enable_flashcomm1": True}}, {}, "option 'enable_flashcomm1' (True) needs tensor_parallel_size > 1, got 1"),
+    "encoder's head size": ({**ENCODER, "hidden_size": 12 * 264, "head_dim": 264}, {}, {}, "the model's heads are 264 wide: the kernel takes at most 256"),
     "MLA heads": (LATENT, {}, {}, "multi-head latent attention with 20 heads over tensor_parallel_size 1: the NPU's kernel takes 1, 2, 4,"),
     "MLA rank": ({**LATENT, "num_attention_heads": 16, "kv_lora_rank": 256}, {}, {}, "kv_lora_rank of this model is 256: the NPU's kernel for multi-head latent attention takes 512 only"),
     "MLA connector": ({**LATENT, "num_attention_heads": 16}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with multi-head latent attention"),
@@ -77,8 +95,13 @@ ALONE = {
 }  # fmt: skip
 GOOD = {
     "as it is": ({}, {}, {}),
-    "its own cache": ({}, {"kv_cache_dtype": "bfloat16", "block_size": 64, "attention_backend": "ASCEND_ATTN"}, {}),
+    "its own cache": ({}, {"kv_cache_dtype": "bfloat16", "block_size": 1024, "attention_backend": "ASCEND_ATTN"}, {}),
+    "padded heads": ({"head_dim": 24}, {"block_size": 384}, {}),
+    "a checkpoint in float16": ({"torch_dtype": "float16"}, {}, {}),
+    "heads over ranks": ({"num_attention_heads": 128, "num_key_value_heads": 1}, {"tensor_parallel_size": 2}, {}),
+    "MLA prompts": ({**LATENT, "num_attention_heads": 16}, {"max_num_batched_tokens": 65536, "max_num_seqs": 96}, {}),
     "replicated KV heads": ({"num_key_value_heads": 2}, {"tensor_parallel_size": 4}, {}),
+    "encoder": (ENCODER, {"attention_backend": "ASCEND_ATTN", "tensor_parallel_size": 2}, {}),
     "automatic backend": ({}, {"attention_backend": "auto"}, {}),
     "MLA": ({**LATENT, "num_attention_heads": 16}, {"attention_backend": "ASCEND_MLA", "block_size": 1024, "tensor_parallel_size": 2}, {}),
     "copied weights": ({}, {"cpu_offload_gb": 1}, {"VLLM_WEIGHT_OFFLOADING_DISABLE_UVA": "1"}),
@@ -179,7 +202,7 @@ def of(config=(), **model):
     """`Attention.of` a model about which vLLM says what is given."""
     text = SimpleNamespace(**dict(config))
     known = {
-        "uses_alibi": False, "is_mm_prefix_lm": False, "is_encoder_decoder": False, "use_mla": False, "dtype": "torch.bfloat16",
+        "uses_alibi": False, "is_mm_prefix_lm": False, "is_encoder_decoder": False, "use_mla": False, "dtype": "torch.bfloat16", "attn_type": "decoder",
         "architectures": ["SomeModel"], "get_head_size": lambda: 64, "get_total_num_kv_heads": lambda: 4,
         "model_arch_config": SimpleNamespace(total_num_attention_heads=8),
     }  # fmt: skip
@@ -188,6 +211,7 @@ def of(config=(), **model):
             model_config=SimpleNamespace(hf_text_config=text, **{**known, **model}),
             cache_config=SimpleNamespace(cache_dtype="auto", user_specified_block_size=False, block_size=16),
             parallel_config=SimpleNamespace(tensor_parallel_size=2),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=64),
         )
     )
 
@@ -217,24 +241,53 @@ def test_limits_of_the_kernels():
         ({"heads": 520}, "130 attention heads for each key and value head; the kernel takes at most 64"),
         ({"heads": 1024, "kv_heads": 1024}, "512 attention heads a rank; the kernel takes at most 256"),
         ({"head_size": 1024, "value_size": 1024}, "1024 wide"),
+        (
+            {"heads": 512, "kv_heads": 512, "head_size": 256, "value_size": 256},
+            "have 65536 numbers on each rank; the kernel takes at most 65535",
+        ),
+        ({"dtype": "float16"}, "--dtype bfloat16"),
         ({"latent": (512, 32)}, "qk_rope_head_dim of this model is 32"),
         ({"latent": (512, 64), "heads": 9}, "with 9 heads over tensor_parallel_size 2"),
-        ({"latent": (512, 64), "block_size": 24}, "block_size (24) must be a multiple of 16; the default is 128"),
+        ({"latent": (512, 64), "block_size": 24}, "block_size (24) must be a multiple of 128"),
     ):
         assert any(message in found for found in broken(replace(fits, **change))), message
     assert list(broken(replace(fits, latent=(512, 64), block_size=1024))) == []
+    assert list(broken(replace(fits, heads=128, kv_heads=1))) == []  # 64 query heads on each rank
+
+
+def test_a_cache_of_more_numbers_than_the_kernel_counts():
+    check_cache(2**31 // 1024 - 1, 128, 8)
+    with pytest.raises(ValueError, match="give --num-gpu-blocks-override 2097151 or less"):
+        check_cache(2**31 // 1024, 128, 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "padded"), [(40, 64), (64, 64), (72, 128), (80, 128), (112, 128), (160, 192), (200, 256)]
+)
+def test_heads_are_padded_to_the_next_size(size, padded):
+    assert kernel_head_size(size) == padded
+    said = list(notices(of(get_head_size=lambda: size)))
+    assert [padded == 256] * len(said) == [True] * (padded == 256)
 
 
 GROUPED = Attention(heads=8, kv_heads=4, head_size=64, value_size=64, ranks=2)
+ENCODING = replace(GROUPED, cached=False, head_size=24, value_size=24)
 ABSORBED = Attention(heads=8, kv_heads=8, head_size=576, value_size=576, latent=(512, 64), ranks=2)
 
 
 @pytest.mark.parametrize(
-    "attention", [GROUPED, ABSORBED, replace(GROUPED, heads=0), replace(GROUPED, block_size=16, kv_heads=1)]
+    "attention",
+    [
+        GROUPED,
+        ABSORBED,
+        ENCODING,
+        replace(ENCODING, head_size=256),
+        replace(GROUPED, heads=0),
+        replace(GROUPED, head_size=40, kv_heads=1),
+    ],
 )
 def test_the_kernels_take_a_model(attention):
     probe.check(attention, torch.device("npu"))
-    probe.check(replace(attention, dtype="float16"), torch.device("npu"))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +295,7 @@ def test_the_kernels_take_a_model(attention):
     [
         (replace(GROUPED, dtype="float32"), "query must be float16 or bfloat16, got Float"),
         (replace(ABSORBED, dtype="float32"), "query must be float16 or bfloat16, got Float"),
-        (replace(GROUPED, head_size=24), "D must be a multiple of 16, got 24"),
+        (replace(ENCODING, dtype="float32"), "query must be float16 or bfloat16, got Float"),
     ],
 )
 def test_what_a_kernel_refuses_is_said_before_the_model_is_loaded(attention, said):

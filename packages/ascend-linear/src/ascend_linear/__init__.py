@@ -21,7 +21,7 @@ from ascend_linear.op import (
 from ascend_linear.oproj import OProjRowParallelOp
 from ascend_linear.prefetch import PrefetchConfig, WeightPrefetcher
 from ascend_linear.quant import QuantMethod, W8A8Dynamic, W8A8Static
-from ascend_linear.select import Selected, get_parallel_op, get_replicated_op, is_moe_layer
+from ascend_linear.select import Selected, get_parallel_op, get_replicated_op, in_tower, is_moe_layer
 from ascend_linear.sequence import SequenceColumnParallelOp, SequenceRowParallelOp
 from ascend_linear.sharded_cp import ShardedCPColumnParallelOp, ShardedCPRowParallelOp
 from ascend_linear.state import LinearEnv, MoeLayers, StepState, layer_index, plan_step
@@ -59,6 +59,7 @@ __all__ = [
     "WeightPrefetcher",
     "get_parallel_op",
     "get_replicated_op",
+    "in_tower",
     "is_moe_layer",
     "layer_index",
     "plan_step",

@@ -18,7 +18,16 @@ from ascend_linear.sequence import SequenceColumnParallelOp, SequenceRowParallel
 from ascend_linear.sharded_cp import ShardedCPColumnParallelOp, ShardedCPRowParallelOp
 from ascend_linear.state import LinearEnv, MoeLayers, layer_index
 
-__all__ = ["COLUMN_RULES", "ROW_RULES", "Rule", "Selected", "get_parallel_op", "get_replicated_op", "is_moe_layer"]
+__all__ = [
+    "COLUMN_RULES",
+    "ROW_RULES",
+    "Rule",
+    "Selected",
+    "get_parallel_op",
+    "get_replicated_op",
+    "in_tower",
+    "is_moe_layer",
+]
 
 
 class Selected(NamedTuple):
@@ -60,7 +69,10 @@ class Rule:
 
 
 _TOWERS = ("audio", "image", "sam", "sound", "speech", "vision", "visual", "vit", "vpm", "whisper")
-_CONNECTORS = ("projector", "qformer", "resampler")
+_CONNECTORS = ("aligner", "connector", "merger", "projection", "projector", "projectors", "qformer", "resampler")
+# Whole components of names that say nothing of what they are (InternVL and Eagle, Keye, Bailing, Phi-4 multimodal, DeepSeek OCR 2).
+_UNTOLD = ("mlp1", "mlp_AR", "linear_proj", "embed_tokens_extend", "qwen2_model")
+_FIRST_UNTOLD = ("encoder",)  # of Granite speech; language models have theirs deeper
 _QKV = ("qkv_proj", "conv1d", "query_key_value")
 
 
@@ -160,7 +172,7 @@ def get_parallel_op(
         raise ValueError(f"direction={direction!r}: must be 'column' or 'row'")
     if disable_tp or (env.enable_shared_expert_dp and _in_shared_expert(prefix)):
         return Selected(None, 0, 1)
-    if not _in_tower(prefix):
+    if not in_tower(prefix):
         for rule in (COLUMN_RULES if direction == "column" else ROW_RULES) if rules is None else rules:
             if rule.matches(env, prefix):
                 op = rule.op(env, prefix=prefix)
@@ -197,7 +209,12 @@ def _in_shared_expert(prefix: str) -> bool:
     return not {"shared_expert", "shared_experts"}.isdisjoint(prefix.split("."))
 
 
-def _in_tower(prefix: str) -> bool:
-    """Whether a component has a word that names a tower, or what joins it to the language model, in vLLM's models."""
-    words = {word for component in prefix.split(".") for word in component.split("_")}
-    return not words.isdisjoint(_TOWERS + _CONNECTORS)
+def in_tower(prefix: str) -> bool:
+    """Whether the layer at `prefix` is in a vision or audio tower of one of vLLM's models, or in what joins that to the language model."""
+    components = prefix.split(".")
+    words = {word for component in components for word in component.split("_")}
+    return (
+        not words.isdisjoint(_TOWERS + _CONNECTORS)
+        or not set(components).isdisjoint(_UNTOLD)
+        or components[0] in _FIRST_UNTOLD
+    )

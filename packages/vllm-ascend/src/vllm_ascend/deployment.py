@@ -66,6 +66,8 @@ class Model:
         get, number = config.get, config.number
         heads = number("num_attention_heads")
         head = number("v_head_dim", "head_dim") or (number("hidden_size") // heads if heads else 0)
+        if isinstance(get("v_head_dim", "head_dim"), list):  # of each layer
+            head = 0
         read = {
             "moe": MoeLayers(routed_experts=routed_experts(config), layers=frozenset(moe_layers(config)) or None),
             "unknown_selectors": unknown_selectors(config),

@@ -15,7 +15,10 @@ __all__ = [
     "apply_rotary",
     "attention",
     "causal_mask",
+    "gather_kv",
     "latent_attention",
+    "merge_attention",
+    "prompt_latent_attention",
     "rms_norm",
     "rotary_mul",
     "scatter_kv",
@@ -64,7 +67,8 @@ def rotary_mul(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
 
 
 def scatter_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    """Write key and value `[T, Nkv, D]` into the caches `[blocks, block_size, Nkv, D]` at slots `[T]` (integers, block * block_size + offset)."""
+    """Write key and value `[T, Nkv, D]` into the caches `[blocks, block_size, Nkv, D]` at slots `[T]`: integers, block * block_size + offset, none of them
+    negative or twice."""
     _npu().npu_scatter_pa_kv_cache(
         key.contiguous(),
         value.contiguous(),
@@ -75,22 +79,64 @@ def scatter_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tenso
     )
 
 
+def gather_kv(
+    key_cache: Tensor, value_cache: Tensor, block_table: Tensor, lengths: Tensor, starts: Tensor, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Read parts of requests from the caches `[blocks, block_size, Nkv, D]`, one request after the other.
+
+    Args:
+        key_cache, value_cache: may differ in D.
+        block_table: int32 `[requests, blocks]`.
+        lengths: int32 `[requests]`, tokens to read of each.
+        starts: int32 `[requests]`, the first of them; multiples of block_size.
+        rows: the sum of `lengths`.
+
+    Returns:
+        `[rows, Nkv, D]` of each cache.
+    """
+    key, value = (cache.new_empty(rows, *cache.shape[2:]) for cache in (key_cache, value_cache))
+    _npu().npu_gather_pa_kv_cache(key_cache, value_cache, block_table, lengths, key, value, seq_offset=starts)
+    return key, value
+
+
 def causal_mask(device: torch.device) -> Tensor:
     """The compressed mask of SPARSE_CAUSAL and SPARSE_BAND: int8 `[2048, 2048]`, 1 above the diagonal."""
     return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.int8).triu_(1).to(device)
 
 
+HEAD_SIZES = (64, 128, 192, 256)
+"""Widths of heads that `attention` takes in TND layout."""
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """Fused attention in TND layout: query `[T, N, D]`; options as of `npu_fused_infer_attention_score`. Returns `[T, N, D]`."""
-    return _npu().npu_fused_infer_attention_score(query, key, value, input_layout="TND", **options)[0]  # type: ignore[no-any-return]
+    """Fused attention in TND layout. Returns `[T, N, D]`.
+
+    Args:
+        query: `[T, N, D]`. The kernel reads contiguous tensors; the query of a fused projection is a view, and is copied here.
+        key, value: `[T, Nkv, D]`, copied in the same way; or, with `block_table`, two caches `[blocks, block_size, Nkv * D]`, which must be contiguous.
+        options: as of `npu_fused_infer_attention_score`.
+    """
+    if options.get("block_table") is None:
+        key, value = key.contiguous(), value.contiguous()
+    out, _ = _npu().npu_fused_infer_attention_score(query.contiguous(), key, value, input_layout="TND", **options)
+    return out  # type: ignore[no-any-return]
 
 
 def attention_of_any_size(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """`attention` for heads of any size up to 256: they are filled with zeros up to the next size that the kernel takes, and the result is cut."""
+    """`attention` for heads of any size up to 256: they are filled with zeros up to the next size that the kernel takes, and the result is cut.
+
+    Raises:
+        ValueError: larger heads.
+    """
     size = query.shape[-1]
-    wider = next(taken for taken in (64, 128, 192, 256) if taken >= size) - size
-    query, key, value = (torch.nn.functional.pad(x, (0, wider)).contiguous() for x in (query, key, value))
-    return attention(query, key, value, **options)[..., :size]
+    taken = next((taken for taken in HEAD_SIZES if taken >= size), None)
+    if taken is None:
+        raise ValueError(
+            f"heads are {size} wide: the attention kernel takes {', '.join(map(str, HEAD_SIZES))}, and so smaller ones"
+        )
+    if taken > size:
+        query, key, value = (torch.nn.functional.pad(x, (0, taken - size)) for x in (query, key, value))
+    return attention(query.contiguous(), key.contiguous(), value.contiguous(), **options)[..., :size]
 
 
 def latent_attention(
@@ -122,19 +168,72 @@ def latent_attention(
         `[T, N, 512]`.
     """
     shared = latents.unsqueeze(1)  # [blocks, heads, block_size, 512]
-    return attention(
-        query,
+    out, _ = _npu().npu_fused_infer_attention_score_v2(
+        query.contiguous(),
         shared,
         shared,
-        query_rope=query_rope,
+        query_rope=query_rope.contiguous(),
         key_rope=key_rope.unsqueeze(1),
-        num_heads=query.shape[1],
+        input_layout="TND",
+        num_query_heads=query.shape[1],
         num_key_value_heads=1,
-        scale=scale,
+        softmax_scale=scale,
         block_table=block_table,
         block_size=latents.shape[1],
-        actual_seq_lengths=query_ends,
-        actual_seq_lengths_kv=kv_lengths,
+        actual_seq_qlen=query_ends,
+        actual_seq_kvlen=kv_lengths,
         sparse_mode=SPARSE_NONE if mask is None else SPARSE_CAUSAL,
         atten_mask=mask,
     )
+    return out  # type: ignore[no-any-return]
+
+
+def prompt_latent_attention(
+    query: tuple[Tensor, Tensor],
+    key: tuple[Tensor, Tensor],
+    value: Tensor,
+    *,
+    query_ends: list[int],
+    kv_ends: list[int],
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Latent attention in the plain form: keys and values that were projected up from latents, with rotary parts apart.
+
+    Args:
+        query: `[T, N, 128]` and its rotary part `[T, N, 64]`.
+        key: `[S, N, 128]` and its rotary part `[S, 1, 64]`, which all heads share.
+        value: `[S, N, 128]`.
+        query_ends: cumulative query lengths of the requests.
+        kv_ends: cumulative lengths of their keys.
+        mask: the compressed causal mask, for requests whose last key is their last query token's own; None where every token sees every key.
+        scale: of the scores.
+
+    Returns:
+        `[T, N, 128]`, and the log-sum-exp of the scores, float32 `[T, N, 1]`.
+    """
+    heads = value.shape[1]
+    out, lse = _npu().npu_fused_infer_attention_score_v2(
+        query[0].contiguous(),
+        key[0].contiguous(),
+        value.contiguous(),
+        query_rope=query[1].contiguous(),
+        key_rope=key[1].expand(-1, heads, -1).contiguous(),
+        input_layout="TND",
+        num_query_heads=heads,
+        num_key_value_heads=heads,
+        softmax_scale=scale,
+        actual_seq_qlen=query_ends,
+        actual_seq_kvlen=kv_ends,
+        sparse_mode=SPARSE_NONE if mask is None else SPARSE_CAUSAL,
+        atten_mask=mask,
+        return_softmax_lse=True,
+    )
+    return out, lse
+
+
+def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of all parts, from each part's result `[T, N, D]` and its log-sum-exp `[T, N, 1]`, float32, contiguous."""
+    rows = [out.view(-1, out.shape[-1]) for out in outs]
+    out, lse = _npu().npu_attention_update([lse.view(-1) for lse in lses], rows, 1)
+    return out.view(outs[0].shape), lse.view(lses[0].shape)

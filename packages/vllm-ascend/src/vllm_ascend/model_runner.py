@@ -51,7 +51,7 @@ class AscendModelRunner(GPUModelRunner):
         model = self.get_model()
         linear.finish_loading(model)
         sequence.attach(model)
-        mla.spare_workspace(model)
+        mla.reserve_workspace(model)
         self.load_recorder = moe.load_recorder(model)
         self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())
 

@@ -44,11 +44,18 @@ class ConfigReader:
     def get(self, *names: str, default: Any = None) -> Any:
         """The value of the first of `names` that the config has and that is not None; else `default`."""
         for name in names:
-            is_mapping = isinstance(self._config, Mapping)
-            value = self._config.get(name) if is_mapping else getattr(self._config, name, None)  # type: ignore[attr-defined]
+            value = self._value(name)
             if value is not None:
                 return value
         return default
+
+    def _value(self, name: str) -> Any:
+        """A key's value, a list with that of each layer where transformers knows that layers may differ (Gemma 4), or None."""
+        if isinstance(self._config, Mapping):
+            return self._config.get(name)
+        if name in (getattr(self._config, "per_layer_attributes", None) or ()):
+            return [getattr(layer, name, None) for layer in self._config.per_layer_config]  # type: ignore[attr-defined]
+        return getattr(self._config, name, None)
 
     def number(self, *names: str) -> int:
         """The value of the first of `names` that is there; 0 where none is, or where it is not one number for all layers."""

@@ -6,10 +6,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_ascend import compat, start
-from vllm_ascend.attention import BACKENDS
+from vllm_ascend.attention import BACKENDS, ENCODER
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 __all__ = ["AscendPlatform"]
+
+logger = init_logger("vllm.vllm_ascend")  # a child of vLLM's logger, whose handler and level the user sets
 
 
 class AscendPlatform(Platform):
@@ -37,6 +40,11 @@ class AscendPlatform(Platform):
     dist_backend = "hccl"
     lmhead_is_shared = False
     """Whether data parallel ranks share the LM head in the engine that was configured last in this process."""
+
+    @property
+    def supported_dtypes(self) -> list[torch.dtype]:
+        """What the attention kernels take; vLLM serves a checkpoint of another dtype in the first of these. float32 is for the simulator's relaxed mode."""
+        return [torch.bfloat16, torch.float32]
 
     @classmethod
     def import_kernels(cls) -> None:
@@ -79,11 +87,11 @@ class AscendPlatform(Platform):
         name, path = BACKENDS[asked.use_mla]
         if selected_backend is not None and selected_backend.name != name:
             raise ValueError(f"attention backend {selected_backend.name!r}: vllm-ascend has {name!r} for this layer")
-        return path
+        return ENCODER if asked.attn_type in ("encoder_only", "encoder") else path
 
     @classmethod
     def get_mla_prefill_backend_cls(cls, mla_selector_config: MLAPrefillSelectorConfig) -> type[MLAPrefillBackend]:
-        """A class that computes nothing: prompts take the same way as decoding (`attention/mla.py`)."""
+        """A class that computes nothing: `attention/mla.py` calls the kernels for prompts itself."""
         from vllm_ascend.attention.mla import NoMLAPrefill
 
         return NoMLAPrefill
@@ -109,6 +117,8 @@ class AscendPlatform(Platform):
 
         host = start.Host(devices=torch.npu.device_count(), chip=torch.npu.get_device_name(0))
         config = start.check(vllm_config, host)
+        for notice in start.notices(vllm_config):
+            logger.warning_once(notice)
         cls.lmhead_is_shared = config.finegrained_tp_config.lmhead_tensor_parallel_size > 0
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         parallel = vllm_config.parallel_config

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -15,7 +14,7 @@ from typing import NoReturn, cast
 from ascend_comm import CommGroup, GroupConfig, InvalidValueError, group_of
 from ascend_linear import LayerShard, LinearEnv
 
-from vllm_ascend.config import AscendConfig, FinegrainedTP
+from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb import placement
 from vllm_ascend.findings import refuse
@@ -67,22 +66,24 @@ def check(config: AscendConfig, deployment: Deployment) -> None:
 
 
 def broken(config: AscendConfig, deployment: Deployment) -> Iterator[str]:
-    """One finding for each rule that is broken; of those that ascend-comm and ascend-linear have, the first, if it is about another option."""
-    found = list(_broken_rules(config, deployment))
-    yield from found
-    named = {option for finding in found for option in _options_in(finding)}
+    """One finding for each rule that is broken; of those that ascend-comm and ascend-linear have, the first."""
+    yield from _broken_rules(config, deployment)
     try:
-        planned_env(config, deployment)
+        planned_env(_without_refused(config, deployment), deployment)
     except InvalidValueError as error:
-        if not named & {name for field in error.fields for name in field.split(".")}:
-            yield error.phrased()
+        yield error.phrased()
     yield from placement.broken(config.eplb_config, deployment)
 
 
-def _options_in(finding: str) -> set[str]:
-    """The options for linear layers that a message names."""
-    names = {field.name for options in (AscendConfig, FinegrainedTP) for field in fields(options)}
-    return names & set(re.findall(r"\w+", finding))
+def _without_refused(config: AscendConfig, deployment: Deployment) -> AscendConfig:
+    """The config without what `_broken_rules` refuses and ascend-comm or ascend-linear would refuse again for the same reason."""
+    ranks, fine = deployment.topology, config.finegrained_tp_config
+    if ranks.tensor_parallel == 1:
+        config = replace(config, enable_flashcomm1=False)
+    if deployment.data_parallel_asked > ranks.data_parallel:
+        refused = {field.name: 0 for field in fields(fine) if getattr(fine, field.name) > 1}
+        config = replace(config, finegrained_tp_config=replace(fine, **refused))
+    return config
 
 
 def group_config(

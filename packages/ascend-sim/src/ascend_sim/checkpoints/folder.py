@@ -108,9 +108,10 @@ def new_directory(directory: Path, recipe: dict[str, Any]) -> Iterator[Path]:
         draft = Path(scratch) / "checkpoint"
         draft.mkdir()
         yield draft
-        for file in draft.iterdir():
+        files = sorted(file for file in draft.rglob("*") if file.is_file())
+        for file in files:
             file.chmod(draft.stat().st_mode & 0o666)  # what the umask allows; safetensors writes for the owner alone
-        sizes = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
+        sizes = {file.relative_to(draft).as_posix(): file.stat().st_size for file in files}
         write_json(draft / _MARKER, {"recipe": recipe, "files": sizes})
         try:
             os.replace(draft, target)

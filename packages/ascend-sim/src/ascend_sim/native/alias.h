@@ -55,7 +55,15 @@ Tally& tally(const std::string& op);
 // Strict mode (default): what the operator's documentation rules out is an error. ASCEND_SIM_STRICT=0 relaxes data types and alignment.
 bool strict();
 
-#define STRICT(condition, ...)                                                                                          \
-  TORCH_CHECK(!::ascend_sim::strict() || (condition), "ascend-sim strict mode: ", __VA_ARGS__, " (ASCEND_SIM_STRICT=0 allows it)")
+// The id of a rule: as it is, or, where it begins with "." (several operators share the check), after the operator's name.
+inline std::string rule_id(const char* id, const std::string& op) { return *id == '.' ? op + id : id; }
+
+// A rule of an operator's documentation (ascend_sim/contracts/<operator>.toml) that relaxed mode does without. The message follows `op`.
+#define STRICT(id, condition, op, ...)                                                                                 \
+  TORCH_CHECK(!::ascend_sim::strict() || (condition), "[", ::ascend_sim::rule_id(id, op), "] ", op, __VA_ARGS__, \
+              " (ASCEND_SIM_STRICT=0 allows it)")
+
+// A rule that relaxed mode keeps, because the operator's arithmetic has no meaning without it.
+#define RULE(id, condition, op, ...) TORCH_CHECK((condition), "[", ::ascend_sim::rule_id(id, op), "] ", op, __VA_ARGS__)
 
 }  // namespace ascend_sim

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "attention_arguments.h"
+#include "unnamed.h"
 
 namespace ascend_sim::attention {
 namespace {

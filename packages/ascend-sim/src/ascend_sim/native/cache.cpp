@@ -2,6 +2,7 @@
 //
 // Reading and writing a paged key/value cache.
 #include "kernels.h"
+#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {

@@ -5,6 +5,7 @@
 
 #include "matmul.h"
 #include "moe.h"
+#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {

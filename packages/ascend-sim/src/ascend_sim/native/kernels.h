@@ -22,7 +22,7 @@ void by_type(const char* op, at::ScalarType type, F&& f) {
     case at::kFloat: return f(float{});
     case at::kHalf: return f(at::Half{});
     case at::kBFloat16: return f(at::BFloat16{});
-    default: TORCH_CHECK(false, op, ": data type must be float16, bfloat16 or float32, got ", type);
+    default: RULE(".dtype", false, op, ": data type must be float16, bfloat16 or float32, got ", type);
   }
 }
 

@@ -2,6 +2,7 @@
 //
 // Multi-head latent attention, beside the attention kernel itself: filling the latent cache, and merging partial attentions.
 #include "moe.h"
+#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {

@@ -8,6 +8,7 @@
 
 #include "comm.h"
 #include "kernels.h"
+#include "unnamed.h"
 
 namespace ascend_sim {
 

@@ -2,6 +2,7 @@
 //
 // npu_moe_distribute_dispatch_v2: each token goes to the ranks of its experts. Shapes are those of the meta function.
 #include "moe_exchange.h"
+#include "unnamed.h"
 
 namespace ascend_sim {
 namespace exchange {

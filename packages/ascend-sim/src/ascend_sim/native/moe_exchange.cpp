@@ -4,6 +4,7 @@
 // _op_plugin_docs.py; the argument rules are those of torch_npu's documentation of the two operators for Atlas A2 and A3, either of which may
 // allow a call.
 #include "moe_exchange.h"
+#include "unnamed.h"
 
 namespace ascend_sim::exchange {
 

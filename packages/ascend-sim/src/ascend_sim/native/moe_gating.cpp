@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "moe.h"
+#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {

@@ -18,11 +18,11 @@ Shape shape_of(const char* op, const at::Tensor& x, const at::Tensor& gamma) {
   on_device(op, "input", x);
   on_device(op, "gamma", gamma);
   const int64_t lead = x.dim() - gamma.dim();
-  TORCH_CHECK(gamma.dim() >= 1 && lead >= 0 && x.sizes().slice(lead) == gamma.sizes(), op,
-              ": gamma must have the shape of input's last dimensions, got gamma ", gamma.sizes(), " and input ", x.sizes());
-  STRICT(x.dim() >= 2 && x.dim() <= 8, op, ": input must have 2 to 8 dimensions, got ", x.dim());
-  STRICT(gamma.scalar_type() == x.scalar_type(), op, ": gamma must have the data type of input, got ", gamma.scalar_type(), " and ",
-         x.scalar_type());
+  RULE(".gamma-shape", gamma.dim() >= 1 && lead >= 0 && x.sizes().slice(lead) == gamma.sizes(), op,
+       ": gamma must have the shape of input's last dimensions, got gamma ", gamma.sizes(), " and input ", x.sizes());
+  STRICT(".rank", x.dim() >= 2 && x.dim() <= 8, op, ": input must have 2 to 8 dimensions, got ", x.dim());
+  STRICT(".gamma-dtype", gamma.scalar_type() == x.scalar_type(), op, ": gamma must have the data type of input, got ", gamma.scalar_type(),
+         " and ", x.scalar_type());
   Shape shape;
   shape.columns = gamma.numel();
   shape.rstd.assign(x.dim(), 1);
@@ -78,16 +78,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x1
                                                             double epsilon) {
   static Tally& mine = tally("npu::npu_add_rms_norm");
   count_call(mine);
-  on_device("npu_add_rms_norm", "x2", x2);
-  const Shape shape = shape_of("npu_add_rms_norm", x1, gamma);
-  TORCH_CHECK(x1.sizes() == x2.sizes(), "npu_add_rms_norm: x1 and x2 must have one shape, got ", x1.sizes(), " and ", x2.sizes());
-  TORCH_CHECK(x1.scalar_type() == x2.scalar_type(), "npu_add_rms_norm: x1 and x2 must have one data type, got ", x1.scalar_type(), " and ",
-              x2.scalar_type());
+  const char* op = "npu_add_rms_norm";
+  on_device(op, "x2", x2);
+  const Shape shape = shape_of(op, x1, gamma);
+  RULE(".x2-shape", x1.sizes() == x2.sizes(), op, ": x1 and x2 must have one shape, got ", x1.sizes(), " and ", x2.sizes());
+  RULE(".x2-dtype", x1.scalar_type() == x2.scalar_type(), op, ": x1 and x2 must have one data type, got ", x1.scalar_type(), " and ",
+       x2.scalar_type());
   const at::Tensor a = dense(x1), b = dense(x2);
   at::Tensor y = at::empty(x1.sizes(), x1.options()), sum = at::empty(x1.sizes(), x1.options());
   at::Tensor rstd = at::empty(shape.rstd, x1.options().dtype(at::kFloat)), keep;
   const float* weight = gamma_floats(gamma, keep);
-  by_type("npu_add_rms_norm", x1.scalar_type(), [&](auto tag) {
+  by_type(op, x1.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T *left = static_cast<const T*>(a.const_data_ptr()), *right = static_cast<const T*>(b.const_data_ptr());
     T *to = static_cast<T*>(y.data_ptr()), *added = static_cast<T*>(sum.data_ptr());

@@ -4,6 +4,7 @@
 #include <ATen/ops/matmul.h>
 
 #include "kernels.h"
+#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "kernels.h"
+#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {

@@ -2,6 +2,7 @@
 //
 // Mixture of experts with int8 weights: what lies between the two grouped matrix products, alone and fused with the first.
 #include "moe.h"
+#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {

@@ -3,18 +3,44 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Attention", "broken"]
+from vllm_ascend.moe_layers import ConfigReader
 
+__all__ = [
+    "BLOCK_SIZES",
+    "HEAD_SIZES",
+    "LATENT_BLOCK_SIZE",
+    "LATENT_QUERIES",
+    "PLAIN_SIZE",
+    "Attention",
+    "broken",
+    "check_cache",
+    "has_plain_form",
+    "head_sizes",
+    "kernel_head_size",
+    "notices",
+]
+
+# Each number is that of a rule in ascend-sim's contracts of these kernels; tests/test_attention_limits.py compares them.
+HEAD_SIZES = (64, 128, 192, 256)
+"""Head sizes that the kernel takes in TND layout. Heads of another size are padded with zeros to the next of these."""
+_LARGE_HEAD_SIZE = 256
+BLOCK_SIZES = (128, 256, 384, 512)
+"""Tokens of a block of the cache that the kernel takes of requests with several query tokens. vLLM cuts larger blocks into these."""
+LATENT_BLOCK_SIZE = 128
+LATENT_QUERIES = 16
+"""Query tokens of a request that the kernel takes in the absorbed form of latent attention."""
+PLAIN_SIZE = 128
+"""Width of keys without their rotary part, and of values, in the plain form of latent attention."""
+# No hardware takes float32, but the simulator's relaxed mode does: attention/probe.py finds that out in the worker.
+_DTYPES = ("bfloat16", "float32")
 _LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 _LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
-_SIZE_MULTIPLE = _BLOCK_MULTIPLE = 16
-_LARGEST_SIZE = _LARGEST_BLOCK = 512
-_MOST_HEADS, _MOST_QUERIES_A_KEY = 256, 64
+_MOST_HEADS, _MOST_QUERIES_A_KEY, _MOST_NUMBERS_A_TOKEN, _MOST_NUMBERS = 256, 64, 65535, 2**31 - 1
+_MOST_TOKENS, _MOST_REQUESTS = 2**20, 4096
 # Keys of a config that ask for attention sinks, and architectures whose attention always has them.
 _SINK_KEYS = (
     "add_swa_attention_sink_bias",
@@ -40,6 +66,10 @@ class Attention:
         dtype: of keys and values, such as "bfloat16".
         cache_dtype: what the user gave as kv_cache_dtype.
         block_size: tokens of a block of the cache, where the user gave one.
+        plain_form: with `latent`, whether prompts take the plain form.
+        tokens: query tokens of a step at most.
+        requests: of a step, at most.
+        cached: whether keys and values are kept; False for encoders.
     """
 
     heads: int = 0
@@ -52,65 +82,124 @@ class Attention:
     dtype: str = "bfloat16"
     cache_dtype: str = "auto"
     block_size: int = 0
+    plain_form: bool = True
+    tokens: int = 0
+    requests: int = 0
+    cached: bool = True
 
     @classmethod
     def of(cls, vllm_config: Any) -> Attention:
         """From vLLM's `VllmConfig`, whose `model_config` is there."""
-        model, cache, text = vllm_config.model_config, vllm_config.cache_config, vllm_config.model_config.hf_text_config
+        model, cache = vllm_config.model_config, vllm_config.cache_config
+        text = ConfigReader(model.hf_text_config)
         head_size = model.get_head_size()
-        first, second = (getattr(text, name, None) or 0 for name in _LATENT_SIZES)
+        first, second = (text.get(name, default=0) for name in _LATENT_SIZES)
         latent = (first, second) if model.use_mla else None
-        own_values = latent is None and not getattr(text, "kv_lora_rank", None) and getattr(text, "head_dim", None)
+        scheduler = vllm_config.scheduler_config
+        own_values = latent is None and not text.get("kv_lora_rank") and text.get("head_dim")
         return cls(
             heads=model.model_arch_config.total_num_attention_heads,
             kv_heads=model.get_total_num_kv_heads(),
             head_size=head_size,
-            value_size=(getattr(text, "v_head_dim", None) if own_values else None) or head_size,
+            value_size=(text.get("v_head_dim") if own_values else None) or head_size,
             latent=latent,
             missing=tuple(_missing(model)),
             ranks=vllm_config.parallel_config.tensor_parallel_size,
             dtype=str(model.dtype).removeprefix("torch."),
             cache_dtype=cache.cache_dtype,
             block_size=cache.block_size if cache.user_specified_block_size else 0,
+            plain_form=latent is None
+            or has_plain_form(text.get("qk_nope_head_dim", default=0), text.get("v_head_dim", default=0)),
+            tokens=scheduler.max_num_batched_tokens,
+            requests=scheduler.max_num_seqs,
+            cached=model.attn_type != "encoder_only",
         )
+
+
+def head_sizes(model: Any) -> list[int]:
+    """The head sizes of a model's layers, ascending, of vLLM's `ModelConfig`."""
+    overrides = getattr(model.model_arch_config, "per_layer_overrides", None) or ()
+    return sorted({model.get_head_size(), *(layer["head_size"] for layer in overrides if "head_size" in layer)})
 
 
 def _missing(model: Any) -> Iterator[str]:
     """What vLLM's `ModelConfig` says that the kernels do not have."""
-    text, architectures = model.hf_text_config, model.architectures
-    if cap := getattr(text, "attn_logit_softcapping", None):
+    text, architectures = ConfigReader(model.hf_text_config), model.architectures
+    if cap := text.get("attn_logit_softcapping"):
         yield f"a soft cap on attention logits (attn_logit_softcapping {cap})"
     if model.uses_alibi or "Step1ForCausalLM" in architectures:
         yield f"ALiBi position biases ({architectures[0]})"
-    sinks = [key for key in _SINK_KEYS if getattr(text, key, False)]
+    sinks = [key for key in _SINK_KEYS if text.get(key)]
     if sinks or any(name in _SINK_ARCHITECTURES for name in architectures):
         yield f"attention sinks ({sinks[0] if sinks else architectures[0]})"
-    if topk := getattr(text, "index_topk", None):
+    if topk := text.get("index_topk"):
         yield f"sparse attention (index_topk {topk})"
+    if len(sizes := head_sizes(model)) > 1:
+        yield f"layers with heads of several sizes ({', '.join(map(str, sizes))}): the cache has one shape for all of them"
     if model.is_mm_prefix_lm:
         yield f"bidirectional multimodal prefixes ({architectures[0]})"
     if model.is_encoder_decoder:
         yield f"cross-attention of encoder-decoder models ({architectures[0]})"
 
 
+def kernel_head_size(size: int) -> int:
+    """The smallest head size that the kernel takes and that holds `size`; 0 where there is none."""
+    return next((taken for taken in HEAD_SIZES if taken >= size), 0)
+
+
+def has_plain_form(qk_nope_head_dim: int, v_head_dim: int) -> bool:
+    """Whether prompts of a model with latent attention take the plain form; with wider heads they take the absorbed one, in pieces."""
+    return max(qk_nope_head_dim, v_head_dim) <= PLAIN_SIZE
+
+
+def check_cache(blocks: int, block_size: int, width: int) -> None:
+    """Refuse a cache of more numbers than the kernel counts.
+
+    Args:
+        blocks: of the cache.
+        block_size: tokens of a block.
+        width: numbers of a token, of its keys or its values.
+
+    Raises:
+        ValueError: the cache is too large.
+    """
+    if blocks * block_size * width > _MOST_NUMBERS:
+        raise ValueError(
+            f"{blocks} blocks of {block_size} tokens with {width} numbers each are more than the attention kernel's {_MOST_NUMBERS} numbers in the "
+            f"keys of a layer; give --num-gpu-blocks-override {_MOST_NUMBERS // (block_size * width)} or less"
+        )
+
+
+def notices(attention: Attention) -> Iterator[str]:
+    """What a user should know about a model that is within the limits."""
+    if attention.latent is None and kernel_head_size(attention.head_size) == _LARGE_HEAD_SIZE:
+        yield (
+            f"the model's attention heads are {attention.head_size} wide: older versions of CANN refuse {_LARGE_HEAD_SIZE} numbers a head in this "
+            "layout (error 561002)"
+        )
+
+
 def broken(attention: Attention) -> Iterator[str]:
     """One finding for each limit that a model, its cache or the tensor parallel size exceeds.
 
-    Source: torch_npu's documentation of `npu_fused_infer_attention_score` and `npu_scatter_pa_kv_cache`.
+    Source: torch_npu's documentation of `npu_fused_infer_attention_score`, its `_v2` and `npu_scatter_pa_kv_cache`.
     """
     for feature in attention.missing:
         yield f"vllm-ascend has no attention kernel for {feature}; serve a model without it"
+    if attention.dtype not in _DTYPES:
+        yield f"dtype ({attention.dtype!r}) is not one that the NPU's attention kernels take; give --dtype bfloat16"
     if attention.heads:
         yield from _broken_latent(attention) if attention.latent is not None else _broken_heads(attention)
     if attention.cache_dtype not in ("auto", attention.dtype):
         yield (
             f"kv_cache_dtype ({attention.cache_dtype!r}) must be 'auto' or the model's dtype, {attention.dtype!r}: keys and values are kept as they are"
         )
-    block = attention.block_size
-    largest = _LARGEST_BLOCK if attention.latent is None else math.inf  # vLLM cuts those of latents into smaller ones
-    if block % _BLOCK_MULTIPLE or block > largest:
-        allowed = f"a multiple of {_BLOCK_MULTIPLE}" + (f", at most {largest}" if attention.latent is None else "")
-        yield f"block_size ({block}) must be {allowed}; the default is 128"
+    if attention.block_size % BLOCK_SIZES[0]:
+        yield f"block_size ({attention.block_size}) must be a multiple of {BLOCK_SIZES[0]}, which is the default"
+    if attention.tokens > _MOST_TOKENS:
+        yield f"max_num_batched_tokens ({attention.tokens}) must be at most {_MOST_TOKENS}: the attention kernel's tokens of a step"
+    if attention.requests > _MOST_REQUESTS:
+        yield f"max_num_seqs ({attention.requests}) must be at most {_MOST_REQUESTS}: the attention kernel's requests of a step"
 
 
 def _broken_heads(attention: Attention) -> Iterator[str]:
@@ -121,15 +210,18 @@ def _broken_heads(attention: Attention) -> Iterator[str]:
         yield f"tensor_parallel_size ({ranks}) must divide the model's {kv_heads} key and value heads, or be a multiple of them"
     if kv_heads and heads % kv_heads:
         yield f"the model's {heads} attention heads must be a multiple of its {kv_heads} key and value heads"
-    elif kv_heads and heads // kv_heads > _MOST_QUERIES_A_KEY:
-        yield f"the model has {heads // kv_heads} attention heads for each key and value head; the kernel takes at most {_MOST_QUERIES_A_KEY}"
+    elif kv_heads and heads // kv_heads > _MOST_QUERIES_A_KEY and heads // ranks > _MOST_QUERIES_A_KEY:
+        yield f"the model has {heads // max(kv_heads, ranks)} attention heads for each key and value head; the kernel takes at most {_MOST_QUERIES_A_KEY}"
     if heads // ranks > _MOST_HEADS:
         yield f"the model has {heads // ranks} attention heads a rank; the kernel takes at most {_MOST_HEADS}; raise tensor_parallel_size"
     if attention.head_size != attention.value_size:
         yield f"the model's heads of keys ({attention.head_size} wide) and of values ({attention.value_size}) must be of one size"
     for size in sorted({attention.head_size, attention.value_size}):
-        if size % _SIZE_MULTIPLE or size > _LARGEST_SIZE:
-            yield f"the model's heads are {size} wide: the kernel takes multiples of {_SIZE_MULTIPLE} up to {_LARGEST_SIZE}"
+        if not kernel_head_size(size):
+            yield f"the model's heads are {size} wide: the kernel takes at most {HEAD_SIZES[-1]}"
+    width = max(kv_heads // ranks, 1) * kernel_head_size(attention.head_size)
+    if width > _MOST_NUMBERS_A_TOKEN:
+        yield f"the keys of a token have {width} numbers on each rank; the kernel takes at most {_MOST_NUMBERS_A_TOKEN}; raise tensor_parallel_size"
 
 
 def _broken_latent(attention: Attention) -> Iterator[str]:
@@ -142,4 +234,10 @@ def _broken_latent(attention: Attention) -> Iterator[str]:
         yield (
             f"multi-head latent attention with {attention.heads} heads over tensor_parallel_size {attention.ranks}: the NPU's kernel takes "
             f"{', '.join(map(str, _LATENT_HEADS))} heads a rank; change tensor_parallel_size if another one fits"
+        )
+    pieces = attention.tokens // LATENT_QUERIES + attention.requests
+    if not attention.plain_form and pieces > _MOST_REQUESTS:
+        yield (
+            f"max_num_batched_tokens ({attention.tokens}) must be at most {(_MOST_REQUESTS - attention.requests) * LATENT_QUERIES} with max_num_seqs "
+            f"({attention.requests}): prompts of this model take the kernel's absorbed form in pieces of {LATENT_QUERIES} tokens, {_MOST_REQUESTS} a step"
         )

@@ -1,53 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head latent attention (DeepSeek's MLA) over a paged cache of latents.
 
-vLLM's `MLAAttention` folds W_UK into the query and applies W_UV to the result (the absorbed form), so that all heads attend to one latent key of
-512 + 64 numbers a token, whose first 512 are the value as well. Here every token goes that way, prompts too: the kernel takes at most 16 query tokens
-a request, and a longer piece of a prompt is given to it as several requests over the same blocks, each ending a tile of 16 tokens later.
-Prefill, chunks, cached prefixes, decoding and any mixture of them are then one call.
+Requests of at most 16 new tokens take the absorbed form: vLLM's `MLAAttention` folds W_UK into the query and applies W_UV to the result, so that all
+heads attend to one latent key of 512 + 64 numbers a token, whose first 512 are the value as well. Longer ones, prompts and chunks of them, take the plain
+form: keys and values of 128 numbers a head are projected up from the latents, of new tokens at once, and of cached ones in chunks that are merged by
+their log-sum-exp. For a pair of a token and a key that is 640 instead of 2,176 operations a head, for which each cached key is projected up once for a
+step instead of being read as it is. A model with wider heads than 128 takes the absorbed form for all tokens, in pieces of 16.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from vllm.forward_context import get_forward_context
+from torch.nn.functional import pad
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionLayer,
-    CommonAttentionMetadata,
-    MLAAttentionImpl,
-    MultipleOf,
-)
+from vllm.v1.attention.backend import AttentionBackend, AttentionLayer, MLAAttentionImpl, MultipleOf
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_ascend import kernels
-from vllm_ascend.attention.gqa import AscendAttentionMetadata, AscendAttentionMetadataBuilder
+from vllm_ascend.attention.limits import LATENT_BLOCK_SIZE, PLAIN_SIZE
+from vllm_ascend.attention.mla_step import AscendMLAMetadata, AscendMLAMetadataBuilder, ContextChunk
+from vllm_ascend.attention.step import tokens_of_step
 
-__all__ = [
-    "AscendMLABackend",
-    "AscendMLAImpl",
-    "AscendMLAMetadata",
-    "AscendMLAMetadataBuilder",
-    "NoMLAPrefill",
-    "spare_workspace",
-    "tiles",
-]
-
-BLOCK_SIZES = (128, 16)  # what the kernel takes beside 512 + 64 columns
-TILE = 16  # query tokens that the kernel takes of a request
+__all__ = ["AscendMLABackend", "AscendMLAImpl", "NoMLAPrefill", "reserve_workspace"]
 
 
 class AscendMLABackend(AttentionBackend):
     """Names the parts, and how the KV cache lies in memory."""
 
-    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012
+    supported_dtypes = [torch.bfloat16, torch.float32]  # noqa: RUF012
 
     @staticmethod
     def get_name() -> str:
@@ -66,13 +51,13 @@ class AscendMLABackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
-        """128 or 16 tokens; vLLM cuts larger blocks into these."""
-        return list(BLOCK_SIZES)
+        """128 tokens; vLLM cuts larger blocks into these."""
+        return [LATENT_BLOCK_SIZE]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         """128 tokens, as for other attention."""
-        return BLOCK_SIZES[0]
+        return LATENT_BLOCK_SIZE
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -86,7 +71,7 @@ class AscendMLABackend(AttentionBackend):
 
 
 class NoMLAPrefill(MLAPrefillBackend):
-    """What vLLM's layer insists to construct for prompts, and what is never asked: they go through `AscendMLAImpl.forward_mqa`."""
+    """What vLLM's layer insists to construct for prompts, and what is never asked: `AscendMLAImpl.forward_mha` calls the kernels itself."""
 
     @staticmethod
     def get_name() -> str:
@@ -95,83 +80,11 @@ class NoMLAPrefill(MLAPrefillBackend):
 
     def run_prefill_new_tokens(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not called."""
-        raise NotImplementedError("ASCEND_MLA computes prompts in the absorbed form")
+        raise NotImplementedError("ASCEND_MLA computes prompts in AscendMLAImpl.forward_mha")
 
     def run_prefill_context_chunk(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not called."""
-        raise NotImplementedError("ASCEND_MLA computes prompts in the absorbed form")
-
-
-@dataclass(slots=True)
-class AscendMLAMetadata(AscendAttentionMetadata):
-    """One step, whose requests are tiles. What vLLM's layer reads of it says that every token is a decoded one."""
-
-    num_prefills: ClassVar[int] = 0
-
-    @property
-    def num_actual_tokens(self) -> int:
-        """Query tokens T."""
-        return self.num_tokens
-
-    @property
-    def num_decode_tokens(self) -> int:
-        """All of them."""
-        return self.num_tokens
-
-    @property
-    def num_decodes(self) -> int:
-        """One a tile."""
-        return len(self.query_ends)
-
-    @property
-    def decode(self) -> AscendMLAMetadata:
-        """What the layer wants to be there for decoded tokens."""
-        return self
-
-
-def tiles(query_ends: list[int], kv_lengths: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """Cut requests into pieces of at most `TILE` query tokens, each of which ends where its last token's keys end.
-
-    Args:
-        query_ends: cumulative query lengths of the requests.
-        kv_lengths: keys of each request, its new tokens among them.
-
-    Returns:
-        Of each piece its request, the cumulative query length and the keys.
-    """
-    requests, ends, keys = [], [], []
-    begin = 0
-    for request, (end, length) in enumerate(zip(query_ends, kv_lengths, strict=True)):
-        for cut in [*range(begin + TILE, end, TILE), end]:
-            requests.append(request)
-            ends.append(cut)
-            keys.append(length - (end - cut))
-        begin = end
-    return requests, ends, keys
-
-
-class AscendMLAMetadataBuilder(AscendAttentionMetadataBuilder):
-    """Turns vLLM's description of a step into kernel arguments."""
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> AscendMLAMetadata:
-        """One step."""
-        step = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if not step.causal:
-            raise ValueError("multi-head latent attention on an NPU is causal, got causal=False")
-        requests, ends, keys = tiles(step.query_ends, step.kv_lengths)
-        block_table = step.block_table
-        if len(requests) > len(block_table):
-            block_table = block_table[torch.tensor(requests, device=self.device)]
-        return AscendMLAMetadata(
-            num_tokens=step.num_tokens,
-            query_ends=ends,
-            kv_lengths=keys,
-            block_table=block_table,
-            mask=step.mask,
-            causal=True,
-        )
+        raise NotImplementedError("ASCEND_MLA computes prompts in AscendMLAImpl.forward_mha")
 
 
 class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
@@ -191,9 +104,12 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         kv_sharing_target_layer_name: str | None,
         *,
         kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        v_head_dim: int,
+        kv_b_proj: nn.Module,
         **dimensions: Any,
     ) -> None:
-        """Store the sizes. `dimensions` are the widths of the projections, which vLLM's layer computes.
+        """Store the sizes, and the projection from latents to keys and values. `dimensions` are further widths, which vLLM's layer computes.
 
         Raises:
             ValueError: an argument that the kernel does not have, of a model whose configuration did not show it at the start.
@@ -203,6 +119,8 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
                 raise ValueError(f"multi-head latent attention on an NPU has no {name} (got {value!r})")
         self.num_heads, self.scale = num_heads, scale
         self.kv_lora_rank = kv_lora_rank
+        self.key_size, self.value_size = qk_nope_head_dim, v_head_dim
+        self.kv_b_proj = kv_b_proj
         self.kv_cache_dtype = kv_cache_dtype
 
     def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,15 +139,13 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         kv_cache_dtype: str,
         k_scale: Tensor,
     ) -> None:
-        """Write this step's latents `[T, 512]` and rotated keys `[T, 1, 64]`. Padding tokens have no slot and are cut off; a step without
-        requests has none."""
-        if get_forward_context().attn_metadata is None:  # its slots are all -1, which the kernel does not take
+        """Write this step's latents `[T, 512]` and rotated keys `[T, 1, 64]`. Padding tokens have no slot, and a step without requests has no tokens
+        to write."""
+        tokens = tokens_of_step()
+        if not tokens:
             return
-        tokens = slot_mapping.shape[0]
-        latents, keys = self._caches(kv_cache)
-        kernels.scatter_kv(
-            kv_c_normed[:tokens].unsqueeze(1), k_pe[:tokens], latents.unsqueeze(2), keys.unsqueeze(2), slot_mapping
-        )
+        latents, keys = (cache.unsqueeze(2) for cache in self._caches(kv_cache))
+        kernels.scatter_kv(kv_c_normed[:tokens].unsqueeze(1), k_pe[:tokens], latents, keys, slot_mapping[:tokens])
 
     def forward_mqa(
         self,
@@ -242,23 +158,91 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         assert isinstance(q, tuple)  # one tensor is for quantised caches and context parallelism
         query, query_rope = q
         latents, keys = self._caches(kv_c_and_k_pe_cache)
-        step = attn_metadata
+        step = attn_metadata.decode
+        assert step is not None
         out = kernels.latent_attention(
             query,
-            query_rope.contiguous(),
+            query_rope,
             latents,
             keys,
             query_ends=step.query_ends,
             kv_lengths=step.kv_lengths,
             block_table=step.block_table,
-            mask=None if step.num_decodes == step.num_tokens else step.mask,
+            mask=step.mask,
             scale=self.scale,
         )
         return out, None
 
+    def forward_mha(
+        self,
+        q: Tensor,
+        kv_c_normed: Tensor,
+        k_pe: Tensor,
+        kv_c_and_k_pe_cache: Tensor,
+        attn_metadata: AscendMLAMetadata,
+        k_scale: Tensor,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+    ) -> None:
+        """The plain form: query `[T, N, 128 + 64]`, latents `[T, 512]` and rotated keys `[T, 1, 64]` of the new tokens -> output `[T, N * 128]`, written."""
+        step = attn_metadata.prefill
+        assert step is not None
+        queries = (_widened(q[..., : self.key_size]).contiguous(), q[..., self.key_size :].contiguous())
+        key, value = self._projected(kv_c_normed)
+        out, lse = kernels.prompt_latent_attention(
+            queries,
+            (key, k_pe),
+            value,
+            query_ends=step.query_ends,
+            kv_ends=step.query_ends,
+            mask=step.mask,
+            scale=self.scale,
+        )
+        if step.chunks:
+            out = out.float()  # so that each merge rounds to float32 alone
+        for chunk in step.chunks:
+            part, part_lse = self._context(chunk, queries, kv_c_and_k_pe_cache)
+            tokens = chunk.tokens
+            merged, merged_lse = kernels.merge_attention([out[tokens], part.float()], [lse[tokens], part_lse])
+            out[tokens].copy_(merged)
+            lse[tokens].copy_(merged_lse)
+        output.view(-1, self.num_heads, self.value_size).copy_(out[..., : self.value_size])
 
-def spare_workspace(model: nn.Module) -> None:
-    """Let vLLM's profiling run set aside no memory for keys and values projected up from cached latents: here they never are."""
+    def _context(self, chunk: ContextChunk, queries: tuple[Tensor, Tensor], kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of a chunk's query tokens to its cached tokens, and the log-sum-exp."""
+        latent_cache, key_cache = (cache.unsqueeze(2) for cache in self._caches(kv_cache))
+        latents, key_rope = kernels.gather_kv(
+            latent_cache, key_cache, chunk.block_table, chunk.lengths, chunk.starts, chunk.kv_ends[-1]
+        )
+        key, value = self._projected(latents.squeeze(1))
+        return kernels.prompt_latent_attention(
+            (queries[0][chunk.tokens], queries[1][chunk.tokens]),
+            (key, key_rope),
+            value,
+            query_ends=chunk.query_ends,
+            kv_ends=chunk.kv_ends,
+            mask=None,
+            scale=self.scale,
+        )
+
+    def _projected(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents `[S, 512]` -> keys without their rotary part and values, `[S, N, 128]` each."""
+        both = self.kv_b_proj(latents)[0].view(-1, self.num_heads, self.key_size + self.value_size)
+        return _widened(both[..., : self.key_size]), _widened(both[..., self.key_size :])
+
+
+def _widened(rows: Tensor) -> Tensor:
+    """`[T, N, D]` with zeros up to the width of the plain form, which change no score and give columns of zeros in the result."""
+    missing = PLAIN_SIZE - rows.shape[-1]
+    return pad(rows, (0, missing)) if missing else rows
+
+
+def reserve_workspace(model: nn.Module) -> None:
+    """Let vLLM's profiling run, which reserves what a chunk's projected keys and values take, count also what is beside them at the same time: the
+    latents read from the cache, contiguous copies of keys and values, and rotated keys for each head."""
     for layer in model.modules():
         if isinstance(layer, MLAAttention):
-            layer._chunked_prefill_workspace_size = 0
+            heads, projected = layer.num_heads, layer.num_heads * (layer.qk_nope_head_dim + layer.v_head_dim)
+            rope = layer.qk_rope_head_dim
+            beside = layer.kv_lora_rank + rope + heads * (2 * PLAIN_SIZE + rope)
+            layer._chunked_prefill_workspace_size = -(-layer.chunked_prefill_workspace_size * (projected + beside) // projected)  # fmt: skip

@@ -9,15 +9,13 @@ from __future__ import annotations
 import torch
 
 from vllm_ascend import kernels
-from vllm_ascend.attention.limits import Attention
+from vllm_ascend.attention.limits import BLOCK_SIZES, LATENT_BLOCK_SIZE, PLAIN_SIZE, Attention, kernel_head_size
 
 __all__ = ["check"]
 
-_BLOCK = 128  # tokens of a block of the cache, where the user has asked for no other size
-
 
 def check(attention: Attention, device: torch.device) -> None:
-    """Write one token's keys and values into a cache of one block, and attend to them.
+    """Write one token's keys and values into a cache of one block, and attend to them, in every form in which the model's layers will.
 
     Args:
         attention: of the model; nothing is computed where its sizes are not known.
@@ -29,20 +27,23 @@ def check(attention: Attention, device: torch.device) -> None:
     if not attention.heads:
         return
     try:
-        _latent(attention, device) if attention.latent is not None else _grouped(attention, device)
+        if not attention.cached:
+            _encoder(attention, device)
+        else:
+            _latent(attention, device) if attention.latent is not None else _grouped(attention, device)
         torch.accelerator.synchronize(device)  # a kernel that runs later says later what it refuses
     except RuntimeError as error:
         said = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
             f"an attention kernel of this NPU does not take the model: dtype {attention.dtype}, {attention.heads} heads and "
             f"{attention.kv_heads} of keys and values, {attention.head_size} wide, over tensor_parallel_size {attention.ranks}: {said}. "
-            "bfloat16 and float16 (--dtype) are what the kernels are documented for"
+            "the kernels are documented for bfloat16 (--dtype bfloat16)"
         ) from error
 
 
 def _grouped(attention: Attention, device: torch.device) -> None:
     heads, kv_heads = attention.heads // attention.ranks, max(attention.kv_heads // attention.ranks, 1)
-    size, block = attention.head_size, attention.block_size or _BLOCK
+    size, block = kernel_head_size(attention.head_size), BLOCK_SIZES[0]
     options = {"dtype": getattr(torch, attention.dtype), "device": device}
     rows = torch.zeros(1, kv_heads, size, **options)
     keys, values = torch.zeros(2, 1, block, kv_heads, size, **options).unbind()
@@ -63,11 +64,31 @@ def _grouped(attention: Attention, device: torch.device) -> None:
     )
 
 
+def _encoder(attention: Attention, device: torch.device) -> None:
+    heads, kv_heads = attention.heads // attention.ranks, max(attention.kv_heads // attention.ranks, 1)
+    options = {"dtype": getattr(torch, attention.dtype), "device": device}
+    rows = torch.zeros(1, kv_heads, attention.head_size, **options)
+    kernels.attention_of_any_size(
+        torch.zeros(1, heads, attention.head_size, **options),
+        rows,
+        rows,
+        num_heads=heads,
+        num_key_value_heads=kv_heads,
+        scale=1.0,
+        actual_seq_lengths=[1],
+        actual_seq_lengths_kv=[1],
+        sparse_mode=kernels.SPARSE_NONE,
+    )
+
+
 def _latent(attention: Attention, device: torch.device) -> None:
     assert attention.latent is not None
     heads, (latent, rope) = attention.heads // attention.ranks, attention.latent
     options = {"dtype": getattr(torch, attention.dtype), "device": device}
-    latents, keys = torch.zeros(1, _BLOCK, latent, **options), torch.zeros(1, _BLOCK, rope, **options)
+    latents, keys = (
+        torch.zeros(1, LATENT_BLOCK_SIZE, latent, **options),
+        torch.zeros(1, LATENT_BLOCK_SIZE, rope, **options),
+    )
     kernels.scatter_kv(
         latents[:, :1],
         keys[:, :1],
@@ -86,3 +107,15 @@ def _latent(attention: Attention, device: torch.device) -> None:
         mask=None,
         scale=1.0,
     )
+    if attention.plain_form:
+        rows, rotated = torch.zeros(1, heads, PLAIN_SIZE, **options), torch.zeros(1, heads, rope, **options)
+        out, lse = kernels.prompt_latent_attention(
+            (rows, rotated),
+            (rows, rotated[:, :1]),
+            rows,
+            query_ends=[1],
+            kv_ends=[1],
+            mask=kernels.causal_mask(device),
+            scale=1.0,
+        )
+        kernels.merge_attention([out, out], [lse, lse])

@@ -24,6 +24,7 @@ from ascend_linear import (
     StepState,
     StreamedWeight,
     get_replicated_op,
+    in_tower,
     layer_index,
 )
 from torch import Tensor, nn
@@ -233,12 +234,13 @@ def _stream(layers: list[WithOp], o_shard: LayerShard) -> None:
 
 
 def _chain(layers: list[WithOp]) -> None:
-    """Tell each layer which one follows it, if its weight is prefetched; the first one follows the last."""
+    """Tell each layer of the language model which one follows it, if its weight is prefetched; the first one follows the last."""
     found = [
         (module, layer)
         for layer in layers
         if (module := _PREFETCHED.get(layer.prefix.rpartition(".")[2]))
         and layer_index(layer.prefix) is not None
+        and not in_tower(layer.prefix)
         and isinstance(getattr(layer, "weight", None), Tensor)  # a quantised layer may have no single one
     ]
     for (_, layer), following in zip(found, [*found[1:], *found[:1]], strict=True):

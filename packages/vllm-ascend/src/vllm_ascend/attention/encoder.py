@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of encoders: every token sees the tokens of its own request in both directions, and nothing is cached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionLayer, AttentionType
+
+from vllm_ascend import kernels
+from vllm_ascend.attention.gqa import AscendAttentionBackend, AscendAttentionImpl
+from vllm_ascend.attention.step import AscendAttentionMetadata
+
+__all__ = ["AscendEncoderAttentionBackend", "AscendEncoderAttentionImpl"]
+
+
+class AscendEncoderAttentionBackend(AscendAttentionBackend):
+    """Names the parts. The table of backends knows it by its base class's name: which of the two a layer takes, the layer's kind decides."""
+
+    forward_includes_kv_cache_update = True  # so that no update is called: there is no cache
+
+    @staticmethod
+    def get_impl_cls() -> type[AscendEncoderAttentionImpl]:
+        """The class a layer runs."""
+        return AscendEncoderAttentionImpl
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Encoders alone."""
+        return attn_type in (AttentionType.ENCODER_ONLY, AttentionType.ENCODER)
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """Always so."""
+        return True
+
+
+class AscendEncoderAttentionImpl(AscendAttentionImpl):
+    """One layer's attention over the keys and values of the same step. A request's tokens are all in one step: vLLM cuts no prompt of such a model."""
+
+    def do_kv_cache_update(
+        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Nothing: the layer has no cache."""
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: AscendAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Query `[T, N, D]`, key and value `[T, Nkv, D]` -> output `[T, N, D]`, written and returned. Without metadata (profiling) it is zero."""
+        step = attn_metadata
+        if step is None:
+            return output.zero_()
+        tokens = step.num_actual_tokens
+        result = kernels.attention(
+            self._padded(query[:tokens]),
+            self._padded(key[:tokens]),
+            self._padded(value[:tokens]),
+            num_heads=self.num_heads,
+            num_key_value_heads=self.num_kv_heads,
+            scale=self.scale,
+            actual_seq_lengths=step.query_ends,
+            actual_seq_lengths_kv=step.query_ends,
+            **self._window(step),
+        )
+        output[:tokens].copy_(result[..., : self.head_size])
+        return output
+
+    def _window(self, step: AscendAttentionMetadata) -> dict[str, Any]:
+        """The kernel's mask: none, or a band that reaches equally far to both sides."""
+        if self.sliding_window is None:
+            return {"sparse_mode": kernels.SPARSE_NONE}
+        reach = self.sliding_window - 1
+        return {
+            "sparse_mode": kernels.SPARSE_BAND,
+            "atten_mask": step.mask,
+            "pre_tokens": reach,
+            "next_tokens": reach,
+        }

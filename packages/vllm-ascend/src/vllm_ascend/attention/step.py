@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step as the attention backends see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
+
+__all__ = ["AscendAttentionMetadata", "describe", "tokens_of_step"]
+
+
+@dataclass(slots=True)
+class AscendAttentionMetadata(AttentionMetadata):
+    """One step's lengths, for all layers of a KV-cache group.
+
+    Attributes:
+        num_actual_tokens: query tokens T, without padding.
+        query_ends: cumulative query lengths, last one T.
+        kv_lengths: keys of each request.
+        block_table: int32 `[requests, blocks]`.
+        mask: the compressed causal mask.
+        causal: whether a query sees later keys not at all.
+    """
+
+    num_actual_tokens: int
+    query_ends: list[int]
+    kv_lengths: list[int]
+    block_table: Tensor
+    mask: Tensor
+    causal: bool
+
+
+def describe(step: CommonAttentionMetadata, mask: Tensor) -> AscendAttentionMetadata:
+    """vLLM's description of a step as kernel arguments.
+
+    Raises:
+        ValueError: the causal flags of requests differ.
+    """
+    if not isinstance(step.causal, bool):
+        raise ValueError("vllm-ascend attention takes one causal flag for all requests of a step")
+    lengths = step.seq_lens_cpu_upper_bound
+    if lengths is None:
+        lengths = step.seq_lens.cpu()
+    return AscendAttentionMetadata(
+        num_actual_tokens=step.num_actual_tokens,
+        query_ends=step.query_start_loc_cpu[1 : step.num_reqs + 1].tolist(),
+        kv_lengths=lengths[: step.num_reqs].tolist(),
+        block_table=step.block_table_tensor[: step.num_reqs],
+        mask=mask,
+        causal=step.causal,
+    )
+
+
+def tokens_of_step() -> int:
+    """Query tokens of this step's requests, without padding; 0 in a step without requests.
+
+    vLLM gives padding tokens slots of -1, and so every token of a step without requests. The cache kernels take no such slot.
+    """
+    metadata = get_forward_context().attn_metadata
+    if not metadata:
+        return 0
+    layers = metadata if isinstance(metadata, dict) else metadata[0]
+    one: Any = next(iter(layers.values()))
+    return int(one.num_actual_tokens)

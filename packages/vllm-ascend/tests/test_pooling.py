@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that embed, classify and score on the simulated NPU against Hugging Face transformers and sentence-transformers.
+
+Of every text the answer is a vector, or one for each of its tokens. Its error is its distance from the answer that transformers computes in
+float64, in parts of that answer's length. In bfloat16 (strict mode) errors must be those of transformers' bfloat16, as `rounding.py` says. In
+float32 (relaxed mode) they must be within what follows from transformers' errors in bfloat16: to the first order an answer's error is linear in
+the roundings. Where bfloat16 rounds the result of an operation once, to 8 bits, float32 rounds to 24 bits each of the at most `TERMS` sums
+that the result is made of: so it errs at most TERMS * 2**-16 times as much.
+"""
+
+import json
+
+import pooling_models
+import pytest
+import torch
+from engine_processes import wait
+from pooling_models import CASES, FIRST_WORD, LONGEST, VOCABULARY, WINDOW, answers, build, texts
+from rounding import OtherOrder, excess
+
+TERMS = 512  # the longest sum of products: over the keys of a text, the inner width of an MLP, the vocabulary
+LENGTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 18, 31, 33, 48, 63, 64, 65, 90, 100, 127, 128, 129, 200]
+MANY = [1 + 511 * number // 63 for number in range(64)]  # 1 to 512 tokens, 64 texts
+SMALL = {
+    "max_model_len": LONGEST,
+    "max_num_seqs": 64,
+    "max_num_batched_tokens": 1024,
+    "kv_cache_memory_bytes": 64 << 20,
+}
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# One of each kind, in either precision. `python test_pooling.py` runs all of `CASES`.
+IN_FLOAT32 = [
+    "bert-cls", "bert-mean", "bert-all", "xlm-roberta", "modernbert", "nomic", "gte", "gte-qwen2", "gte-qwen2-both-ways", "embedding-gemma",
+    "modernbert-reranker", "bert-tokens", "qwen2-process-reward",
+]  # fmt: skip
+IN_BFLOAT16 = ["bert-mean", "modernbert", "embedding-gemma", "gte-qwen2-both-ways", "xlm-roberta-reranker", "colbert"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of a case's checkpoint, by name; made once."""
+    root, made = tmp_path_factory.mktemp("pooling"), {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = root / name
+            made[name].mkdir()
+            pooling_models.save(CASES[name], made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_pooling(tmp_path_factory, engine_servers):
+    """Run a job of `run_pooling.py`; returns its results."""
+
+    def run(job, **env):
+        folder = tmp_path_factory.mktemp("job")
+        files = [folder / name for name in ("job.json", "result.pt", "said.txt")]
+        files[0].write_text(json.dumps(job))
+        wait([engine_servers.start("run_pooling", files[:2], files[2], env)], [files[2]])
+        return torch.load(files[1])
+
+    return run
+
+
+def pool(task, prompts):
+    return {"kind": "pool", "task": task, "prompts": prompts}
+
+
+def engine(folder, case=None, **options):
+    return {"model": str(folder), **SMALL, **(case.engine if case else {}), **options}
+
+
+def relative_errors(found, exact):
+    """Distances from the exact answers, in parts of these, `[texts]` or `[tokens of all texts]`."""
+    parts = [
+        (answer.reshape(truth.shape) - truth).norm(dim=-1) / truth.norm(dim=-1)
+        for answer, truth in zip(found, exact, strict=True)
+    ]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def in_bfloat16(case, prompts):
+    """The exact answers of a model whose weights are in bfloat16, and the errors of transformers in bfloat16, `[members, texts or tokens]`."""
+    model = build(case).bfloat16()
+    exact = answers(case, model.double(), prompts)
+    model = model.bfloat16()
+    errors = []
+    for seed in range(3):
+        with OtherOrder(seed):
+            errors.append(relative_errors(answers(case, model, prompts), exact))
+    return exact, torch.stack(errors)
+
+
+def float32_bound(case, prompts):
+    return TERMS * 2**-16 * in_bfloat16(case, prompts)[1].max()
+
+
+def in_blocks(case):
+    """Errors of a text's tokens have something in common, those of texts do not."""
+    return 4 if case.task.startswith("token") else 1
+
+
+def assert_float32(name, found, prompts, some=None):
+    """The bound is found with some of the prompts, or with all."""
+    case = CASES[name]
+    errors = relative_errors(found, answers(case, build(case).double(), prompts))
+    bound = float32_bound(case, some or prompts)
+    print(f"{name}: largest error {errors.max():.1e}, bound {bound:.1e}")
+    assert errors.max() <= bound, f"{name}: largest error {errors.max():.1e}, bound {bound:.1e}"
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return texts(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def float32(checkpoint, run_pooling, prompts):
+    """What the engines of one process say, by the name of the case: of the prompts, and of many texts at once."""
+    both = [prompts, texts(MANY, seed=1)]
+    job = [
+        {
+            "engine": engine(checkpoint(name), CASES[name], dtype="float32"),
+            "runs": [pool(CASES[name].task, texts) for texts in (both if name in ("bert-mean", "modernbert") else both[:1])],
+        }
+        for name in IN_FLOAT32
+    ]  # fmt: skip
+    return dict(zip(IN_FLOAT32, run_pooling(job, **ONE_PROCESS), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_float32(name, float32, prompts):
+    assert_float32(name, float32[name][0]["data"], prompts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert-mean", "modernbert"])
+def test_sixty_four_texts_of_one_to_512_tokens_at_once(name, float32):
+    many = texts(MANY, seed=1)
+    assert (len(many), min(map(len, many)), max(map(len, many))) == (64, 1, 512)
+    assert_float32(name, float32[name][1]["data"], many, many[:48:8])
+
+
+@pytest.fixture(scope="module")
+def bfloat16(checkpoint, run_pooling, prompts):
+    job = [
+        {"engine": engine(checkpoint(name), CASES[name], dtype="bfloat16"), "runs": [pool(CASES[name].task, prompts)]}
+        for name in IN_BFLOAT16
+    ]
+    return dict(zip(IN_BFLOAT16, run_pooling(job, ASCEND_SIM_STRICT="1", **ONE_PROCESS), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_bfloat16_in_strict_mode(name, bfloat16, prompts):
+    case = CASES[name]
+    exact, reference = in_bfloat16(case, prompts)
+    errors = relative_errors(bfloat16[name][0]["data"], exact)
+    found = excess(errors, reference, in_blocks(case))
+    assert found <= 1, f"{name}: mean error {errors.mean():.4f}, of the reference {reference.mean():.4f}: {found:.2f}"
+
+
+def shift_positions(model):
+    """By one: RoBERTa counts from the padding token's id on."""
+    weight = model.embeddings.position_embeddings.weight
+    weight.data = weight.data.roll(1, 0)
+
+
+def narrow_window(model):
+    """By one key on either side."""
+    model.config.sliding_window -= 1
+    for layer in model.layers:
+        if layer.attn.sliding_window is not None:
+            layer.attn.sliding_window -= 1
+
+
+def one_sided(model):
+    """As a decoder."""
+    forward = model.forward
+    model.forward = lambda ids, attention_mask=None: forward(ids)
+
+
+def scale_attention(model):
+    """As if heads of 32 that are filled up to 64 were scaled by the latter."""
+    for layer in model.encoder.layer:
+        layer.attention.self.scaling *= 2**-0.5
+
+
+SPOILT = {
+    "xlm-roberta": shift_positions,
+    "modernbert": narrow_window,
+    "gte-qwen2-both-ways": one_sided,
+    "bert-mean": scale_attention,
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_the_bounds_catch_a_wrong_model(name, prompts):
+    """transformers' own model, spoilt, in either precision."""
+    case = CASES[name]
+    model = build(case)
+    exact = answers(case, model.double(), prompts)
+    SPOILT[name](model.float())
+    assert relative_errors(answers(case, model, prompts), exact).max() > float32_bound(case, prompts)
+    exact, reference = in_bfloat16(case, prompts)
+    errors = relative_errors(answers(case, model.bfloat16(), prompts), exact)
+    assert excess(errors, reference, in_blocks(case)) > 1
+
+
+@pytest.mark.slow
+def test_prefix_cache_and_chunks_of_causal_embedders(checkpoint, run_pooling):
+    """The vectors of a second round, from the prefix cache, and of prompts in chunks of 48 tokens are those of transformers as well."""
+    long = texts([20, 130, 200, 257, 300, 400], seed=2)
+    extended = [ids[:128] + more for ids, more in zip(long, texts([10] * 6, seed=3), strict=True)]
+    cases = ["qwen3-embedding", "qwen3-classifier"]
+    job = [
+        {
+            "engine": engine(
+                checkpoint(name), CASES[name], dtype="float32", max_num_batched_tokens=48, enable_prefix_caching=True, enable_chunked_prefill=True
+            ),
+            "runs": [pool(CASES[name].task, each) for each in (long, long, extended)],
+        }
+        for name in cases
+    ]  # fmt: skip
+    for name, (first, second, other) in zip(cases, run_pooling(job, **ONE_PROCESS), strict=True):
+        assert first["cached"] == [0] * 6
+        assert second["cached"] == [0, 128, 128, 256, 256, 384]
+        assert other["cached"] == [0, 128, 128, 128, 128, 128]
+        for found, prompts in ((first, long), (second, long), (other, extended)):
+            assert_float32(name, found["data"], prompts)
+
+
+@pytest.mark.slow
+def test_over_two_ranks(checkpoint, run_pooling, prompts):
+    cases = ["modernbert", "qwen2-process-reward"]
+    job = [
+        {"engine": engine(checkpoint(name), CASES[name], dtype="float32", tensor_parallel_size=2), "runs": [pool(CASES[name].task, prompts)]}
+        for name in cases
+    ]  # fmt: skip
+    for name, (found,) in zip(cases, run_pooling(job), strict=True):
+        assert_float32(name, found["data"], prompts)
+
+
+def words(ids):
+    return " ".join(f"w{number}" for number in ids)
+
+
+@pytest.mark.slow
+def test_scores_of_pairs(checkpoint, run_pooling):
+    """A cross-encoder reads query and document together, and knows by their types which is which; ColBERT compares their tokens' vectors."""
+    from transformers import AutoTokenizer
+
+    query, *documents = (
+        [FIRST_WORD + 1 + number % (VOCABULARY - FIRST_WORD - 1) for number in ids]
+        for ids in texts([9, 1, 5, 30, 200], seed=4)
+    )
+    query, documents = words(query), [words(ids) for ids in documents]
+    cases = ["bert-cross-encoder", "colbert"]
+    run = {"kind": "score", "query": query, "documents": documents}
+    job = [{"engine": engine(checkpoint(name), dtype="float32"), "runs": [dict(run)]} for name in cases]
+    (crossed,), (compared,) = run_pooling(job, **ONE_PROCESS)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint(cases[0]))
+
+    def cross(model):
+        with torch.inference_mode():
+            pairs = [tokenizer(query, document, return_tensors="pt") for document in documents]
+            return torch.stack([model(**pair).logits[0, 0].sigmoid() for pair in pairs]).double()
+
+    def compare(model):
+        case = CASES["colbert"]
+        vectors = answers(case, model, [tokenizer(text)["input_ids"] for text in (query, *documents)])
+        return torch.stack([(vectors[0] @ vector.mT).amax(1).sum() for vector in vectors[1:]])
+
+    for name, found, reference in zip(cases, (crossed, compared), (cross, compare), strict=True):
+        exact, rounded = reference(build(CASES[name]).double()), reference(build(CASES[name]).bfloat16())
+        errors = (torch.tensor(found).double() - exact).abs()
+        assert errors.max() <= TERMS * 2**-16 * (rounded - exact).abs().max(), (found, exact)
+    with torch.inference_mode():  # and the types do matter
+        one = torch.stack(
+            [
+                build(CASES[cases[0]])(torch.tensor([tokenizer(query, text)["input_ids"]])).logits[0, 0].sigmoid()
+                for text in documents
+            ]
+        )
+    assert (one - torch.tensor(crossed)).abs().max() > 1e-3
+
+
+def test_windows_reach_both_ways():
+    """What the cases are made of: the models of windows have layers with one and layers without."""
+    kinds = build(CASES["modernbert"]).config.layer_types
+    assert {"sliding_attention", "full_attention"} <= set(kinds)
+    assert build(CASES["modernbert"]).config.sliding_window == WINDOW
