@@ -107,8 +107,10 @@ def runtime(sonames: Sequence[str]) -> Path:
             shared = [compiler(), "-shared", "-fPIC", "-O2"]
             stub = made / "libascendcl.so"
             sources = [str(source) for source in runtime_sources() if source.suffix == ".c"]
-            in_c = [option for source in sources for option in ("-x", "c", source)]  # g++ takes -x for the next file alone
-            run([*shared, f"-I{acl_headers()}", "-Wl,-soname,libascendcl.so", "-o", str(stub), *in_c, "-x", "none", "-lpthread"])
+            # g++ takes -x for the next file alone.
+            in_c = [option for source in sources for option in ("-x", "c", source)]
+            run([*shared, f"-I{acl_headers()}", "-Wl,-soname,libascendcl.so", "-o", str(stub), *in_c,
+                 "-x", "none", "-lpthread"])  # fmt: skip
             for name in sonames:
                 run([*shared, "-x", "c", "/dev/null", "-x", "none", "-Wl,--no-as-needed", f"-Wl,-soname,{name}.so", "-Wl,-rpath,$ORIGIN",
                      "-o", str(made / f"{name}.so"), str(stub)])  # fmt: skip

@@ -51,7 +51,7 @@ class SimulatedHCCL(dist.ProcessGroupGloo):
         Raises:
             ValueError: `rank` is negative, or stands for another device than that of this process.
         """
-        own, devices = self.global_ranks[self.rank()], torch.npu.device_count()
+        own, devices = self.global_ranks[self.rank()], torch.accelerator.device_count()
         if rank < 0 or rank % devices != own % devices:
             raise ValueError(
                 f"get_hccl_comm_name: rank is {rank}; it must be this process's rank in the whole job, {own} (torch.distributed.get_rank())"

@@ -123,7 +123,8 @@ void check_int8(const char* op, at::ScalarType weight, at::ScalarType out, const
 Tensors aliases(const char* op, const char* argument, at::TensorList list) {
   Tensors out;
   for (const at::Tensor& t : list) {
-    on_device(op, argument, t);
+    if (std::string_view(argument) == "weight") on_device_in_any_format(op, argument, t);
+    else on_device(op, argument, t);
     out.push_back(cpu_alias(t));
   }
   return out;

@@ -218,8 +218,7 @@ class Late : public c10::OperatorKernel {
       for (size_t i = base; i < stack.size(); ++i)
         of.push_back(stack[i].isDevice() ? IValue(at::Device(at::kMeta)) : each_tensor(stack[i], to_meta));
       op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), &of);
-    } catch (const std::exception& e) {
-      if (std::getenv("ORDER_DEBUG")) fprintf(stderr, "META %s: %s\n", name_.c_str(), e.what());
+    } catch (const std::exception&) {
       return std::nullopt;  // what is wrong shows when it runs
     }
     for (const IValue& value : of)

@@ -139,7 +139,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_matmul_swiglu_quant(const
   static Tally& mine = tally("npu::npu_grouped_matmul_swiglu_quant");
   const char* op = "npu_grouped_matmul_swiglu_quant";
   on_device(op, "x", x);
-  on_device(op, "weight", weight);
+  on_device_in_any_format(op, "weight", weight);
   on_device(op, "x_scale", x_scale);
   TORCH_CHECK(!bias && !offset, op, ": bias and offset must be None");
   TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kChar, op, ": x must be int8 [m, k], got ", x.scalar_type(), " ", x.sizes());
