@@ -3,8 +3,10 @@
 // ASCEND_SIM_STREAMS=lazy: an operator on a stream that is not the default one is kept as a task, and runs when something waits for it
 // (runtime/streams.c). Its results are allocated, and poisoned, at once: whoever reads them without having waited reads NaN. Their shapes come from
 // the operator's meta kernel; one that has none, or whose shapes depend on numbers, runs at once, and only its results arrive late. Collectives
-// start at once too, for other ranks wait for them, on any stream; their results arrive when their handle is waited for, as from HCCL's own stream.
+// start at once too, for other ranks wait for them, on any stream; their results arrive when their handle is waited for, as from HCCL's own streams.
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/Work.hpp>
+#include <torch/custom_class.h>
 #include <torch_npu/csrc/core/npu/NPUStream.h>
 
 #include "alias.h"
@@ -307,6 +309,7 @@ class LateCollective final : public c10::OperatorKernel {
     const std::string& name = op.schema().name();
     sends_ = name == "c10d::send" || op.schema().arguments()[0].type()->kind() == c10::TypeKind::ClassType;
     stays_ = name == "c10d::broadcast_" || name == "c10d::reduce_";
+    message_ = name == "c10d::send" || name.starts_with("c10d::recv");
   }
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
@@ -314,6 +317,7 @@ class LateCollective final : public c10::OperatorKernel {
     if (const aclrtStream side = side_stream()) check(aclrtSynchronizeStream(side));  // what it reads
     const size_t base = stack->size() - op.schema().arguments().size();
     const IValue first = (*stack)[base];
+    const aclrtStream own = own_stream(*stack, base);
     for (size_t i = base; i < stack->size(); ++i)
       (*stack)[i] = each_tensor((*stack)[i], [](const at::Tensor& t) { return on_npu(t) ? to_npu(cpu_alias(t), t.device()) : t; });
     Tensors to, from;
@@ -326,26 +330,33 @@ class LateCollective final : public c10::OperatorKernel {
     auto work = stack->back().toCustomClass<c10d::Work>();
     if (!stays_)
       for (const at::Tensor& t : to) poison_part(t);
-    const uint64_t position = enqueue(own_stream(), [work, to, from] {
+    const uint64_t position = enqueue(own, [work, to, from] {
       work->wait();
       for (size_t i = 0; i < to.size(); ++i) write(to[i], from[i]);
     });
-    stack->back() = c10::intrusive_ptr<c10d::Work>(c10::make_intrusive<LateWork>(own_stream(), position, work));
+    stack->back() = c10::intrusive_ptr<c10d::Work>(c10::make_intrusive<LateWork>(own, position, work));
     if (stack->size() == base + 2) (*stack)[base] = first;
   }
 
  private:
-  static aclrtStream own_stream() {  // as HCCL has one
-    static const aclrtStream stream = [] {
-      aclrtStream made = nullptr;
-      check(aclrtCreateStream(&made));
-      return made;
-    }();
+  // As HCCL has it: a stream for each group, and one for the messages to and from each rank.
+  aclrtStream own_stream(const Stack& stack, size_t base) const {
+    std::string key;
+    for (size_t i = base; i < stack.size(); ++i) {
+      if (stack[i].isCustomClass() && *stack[i].type() == *c10::getCustomClassType<c10::intrusive_ptr<c10d::ProcessGroup>>())
+        key += stack[i].toCustomClass<c10d::ProcessGroup>()->getGroupName();
+      if (message_ && stack[i].isInt()) key += "/" + std::to_string(stack[i].toInt());
+    }
+    static std::mutex mutex;
+    static std::map<std::string, aclrtStream> streams;
+    std::lock_guard<std::mutex> lock(mutex);
+    aclrtStream& stream = streams[key];
+    if (!stream) check(aclrtCreateStream(&stream));
     return stream;
   }
 
   c10::SafeKernelFunction inner_;
-  bool sends_ = false, stays_ = false;
+  bool sends_ = false, stays_ = false, message_ = false;
 };
 
 bool lazy() {
