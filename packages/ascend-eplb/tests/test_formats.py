@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import json
 import logging
 import os
+import re
+import resource
 import subprocess
 import sys
 
@@ -226,11 +229,49 @@ def test_loads_are_appended_and_an_interrupted_line_is_no_loss(tmp_path):
         eplb.append_loads(history, tmp_path / "load.npz")
 
 
+def test_a_failed_append_leaves_the_lines_that_were_there(tmp_path):
+    """A limit on the size of files stands for a full disk: the second of three steps is cut."""
+    history, path = np.arange(10.0).reshape(5, 1, 2), tmp_path / "load.jsonl"
+    eplb.append_loads(history[:2], path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) * 7 // 4, limits[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(f"File too large: {str(path)!r}")):
+            eplb.append_loads(history[2:], path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    eplb.append_loads(history[2:], path)
+    assert np.array_equal(eplb.read_loads(path), history)
+
+
+@pytest.mark.parametrize("step", ["write", "fsync"])
+def test_an_error_at_any_time_of_an_append_leaves_the_lines_that_were_there(tmp_path, monkeypatch, step):
+    path = tmp_path / "load.jsonl"
+    eplb.append_loads([[1.0]], path)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        if step == "fsync":
+            patch.setattr(os, "fsync", fail)
+        else:
+            patch.setattr("ascend_eplb.formats.loads._write_all", lambda file, _: (file.write(b"half"), fail()))
+        with pytest.raises(OSError, match=r"Input/output error: .*load\.jsonl"):
+            eplb.append_loads([[2.0]], path)
+    assert eplb.read_loads(path).tolist() == [[[1.0]]]
+    assert path.read_bytes().endswith(b"}\n")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[]\n", "line 1: logical_expert_load is missing"),
-        ('{"logical_expert_load": [[1]]}\n{\n', "line 2: Expecting property name"),
+        ('{"logical_expert_load": [[1]]}\n{\n', "not JSON lines: line 2: Expecting property name"),
+        ('{"logical_expert_load": [[1]], "logical_expert_load": [[2]]}\n', "line 1: .*'logical_expert_load' twice"),
+        ("[" * 100_000 + "\n", "line 1: nested too deeply"),
     ],
 )
 def test_errors_in_json_lines(tmp_path, text, words):

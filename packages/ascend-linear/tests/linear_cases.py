@@ -196,7 +196,7 @@ def fused_kernels_need_hccl(groups, rank: int) -> None:
     x, weight, _ = data(4)
     flags = {"enable_flashcomm1": True, "enable_matmul_reduce_scatter": True}
     cases = (
-        (al.MatmulAllreduceRowParallelOp, {"enable_matmul_allreduce": True}, al.StepState()),
+        (al.MatmulAllreduceRowParallelOp, {"enable_matmul_allreduce": True}, al.StepState(prefill=True)),
         (al.SequenceRowParallelOp, flags, al.StepState(flashcomm1=True)),
     )
     for kind, options, state in cases:

@@ -41,18 +41,22 @@ def kernels_run(work) -> set[str]:
 
 
 def matmul_allreduce(groups, rank: int, dtype: torch.dtype) -> None:
-    """Every combination of flags; the fused kernel runs where it can and nowhere else."""
+    """Every combination of flags; the fused kernel runs where it can, in steps with prompts, and nowhere else."""
     env = al.LinearEnv(tp=groups["tp"], enable_matmul_allreduce=True)
     for tokens, (has_bias, skip, returns) in CASES:
         x, weight, bias = (tensor.to(dtype) for tensor in real_data(tokens))
         bias = bias if has_bias else None
         expected, allowed = product(x, weight, None if skip else bias, env.tp.world_size)
         ask = partial(run, weight=weight, bias=bias, skip_bias_add=skip, return_bias=returns)
-        for given, parallel in ((cut(x, 1, env.tp), True), (x, False), (x.view(1, tokens, IN), False)):
-            with counting() as work:
-                actual = ask(al.MatmulAllreduceRowParallelOp(env), given, input_is_parallel=parallel)
-            close(actual.view(tokens, OUT), expected, allowed, dtype)
-            assert kernels_run(work) == ({"npu_mm_all_reduce_base"} if tokens and env.tp.world_size > 1 else set())
+        for prefill in (True, False):
+            state = al.plan_step(tokens, env, prefill=prefill)
+            for given, parallel in ((cut(x, 1, env.tp), True), (x, False), (x.view(1, tokens, IN), False)):
+                with counting() as work:
+                    actual = ask(al.MatmulAllreduceRowParallelOp(env), given, state=state, input_is_parallel=parallel)
+                close(actual.view(tokens, OUT), expected, allowed, dtype)
+                fuses = prefill and tokens and env.tp.world_size > 1
+                assert kernels_run(work) == ({"npu_mm_all_reduce_base"} if fuses else set())
+        ask = partial(ask, state=al.StepState(prefill=True))
         part = ask(al.MatmulAllreduceRowParallelOp(env), x, input_is_parallel=False, reduce_results=False)
         close(env.tp.all_reduce(part.float()).to(dtype), expected, allowed, dtype)
         own = al.MatmulAllreduceRowParallelOp(env)

@@ -6,7 +6,7 @@ import pytest
 from ascend_comm import Solo
 
 LAYER = "model.layers.3."
-MOE = al.MoeLayers(routed_experts=8, first_k_dense_replace=2)
+MOE = al.MoeLayers(routed_experts=8, layers=frozenset(range(2, 32)))
 
 
 class Ranks(Solo):
@@ -132,30 +132,21 @@ def test_get_replicated_op():
 
 
 @pytest.mark.parametrize(
-    ("prefix", "options", "expected"),
+    ("prefix", "experts", "expected"),
     [
-        ("model.layers.3.mlp", (8, 0, 1), True),
-        ("model.layers.2.mlp", (8, 3, 1), False),
-        ("model.layers.3.mlp", (8, 3, 1), True),
-        ("model.layers.3.mlp", (8, 0, 2), False),
-        ("model.layers.14.mlp", (8, 3, 2), True),
-        ("model.layers.3.mlp", (0, 0, 1), False),
-        ("model.layers.3.mlp", (8, None, 1), False),
-        ("model.embed_tokens", (8, 0, 1), False),
-        ("model.layers.x.mlp", (8, 0, 1), False),
-        ("model.sublayers.3.mlp", (8, 0, 1), False),
-        ("model.layers", (8, 0, 1), False),
+        ("model.layers.3.mlp", 8, True),
+        ("language_model.model.layers.14.mlp.gate_up_proj", 8, True),
+        ("model.layers.2.mlp", 8, False),
+        ("model.layers.3.mlp", 0, False),
+        ("model.embed_tokens", 8, False),
+        ("model.layers.x.mlp", 8, False),
+        ("model.sublayers.3.mlp", 8, False),
+        ("model.layers", 8, False),
     ],
 )
-def test_is_moe_layer(prefix, options, expected):
-    experts, first, freq = options
-    moe = al.MoeLayers(routed_experts=experts, first_k_dense_replace=first, moe_layer_freq=freq)
+def test_is_moe_layer(prefix, experts, expected):
+    moe = al.MoeLayers(routed_experts=experts, layers=frozenset({3, 14}))
     assert al.is_moe_layer(prefix, moe) is expected
-
-
-def test_moe_layers_by_their_indices():
-    moe = al.MoeLayers(routed_experts=8, layers=frozenset({1, 4}), first_k_dense_replace=0)
-    assert [n for n in range(6) if al.is_moe_layer(f"model.layers.{n}.mlp", moe)] == [1, 4]
 
 
 def test_shared_experts_take_no_part_in_mlp_tp():
@@ -205,17 +196,9 @@ def test_options_that_do_not_fit(options, message):
         al.LinearEnv(**options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"routed_experts": -1}, "routed_experts=-1"),
-        ({"first_k_dense_replace": -1}, "first_k_dense_replace=-1"),
-        ({"moe_layer_freq": 0}, "moe_layer_freq=0"),
-    ],
-)
-def test_moe_layers_are_checked(options, message):
-    with pytest.raises(ValueError, match=message):
-        al.MoeLayers(**options)
+def test_moe_layers_are_checked():
+    with pytest.raises(ValueError, match="routed_experts=-1"):
+        al.MoeLayers(routed_experts=-1)
 
 
 @pytest.mark.parametrize(
@@ -230,12 +213,15 @@ def test_moe_layers_are_checked(options, message):
         (0, {**FC1, "moe": MOE}, {}, (True, 0)),
         (3, {**FC1, "dp_rank": 1}, {"threshold": 4, "dp_tokens": (6, 3)}, (True, 5)),
         (3, {**FC1, "dp_rank": 1}, {"threshold": 6, "dp_tokens": (6, 3)}, (False, 0)),
+        (1001, FC1, {"prefill": True}, (True, 3)),
+        (1000, FC1, {"prefill": True}, (False, 0)),
     ],
 )
 def test_plan_step(tokens, env, options, expected):
     state = al.plan_step(tokens, al.LinearEnv(**env), **options)
     assert (state.flashcomm1, state.pad_size) == expected
     assert state.dp_tokens == options.get("dp_tokens")
+    assert state.prefill == options.get("prefill", False)
 
 
 @pytest.mark.parametrize(

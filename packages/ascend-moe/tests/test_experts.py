@@ -63,6 +63,23 @@ def test_weights_to_int8():
     assert (quantised[1, :, 4] == 0).all()
 
 
+def test_rows_after_the_counted_ones_change_nothing():
+    """Five rows, of which three are counted, all of slot 0, beside those three alone. One slot too: the kernel takes no list of a single count."""
+    w13, w2 = normal(2, 64, 64, seed=3).bfloat16().npu(), normal(2, 32, 64, seed=4).bfloat16().npu()
+    rows = normal(5, 64, seed=5).bfloat16()
+    rows[3:] = torch.nan
+
+    def forward(slots, count):
+        counts = torch.tensor([3, 0][:slots]).npu()
+        dispatched = Dispatched(rows=rows[:count].npu(), counts=counts, scales=None)
+        return FloatExperts(w13=w13[:slots], w2=w2[:slots]).forward(dispatched, torch.bfloat16)[:3]
+
+    expected = forward(2, 3)
+    assert expected.isfinite().all()
+    assert torch.equal(forward(2, 5), expected)
+    assert torch.equal(forward(1, 5), expected)
+
+
 FLOAT = {"w13": torch.zeros(2, 8, 12), "w2": torch.zeros(2, 6, 8)}
 INT8 = {
     "w13": FLOAT["w13"].to(torch.int8),

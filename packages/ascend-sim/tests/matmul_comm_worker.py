@@ -99,9 +99,14 @@ def reduce_scatter(name: str, group) -> None:
     x, weight, _ = on_npu(*everyone[RANK])
     scale, tokens = torch.rand(N) / 1000, torch.rand(2 * WORLD, 1)
     for output in (torch.float16, torch.bfloat16):
-        for per_token in (None, tokens):
+        for per_token in (tokens,) if STRICT else (None, tokens):
             given = None if per_token is None else per_token.to(NPU)
-            options = {"x2_scale": scale.to(NPU), "x1_scale": given, "output_dtype": output, "comm_mode": "aiv"}
+            options = {
+                "x2_scale": scale.view(1, -1).to(NPU),
+                "x1_scale": given,
+                "output_dtype": output,
+                "comm_mode": "aiv",
+            }
             y = torch_npu.npu_mm_reduce_scatter_base(x, weight, name, WORLD, **options)
             assert y.dtype == output
             factor = scale.double() * (1 if per_token is None else tokens.double())
@@ -131,10 +136,10 @@ def rejections(name: str) -> None:
             torch.ones(8, N, device=NPU, dtype=torch.bfloat16),
         )
         cases += [
-            (lambda: reduce(x.float(), weight.float(), name), "strict mode: .*got Float"),
-            (lambda: reduce(x[:0], weight, name), "strict mode: .*must not be empty"),
-            (lambda: scatter(*short, name, WORLD), "strict mode: .*k must be 256 to 65534"),
-            (lambda: scatter(x, weight, name, WORLD, bias=bias), "strict mode: .*bias is not supported"),
+            (lambda: reduce(x.float(), weight.float(), name), "got Float"),
+            (lambda: reduce(x[:0], weight, name), "must not be empty"),
+            (lambda: scatter(*short, name, WORLD), "k must be 256 to 65534"),
+            (lambda: scatter(x, weight, name, WORLD, bias=bias), "bias is not supported"),
         ]
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):
@@ -149,9 +154,9 @@ def main(init: str) -> None:
     name = group._get_backend(NPU).get_hccl_comm_name(RANK)
     if STRICT and WORLD == 3:
         x = torch.ones(3, K, device=NPU, dtype=torch.bfloat16)
-        with pytest.raises(RuntimeError, match=r"strict mode: .*2, 4, 8 or 16, got 3"):
+        with pytest.raises(RuntimeError, match=r"2, 4, 8, got 3"):
             torch_npu.npu_mm_reduce_scatter_base(x, x.t(), name, 3)
-        with pytest.raises(RuntimeError, match=r"strict mode: .*1, 2, 4 or 8 ranks, got 3"):
+        with pytest.raises(RuntimeError, match=r"1, 2, 4 or 8 ranks, got 3"):
             torch_npu.npu_mm_all_reduce_base(x, x.t(), name)
     else:
         all_reduce(name, group)

@@ -2,6 +2,7 @@
 """The rules of operators: every enforced one is refused by its id and passes at its edge, and every source is where the rule says."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -17,22 +18,11 @@ from ascend_sim.contracts.page import page
 from contract_cases import all_cases
 
 ROOT = Path(__file__).parents[3]
+WORKER = Path(__file__).with_name("contract_worker.py")
 RULES, CASES = rules(), all_cases()
 ENFORCED = {id: rule for id, rule in RULES.items() if rule.enforced}
 CHIP = "A3" if os.environ.get("ASCEND_SIM_SOC", "").startswith("Ascend910_93") else "A2"
 strict_only = pytest.mark.skipif(not torch.ops.ascend_sim.strict(), reason="ASCEND_SIM_STRICT=0")
-
-# Native sources whose checks have no ids yet, and operators of the product without a contract yet.
-UNNAMED = {
-    "activation", "attention_operands", "attention_rules", "cache", "grouped_matmul", "latent", "matmul_comm", "moe_dispatch",
-    "moe_exchange", "moe_gating", "moe_permute", "moe_routing", "quant", "rotary", "sampling", "swiglu_quant",
-}  # fmt: skip
-WITHOUT_CONTRACT = {
-    "npu_apply_rotary_pos_emb", "npu_clipped_swiglu", "npu_dequant_swiglu_quant", "npu_dynamic_quant", "npu_fused_infer_attention_score",
-    "npu_grouped_matmul", "npu_mm_all_reduce_base", "npu_mm_reduce_scatter_base", "npu_moe_distribute_combine_v2",
-    "npu_moe_distribute_dispatch_v2", "npu_moe_gating_top_k", "npu_moe_init_routing_v2", "npu_moe_token_permute",
-    "npu_moe_token_unpermute", "npu_prefetch", "npu_quant_matmul", "npu_quantize", "npu_rotary_mul", "npu_scatter_pa_kv_cache", "npu_swiglu",
-}  # fmt: skip
 
 
 def native_ids() -> set[str]:
@@ -71,7 +61,6 @@ def test_the_enforced_rules_are_those_in_the_native_sources():
     assert not whole - ENFORCED.keys(), "checks without a rule"
     assert not {part for part in parts if not any(id.endswith(part) for id in ENFORCED)}, "checks without a rule"
     assert not {id for id in ENFORCED if id not in whole and id[id.index(".") :] not in parts}, "rules without a check"
-    assert {path.stem for path in native_sources()[0] if '#include "unnamed.h"' in path.read_text()} == UNNAMED
 
 
 def test_every_enforced_rule_has_a_break_and_an_edge():
@@ -80,23 +69,92 @@ def test_every_enforced_rule_has_a_break_and_an_edge():
     assert all(one.edges for one in CASES.values())
 
 
-HERE = sorted(id for id in CASES if id not in RULES or CHIP in RULES[id].chips)
-EDGES_HERE = sorted(id for id in CASES if id not in RULES or (CHIP in RULES[id].chips) != (RULES[id].about == "chip"))
+def holds_here(id: str) -> bool:
+    return id in RULES and CHIP in RULES[id].chips
+
+
+def edge_is_here(id: str) -> bool:
+    """Whether the calls at a rule's edge run on this chip: those of a rule about the chip do where it does not hold."""
+    return id in RULES and (CHIP in RULES[id].chips) != (RULES[id].about == "chip")
+
+
+BREAKS = sorted(id for id, one in CASES.items() if one.break_ranks == 1 and holds_here(id))
+EDGES = sorted(id for id, one in CASES.items() if one.edge_ranks == 1 and edge_is_here(id))
+BREAKS_BETWEEN = sorted(id for id, one in CASES.items() if one.break_ranks > 1 and holds_here(id))
+EDGES_BETWEEN = sorted(id for id, one in CASES.items() if one.edge_ranks > 1 and edge_is_here(id))
+
+
+def refusal(id: str) -> str:
+    """How the message begins that refuses what breaks a rule."""
+    return f"[{id}] {RULES[id].operator}"
 
 
 @strict_only
-@pytest.mark.parametrize("id", HERE)
+@pytest.mark.parametrize("id", BREAKS)
 def test_a_break_is_refused_by_its_id(id):
     for call in CASES[id].breaks:
-        with pytest.raises(RuntimeError, match=f"^{re.escape(f'[{id}] {RULES[id].operator}: ')}"):
+        with pytest.raises(RuntimeError, match=f"^{re.escape(refusal(id))}"):
             call()
 
 
 @strict_only
-@pytest.mark.parametrize("id", EDGES_HERE)
+@pytest.mark.parametrize("id", EDGES)
 def test_a_call_at_the_edge_passes(id):
     for call in CASES[id].edges:
         call()
+
+
+@pytest.fixture(scope="module")
+def between_processes(tmp_path_factory) -> dict[int, list[dict]]:
+    """What the calls between processes came to, by the number of processes: for each rank `{id: {"breaks": [...], "edges": [...]}}`."""
+    found = {}
+    for world in sorted({ranks for one in CASES.values() for ranks in (one.break_ranks, one.edge_ranks)} - {1}):
+        folder = tmp_path_factory.mktemp(f"world{world}")
+        results = [folder / f"{rank}.json" for rank in range(world)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", str(WORKER), f"file://{folder}/store", str(result)],
+                env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank, result in enumerate(results)
+        ]
+        try:
+            said = [process.communicate(timeout=1800)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0] * world, "\n".join(said)
+        found[world] = [json.loads(result.read_text()) for result in results]
+    return found
+
+
+@strict_only
+@pytest.mark.skipif(CHIP == "A3", reason="breaks and edges between processes run on Atlas A2")
+def test_breaks_between_processes_are_refused_by_their_ids(between_processes):
+    wrong = {}
+    for id in BREAKS_BETWEEN:
+        for rank, result in enumerate(between_processes[CASES[id].break_ranks]):
+            said = result[id]["breaks"]
+            assert len(said) == len(CASES[id].breaks)
+            if not all(one is not None and one.startswith(refusal(id)) for one in said):
+                wrong[f"{id} on rank {rank}"] = said
+    assert not wrong
+
+
+@strict_only
+@pytest.mark.skipif(CHIP == "A3", reason="breaks and edges between processes run on Atlas A2")
+def test_calls_at_the_edge_between_processes_pass(between_processes):
+    wrong = {}
+    for id in EDGES_BETWEEN:
+        for rank, result in enumerate(between_processes[CASES[id].edge_ranks]):
+            said = result[id]["edges"]
+            assert len(said) == len(CASES[id].edges)
+            if any(said):
+                wrong[f"{id} on rank {rank}"] = said
+    assert not wrong
 
 
 @pytest.mark.skipif(CHIP == "A3", reason="this is the other chip")
@@ -129,9 +187,7 @@ def test_called_by_names_the_modules_that_call_the_operator():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and node.attr.startswith("npu_"):
                     callers.setdefault(node.attr, set()).add(module)
-    assert {one.operator: set(one.called_by) for one in contracts() if one.called_by} == {
-        operator: modules for operator, modules in callers.items() if operator not in WITHOUT_CONTRACT
-    }
+    assert {one.operator: set(one.called_by) for one in contracts() if one.called_by} == callers
 
 
 def test_the_page_is_current():

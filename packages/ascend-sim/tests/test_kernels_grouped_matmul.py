@@ -285,11 +285,11 @@ def test_rejections(message, changes):
 
 @strict_only
 def test_strict_rejections():
-    with pytest.raises(RuntimeError, match=r"strict mode: .*bias must be Float with x of BFloat16, got BFloat16"):
+    with pytest.raises(RuntimeError, match=r"bias must be Float with x of BFloat16, got BFloat16"):
         call(bias=[torch.zeros(2, 6, dtype=torch.bfloat16)])
-    with pytest.raises(RuntimeError, match=r"strict mode: .*scale and output_dtype must be bfloat16 and bfloat16 or"):
+    with pytest.raises(RuntimeError, match=r"scale and output_dtype must be bfloat16 and bfloat16 or"):
         call(x=X8, scale=[torch.zeros(2, 6)], output_dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match=r"strict mode: .*H must be a multiple of 64"):
+    with pytest.raises(RuntimeError, match=r"H must be a multiple of 64"):
         torch_npu.npu_dequant_swiglu_quant(
             torch.zeros(4, 8).bfloat16().npu(), quant_mode=1, group_index=torch.tensor([4]).npu()
         )

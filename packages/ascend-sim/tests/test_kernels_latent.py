@@ -10,9 +10,9 @@ from sim_attention import attend
 from sim_bounds import FUNCTION, assert_close, bound, gamma
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-strict_only = pytest.mark.skipif(not torch.ops.ascend_sim.strict(), reason="ASCEND_SIM_STRICT=0")
-relaxed_only = pytest.mark.skipif(torch.ops.ascend_sim.strict(), reason="float32 needs ASCEND_SIM_STRICT=0")
+relaxed_only = pytest.mark.skipif(torch.ops.ascend_sim.strict(), reason="needs ASCEND_SIM_STRICT=0")
 DTYPES = [torch.bfloat16, torch.float16, pytest.param(torch.float32, marks=relaxed_only)]
+PACKED_DTYPES = [torch.bfloat16, *(pytest.param(dtype, marks=relaxed_only) for dtype in (torch.float16, torch.float32))]
 RMS, ROPE = 512, 64
 CAUSAL = torch.ones(2048, 2048, dtype=torch.int8).triu(1)
 
@@ -95,17 +95,6 @@ def test_cache_rejections():
         run(c_kv_scale=torch.ones(RMS).npu())
 
 
-@strict_only
-def test_cache_strict_rejections():
-    with pytest.raises(RuntimeError, match=r"strict mode: .*rms_size must be 512 and rope_size 64, got 32 and 64"):
-        torch_npu.npu_kv_rmsnorm_rope_cache(
-            *(torch.zeros(s).bfloat16().npu() for s in ((1, 1, 1, 96), (32,), (1, 1, 1, 64), (1, 1, 1, 64))),
-            torch.zeros(1, dtype=torch.int64).npu(),
-            *(torch.zeros(1, 16, 1, size).bfloat16().npu() for size in (64, 32)),
-            cache_mode="PA",
-        )
-
-
 def partial(query, query_rope, keys, causal, scale):
     """Attention of [T, N, D] over (key, key_rope, value)."""
     q, k = torch.cat((query, query_rope), -1), torch.cat(keys[:2], -1)
@@ -117,7 +106,7 @@ def assert_lse(lse, expected):
     assert_close(lse, expected.lse, expected.lse_error + bound(expected.lse, torch.float32, steps=0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
 def test_chunked_prefill_merges_to_the_whole(dtype):
     """Keys of 128 + 64 columns, as many heads of keys as of queries; a context chunk and the causal new tokens, merged."""
     tokens, context, heads, scale = [9, 1, 30], [17, 40, 3], 4, 0.1
@@ -127,12 +116,12 @@ def test_chunked_prefill_merges_to_the_whole(dtype):
     parts = []
     for (key, key_rope, value), lengths, mode in zip(chunks, (context, tokens), (0, 3), strict=True):
         parts.append(
-            torch_npu.npu_fused_infer_attention_score(
+            torch_npu.npu_fused_infer_attention_score_v2(
                 query.npu(), key.npu(), value.npu(), query_rope=query_rope.npu(), key_rope=key_rope.npu(),
-                input_layout="TND", num_heads=heads, num_key_value_heads=heads, scale=scale, sparse_mode=mode,
-                atten_mask=CAUSAL.npu() if mode else None, softmax_lse_flag=True,
-                actual_seq_lengths=torch.tensor(tokens).cumsum(0).tolist(),
-                actual_seq_lengths_kv=torch.tensor(lengths).cumsum(0).tolist(),
+                input_layout="TND", num_query_heads=heads, num_key_value_heads=heads, softmax_scale=scale, sparse_mode=mode,
+                atten_mask=CAUSAL.npu() if mode else None, return_softmax_lse=True,
+                actual_seq_qlen=torch.tensor(tokens).cumsum(0).tolist(),
+                actual_seq_kvlen=torch.tensor(lengths).cumsum(0).tolist(),
             )
         )  # fmt: skip
     out, lse = torch_npu.npu_attention_update(

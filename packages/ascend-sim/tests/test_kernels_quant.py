@@ -246,5 +246,5 @@ def test_rejections(call, message):
     ],
 )
 def test_strict_rejections(call, message):
-    with pytest.raises(RuntimeError, match=f"strict mode: .*{message}"):
+    with pytest.raises(RuntimeError, match=message):
         call()

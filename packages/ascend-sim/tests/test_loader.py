@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ascend_sim import build, loader
+from ascend_sim import build, cache, loader
 
 
 def python(code, timeout=1800, **environment):
@@ -91,6 +91,13 @@ def test_a_real_cann_is_left_alone(monkeypatch, cann, variable, folder):
     assert str(cann / "lib64") in decision.reason
     assert loader.watched_spec("torch_npu") is None
     monkeypatch.setenv("ASCEND_SIM", "1")
+    assert loader.decide().active
+
+
+@pytest.mark.usefixtures("no_variables")
+@pytest.mark.parametrize("variable", ["ASCEND_TOOLKIT_HOME", "LD_LIBRARY_PATH"])
+def test_a_folder_that_cannot_be_looked_into_is_no_cann(monkeypatch, variable):
+    monkeypatch.setenv(variable, "x" * 5000)  # an error of the system, as is a folder without permission
     assert loader.decide().active
 
 
@@ -188,6 +195,101 @@ def test_sizes_that_no_process_can_address(text):
 
 
 # Compiling
+
+
+NO_METADATA = """
+from importlib.metadata import PackageNotFoundError
+from ascend_sim import build
+def version(package):
+    raise PackageNotFoundError(package)
+build.version = version
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (NO_METADATA, "ascend-sim needs the version of torch, whose metadata are not installed: pip install "),
+        ("import sys; sys.stderr.close()", "the compiler failed"),
+        ("import sys; sys.stderr = None", "the compiler failed"),
+        ("", "the compiler failed"),
+    ],
+)
+def test_torch_stays_importable_whatever_goes_wrong(tmp_path, before, message):
+    script = tmp_path / "cxx"
+    script.write_text("#!/bin/sh\nprintf '\\377 is not UTF-8'\nexit 1\n")
+    script.chmod(0o755)
+    code = (
+        f"{before}\nimport torch\nprint(torch.ones(1).item())\n"
+        "try: torch.npu.current_device()\nexcept RuntimeError as error: print(error)"
+    )
+    done = python(code, CXX=str(script), ASCEND_SIM_CACHE=str(tmp_path / "cache"), TORCH_DEVICE_BACKEND_AUTOLOAD="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1.0\nascend-sim: there is no simulated NPU in this process: ")
+    assert message in done.stdout
+
+
+@pytest.mark.parametrize("closed", ["sys.stdout.close()", "sys.stdout = None"])
+def test_torch_npu_needs_no_standard_output(closed):
+    done = python(f"import sys; {closed}; import torch; sys.stderr.write(str(torch.ones(1, device='npu').item()))")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.endswith("1.0")  # after a warning of torch_npu's
+
+
+def test_what_is_loaded_is_checked_once():
+    code = (
+        "from ascend_sim import cache\nchecked, is_whole = [], cache.is_whole\n"
+        "cache.is_whole = lambda final: (checked.append(final.name.partition('-')[0]), is_whole(final))[1]\n"
+        "import torch\ntorch.ones(1, device='npu')\nprint(checked)"
+    )
+    assert python(code).stdout == "['runtime', 'native']\n"
+
+
+@pytest.mark.parametrize("part", ["sources", "options", "compiler", "link"])
+def test_an_entry_is_that_of_its_sources_options_and_compiler(tmp_path, monkeypatch, part):
+    source, compiler, other = tmp_path / "a.cpp", tmp_path / "cxx", tmp_path / "other"
+    for script in (compiler, other):
+        script.write_text("#!/bin/sh\n")
+        script.chmod(0o755)
+    (tmp_path / "c++").symlink_to(compiler)
+    source.write_text("int a;")
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    monkeypatch.setenv("ASCEND_SIM_CACHE", str(tmp_path / "cache"))
+    options = ["-O2"]
+    name = build.name_of("thing", [source], options)
+    assert build.name_of("thing", [source], options) == name
+    if part == "sources":
+        source.write_text("int b;")
+    elif part == "options":
+        options = ["-O3"]
+    elif part == "compiler":
+        monkeypatch.setenv("CXX", str(other))
+    else:  # another version under the same name
+        (tmp_path / "c++").unlink()
+        (tmp_path / "c++").symlink_to(other)
+    assert build.name_of("thing", [source], options) != name
+
+
+def test_without_a_compiler_what_another_one_made_is_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASCEND_SIM_CACHE", str(tmp_path / "cache"))
+    names = []
+    for number in range(3):
+        script = tmp_path / f"cxx{number}"
+        script.write_text("#!/bin/sh\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+        names.append(build.name_of("thing", [], []))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX")
+    nothing = build.name_of("thing", [], [])
+    assert nothing not in names
+    assert nothing[:-8] == names[0][:-8]
+    for name in names[:2]:
+        with cache.entry(name) as (_, made):
+            (made / "lib.so").write_bytes(b"compiled")
+    assert build.name_of("thing", [], []) == min(names[:2])
+    (tmp_path / "cache" / min(names[:2]) / "lib.so").unlink()
+    assert build.name_of("thing", [], []) == max(names[:2])
 
 
 def test_without_a_compiler_torch_stays_importable_and_the_package_is_named(tmp_path):

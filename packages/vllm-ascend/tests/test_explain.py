@@ -173,6 +173,15 @@ def test_nothing_of_vllm_is_loaded():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_path_that_the_system_refuses_is_no_fault_of_standard_output():
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_ascend.cli", "explain", "a" * 300], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: aaa")
+    assert "config.json cannot be read: File name too long" in done.stderr
+
+
 def test_what_it_cannot_explain():
     with pytest.raises(ValueError, match=r"architecture 'NewForCausalLM' is not known here; known are DeepseekV2"):
         rows(DENSE | {"architectures": ["NewForCausalLM"]})

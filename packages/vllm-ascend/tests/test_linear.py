@@ -93,6 +93,10 @@ def test_two_ranks(tiny_qwen3, tiny_moe, run_engines):
     assert ops(fused)["o_proj"] == ops(fused)["down_proj"] == "MatmulAllreduceRowParallelOp"
     assert ops(fused)["qkv_proj"] == "NoneType"
     assert {"npu::npu_mm_all_reduce_base", "npu::npu_prefetch"} <= set(fused["operators"][0])
+    rows = [path for path in fused["layers"][0] if path.endswith(("o_proj", "down_proj"))]
+    assert collectives(fused, 1)["npu_mm_all_reduce_base"] == len(
+        rows
+    )  # the prompt; what decodes has the plain all-reduce
     assert collectives(moe, 1)["_reduce_scatter_base_"] > 0  # a MoE model has no threshold
     shared = {path: found for path, found in moe["layers"][1].items() if "shared_expert." in path}
     assert {op for op, _, _ in shared.values()} == {"NoneType"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of an engine: all of them are loaded or what lacks is named, the first time and anew; and engines without weights (`--load-format dummy`).
+"""Weights of an engine: all of them are loaded or the missing ones are named, the first time and anew; and engines without weights (`--load-format dummy`).
 
 Each checkpoint is tried once whole and once without one tensor of each kind. An engine whose weights were loaded anew must answer as one that was
 started with them.

@@ -146,3 +146,15 @@ def test_a_known_key_with_a_value_of_another_form_is_named_and_not_guessed(key, 
     assert moe_layers(ConfigReader(config)) == ()
     assert Model.of(config).unknown_selectors == (key,)
     assert unreadable_selectors(ConfigReader({**config, "num_experts": 0})) == ()
+
+
+def test_a_key_with_a_value_for_each_layer():
+    """Gemma 4's heads: transformers refuses to say one width for all of them."""
+    from transformers import Gemma4TextConfig
+
+    kinds = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    config = Gemma4TextConfig(**kinds, head_dim=64, global_head_dim=128, num_attention_heads=4)
+    assert ConfigReader(config).get("head_dim") == [64, 128]
+    assert ConfigReader(config).number("head_dim") == 0
+    assert Model.of(config).attention_width == 0
+    assert ConfigReader(config).get("num_attention_heads") == 4

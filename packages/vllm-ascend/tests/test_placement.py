@@ -265,6 +265,7 @@ def test_layers_of_another_model_are_refused(tmp_path):
         ({}, {"model": replace(MODEL, moe=replace(MODEL.moe, routed_experts=6))}, "redundant=2 would"),
         ({}, {"round_robin_experts": True}, "expert_placement_strategy ('round_robin') is not supported"),
         ({"expert_load_record_path": "/nowhere/load.npz"}, {}, "('/nowhere/load.npz') must lie in a folder that exists"),
+        ({"expert_load_record_path": "m.json", "expert_map_path": "./m.json"}, {}, "names the file of 'eplb_config.expert_map_path', which the record would replace"),
         ({"expert_load_record_path": "load.npz"}, {"topology": Topology(8, 2, 2, 1, 2)}, "needs pipeline_parallel_size 1, got 2"),
     ],
 )  # fmt: skip

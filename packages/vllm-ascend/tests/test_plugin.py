@@ -77,6 +77,15 @@ def test_doctor_names_the_variable_that_is_wrong(name, value, because):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_doctor_says_what_the_simulator_says(tmp_path):
+    (tmp_path / "cache").write_text("")
+    done = run(*DOCTOR, "--json", ASCEND_SIM_CACHE=str(tmp_path / "cache"))
+    report = json.loads(done.stdout)
+    assert report["reason"].startswith("the simulated NPU does not run: ")
+    assert report["reason"].endswith("or set ASCEND_SIM_CACHE to a folder of your own")
+    assert (report["active"], report["simulated"], report["versions"]["CANN"]) == (False, False, "missing")
+
+
 def test_doctor_counts_the_visible_devices():
     done = run(*DOCTOR, "--json", ASCEND_RT_VISIBLE_DEVICES="2,5,99,3")
     assert len(json.loads(done.stdout[done.stdout.index("{") :])["devices"]) == 2

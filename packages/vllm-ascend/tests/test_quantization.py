@@ -373,6 +373,26 @@ print("ANSWERS" + json.dumps(answers))
 """
 
 
+def test_the_files_of_a_multimodal_model_are_looked_at_before_its_tensors_are_renamed(tmp_path):
+    """vLLM makes a config for the language model within a multimodal one, after it has given the description its own names."""
+    from safetensors.torch import save_file
+    from vllm_ascend.quantization.config import AscendQuantizationConfig, choose_by_folder
+
+    save_file({name: torch.zeros(1, 1) for name in CONTENT if "." in name}, tmp_path / "model.safetensors")
+    method = AscendQuantizationConfig()
+    method._description = Description.read(CONTENT, FILE, rms_norms=True)
+    model = SimpleNamespace(
+        model=str(tmp_path), quantization="ascend", is_submodel_config=False, hf_config=None, hf_text_config=SimpleNamespace(num_hidden_layers=1)
+    )  # fmt: skip
+    whole = SimpleNamespace(model_config=model, quant_config=method, load_config=SimpleNamespace(load_format="auto"))
+    choose_by_folder(whole)
+    method._description = method.description.renamed(lambda name: f"language_model.{name}")
+    with pytest.raises(ValueError, match="tensors that"):  # the check sees the difference
+        choose_by_folder(whole)
+    model.is_submodel_config = True
+    choose_by_folder(whole)
+
+
 def test_which_method_a_model_gets(tmp_path):
     from safetensors.torch import save_file
 

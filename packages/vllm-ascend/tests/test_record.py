@@ -2,6 +2,7 @@
 """Recorded loads: what stands in the file and when, without an engine."""
 
 import logging
+import resource
 import subprocess
 import sys
 import threading
@@ -12,7 +13,9 @@ import pytest
 import torch
 from ascend_comm import Solo
 from ascend_eplb import read_loads, spread
+from vllm import envs
 from vllm_ascend.config import EplbConfig
+from vllm_ascend.eplb import record
 from vllm_ascend.eplb.record import LoadRecorder
 from vllm_ascend.eplb.writer import LoadWriter
 
@@ -33,7 +36,8 @@ def step(counts, recorder, number):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_intervals_and_the_steps_after_the_last_one(tmp_path, name):
+def test_intervals_and_the_steps_after_the_last_one(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(record, "_SECONDS_TO_WRITE", 60)  # on a machine as busy as it may be
     counts, recorder = recorder_of(tmp_path / name)
     for number in range(5):
         step(counts, recorder, number)
@@ -76,6 +80,70 @@ def test_too_many_waiting_entries_are_left_out_with_a_word(tmp_path, caplog, mon
     writer.close()
     assert read_loads(tmp_path / "load.jsonl")[:, 0, 0].tolist() == [99, *range(16)]
     assert caplog.text.count("is written too slowly: an entry of the experts' loads is left out") == 24
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_writer_that_makes_no_progress_is_waited_for_no_longer_than_a_worker_lives(
+    tmp_path, caplog, monkeypatch, full
+):
+    monkeypatch.setattr("vllm_ascend.eplb.writer._MOST_WAITING", 1)
+    monkeypatch.setattr(record, "_SECONDS_TO_WRITE", 0.01)
+    _, recorder = recorder_of(tmp_path / "load.npz")
+    writer, begun, goes_on = recorder._writer, threading.Event(), threading.Event()
+    writer.put(lambda: (begun.set(), goes_on.wait(60), np.ones((2, 4)))[2])
+    assert begun.wait(60)
+    if full:
+        writer.put(lambda: np.ones((2, 4)))
+    waited, put, join = [], writer._waiting.put, writer._thread.join
+    monkeypatch.setattr(
+        writer._waiting, "put", lambda item, timeout: (waited.append(timeout), put(item, True, timeout))
+    )
+    monkeypatch.setattr(writer._thread, "join", lambda timeout: (waited.append(timeout), join(timeout)))
+    recorder.close()
+    assert "load.npz' within 0.01 seconds; a .jsonl file is appended to, which takes less time" in caplog.text
+    assert waited[0] == 0.01
+    assert waited[1] == 0 if full else 0 <= waited[1] <= 0.01
+    goes_on.set()
+    join(60)
+
+
+def test_a_recorder_closes_before_vllm_ends_the_worker():
+    assert (
+        record._LAST_MEETING.total_seconds() + record._SECONDS_TO_WRITE < envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS - 1
+    )
+
+
+def test_a_full_disk_writes_no_step_twice(tmp_path, caplog):
+    """A limit on the size of files stands for the full disk: of two steps that are appended together it cuts the second."""
+    path, said, begun, goes_on = tmp_path / "load.jsonl", Said(), threading.Event(), threading.Event()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = LoadWriter(str(path))
+    logging.getLogger("vllm_ascend").addHandler(said)
+
+    def held():
+        begun.set()
+        assert goes_on.wait(60)
+        return np.full((1, 2), 1)
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size * 7 // 4, limits[1]))  # the file has two steps
+        return np.full((1, 2), 2)
+
+    try:
+        for entry in (lambda: np.full((1, 2), 0), held):
+            writer.put(entry)
+        assert begun.wait(60)
+        for entry in (limited, lambda: np.full((1, 2), 3)):
+            writer.put(entry)
+        goes_on.set()
+        assert said.event.wait(60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        logging.getLogger("vllm_ascend").removeHandler(said)
+    writer.put(lambda: np.full((1, 2), 4))
+    writer.close()
+    assert "File too large" in caplog.text
+    assert read_loads(path)[:, 0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
 class Said(logging.Handler):

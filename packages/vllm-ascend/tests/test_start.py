@@ -53,8 +53,8 @@ ALONE = {
     "small block": ({}, {"block_size": 16}, {}, "block_size (16) must be a multiple of 128"),
     "uneven block": ({}, {"block_size": 192}, {}, "block_size (192) must be a multiple of 128"),
     "float16": ({}, {"dtype": "float16"}, {}, "dtype ('float16') is not one that the NPU's attention kernels take; give --dtype bfloat16"),
-    "tokens": ({}, {"max_num_batched_tokens": 2**20 + 1}, {}, "max_num_batched_tokens (1048577) must be at most 1048576"),
-    "requests": ({}, {"max_num_seqs": 4097, "max_num_batched_tokens": 8192}, {}, "max_num_seqs (4097) must be at most 4096"),
+    "tokens": ({}, {"max_num_batched_tokens": 65537}, {}, "max_num_batched_tokens (65537) must be at most 65536"),
+    "requests": ({**LATENT, "num_attention_heads": 16}, {"max_num_seqs": 4097, "max_num_batched_tokens": 8192}, {}, "max_num_seqs (4097) must be at most 4096"),
     "query heads": ({"num_attention_heads": 65, "num_key_value_heads": 1}, {}, {}, "65 attention heads for each key and value head; the kernel takes at most 64"),
     "soft cap": ({"attn_logit_softcapping": 50.0}, {}, {}, "no attention kernel for a soft cap on attention logits (attn_logit_softcapping 50.0)"),
     "ALiBi": ({"alibi": True}, {}, {}, "no attention kernel for ALiBi"),
@@ -111,6 +111,7 @@ EXPERTS = (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True})
 ELSEWHERE = {  # the name of another host's chip, and what the one finding has
     "small buffers": (MOE, EXPERTS[1] | {"max_num_seqs": 512}, {"HCCL_BUFFSIZE": "1"}, "Ascend910_9391", "environment variable HCCL_BUFFSIZE (1 MB) must be"),
     "unknown chip": (*EXPERTS, {}, "Ascend1", "experts over 2 ranks (enable_expert_parallel): device_name='Ascend1'"),
+    "fused all-reduce": ({}, {"additional_config": {"enable_matmul_allreduce": True}}, {}, "Ascend910_9391", "option 'enable_matmul_allreduce' (True) needs an Atlas A2, on which its kernel (npu_mm_all_reduce_base) runs"),
     "310P": ({}, {}, {}, "Ascend310P3", "this host's chip, Ascend310P3, is of the family Atlas 300I (310P), which vllm-ascend does not support"),
     "950": ({}, {}, {}, "Ascend950PR", "this host's chip, Ascend950PR, is of the family Atlas A5 (950)"),
 }  # fmt: skip

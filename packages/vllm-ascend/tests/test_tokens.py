@@ -124,3 +124,57 @@ def test_the_bound_catches_a_wrong_model(smollm2, smollm2_in_bfloat16, spoil):
         spoil(model)
     found = errors(own_logprobs(model, texts[:1]), exact[: len(texts[0]) - 1])
     assert_caught(found, reference[:, : len(found)], spoil.__name__)
+
+
+@pytest.fixture(scope="module")
+def padded_heads(tmp_path_factory, hugging_face):
+    """Name -> folder, prompts and Hugging Face's tokens of random models: OPT, whose query is a view of a fused projection, with heads of 80 numbers, and
+    Qwen3 with heads of 40."""
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    common = {"vocab_size": 500, "num_hidden_layers": 3, "max_position_embeddings": 256}
+    opt = OPTConfig(
+        **common, hidden_size=320, ffn_dim=128, num_attention_heads=4, word_embed_proj_dim=320, init_std=0.1, dropout=0.0,
+    )  # fmt: skip
+    qwen3 = Qwen3Config(
+        **common, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=40,
+        tie_word_embeddings=False, initializer_range=0.2,
+    )  # fmt: skip
+    prompts = [[2, *((7 * i * i + 3 * k) % 500 for i in range(20 + 25 * k))] for k in range(5)]
+    made = {}
+    torch.manual_seed(5)
+    with torch.inference_mode():
+        for name, model in (("opt", OPTForCausalLM(opt)), ("qwen3", Qwen3ForCausalLM(qwen3))):
+            folder = tmp_path_factory.mktemp(name)
+            model = model.float().eval()
+            model.save_pretrained(folder)
+            made[name] = folder, prompts, hugging_face(model, prompts, 32)
+    return made
+
+
+def test_padded_heads(padded_heads, run_engines):
+    """In chunks of 32 tokens; and with blocks of 1024 tokens, which vLLM cuts into those that the kernel takes."""
+    sampling = {**GREEDY, "detokenize": False}
+    engine = {**SMALL, "max_model_len": 256, "max_num_batched_tokens": 32, "skip_tokenizer_init": True}
+    jobs = [
+        {
+            "engine": {"model": str(folder), **engine, **({"block_size": 1024} if name == "qwen3" else {})},
+            "runs": [{"prompts": prompts, "sampling": sampling}],
+        }
+        for name, (folder, prompts, _) in padded_heads.items()
+    ]
+    for result, (name, (_, _, expected)) in zip(run_engines(jobs, **ONE_PROCESS), padded_heads.items(), strict=True):
+        assert tokens(result) == expected, name
+
+
+def test_padded_heads_and_a_fused_projection_in_strict_mode(padded_heads, run_engines):
+    """In bfloat16, where the kernel refuses a query that is not contiguous, and heads of 80 numbers."""
+    folder, prompts, _ = padded_heads["opt"]
+    engine = {"model": str(folder), **SMALL, "dtype": "bfloat16", "max_model_len": 256, "skip_tokenizer_init": True}
+    sampling = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+    (result,) = run_engines(
+        [{"engine": engine, "runs": [{"prompts": prompts, "sampling": sampling}]}], ASCEND_SIM_STRICT="1", **ONE_PROCESS
+    )
+    exact, reference = in_bfloat16(folder, prompts)
+    assert_as_near(errors(prompt_logprobs(result), exact), reference, "OPT in bfloat16:")

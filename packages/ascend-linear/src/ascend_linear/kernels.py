@@ -33,7 +33,7 @@ def _torch_npu() -> Any:
 
 
 def mm_all_reduce(x: Tensor, weight: Tensor, comm_name: str, bias: Tensor | None = None) -> Tensor:
-    """The sum over ranks of ``x [n, in] @ weight [in, out] + bias [out]``, in one kernel.
+    """The sum over ranks of ``x [n, in] @ weight [in, out] + bias [out]``, in one kernel: on Atlas A2, in steps with prompts.
 
     Args:
         x: float16 or bfloat16, contiguous, not empty.
@@ -51,6 +51,7 @@ def mm_reduce_scatter(
     comm_name: str,
     world_size: int,
     *,
+    token_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -61,7 +62,7 @@ def mm_reduce_scatter(
         weight: of the same type.
         comm_name: HCCL communicator of W ranks.
         world_size: W, one of 2, 4, 8.
-        weight_scale: int8: float32 ``[out]``, by which the product is multiplied.
+        token_scale, weight_scale: int8: float32 ``[n, 1]`` and ``[1, out]``, by which the product is multiplied; the kernel takes both or neither.
         output_dtype: int8: float16 or bfloat16.
     """
     result: Tensor = _torch_npu().npu_mm_reduce_scatter_base(
@@ -71,6 +72,7 @@ def mm_reduce_scatter(
         world_size,
         reduce_op="sum",
         bias=None,
+        x1_scale=token_scale,
         x2_scale=weight_scale,
         comm_turn=0,
         output_dtype=output_dtype,

@@ -104,14 +104,15 @@ class W8A8Static:
     def reduce_scattered_product(self, x: Tensor, weight: Tensor, comm_name: str, world_size: int) -> Tensor:
         """The product summed over ranks, of which this rank gets its rows, in one kernel: ``[n, in] -> [n / W, out]``.
 
-        The kernel takes no bias: `quant_bias` is added to the sum, which every rank has of its own rows.
+        The kernel takes no bias: `quant_bias` is added to the sum, which every rank has of its own rows. It scales tokens as well, by 1 here.
         """
         output = kernels.mm_reduce_scatter(
             self.quantise(x),
             weight.t(),
             comm_name,
             world_size,
-            weight_scale=self.deq_scale,
+            token_scale=torch.ones(len(x), 1, dtype=torch.float32, device=x.device),
+            weight_scale=self.deq_scale.view(1, -1),
             output_dtype=self.output_dtype,
         )
         return output if self._dequantised_bias is None else output + self._dequantised_bias

@@ -186,18 +186,8 @@ def get_replicated_op(prefix: str, env: LinearEnv, *, disable_tp: bool = False) 
 
 
 def is_moe_layer(prefix: str, moe: MoeLayers) -> bool:
-    """Whether the layer at `prefix` is in a MoE layer, by n of its components ``layers.<n>`` and the model's `moe`.
-
-    False without such a pair, without routed experts, and where `moe` has neither `layers` nor `first_k_dense_replace`.
-    """
-    layer = layer_index(prefix)
-    if layer is None or moe.routed_experts == 0:
-        return False
-    if moe.layers is not None:
-        return layer in moe.layers
-    if moe.first_k_dense_replace is None:
-        return False
-    return layer >= moe.first_k_dense_replace and layer % moe.moe_layer_freq == 0
+    """Whether the layer at `prefix` is in a MoE layer of the model, by n of its components ``layers.<n>``; False where there are none."""
+    return moe.routed_experts > 0 and layer_index(prefix) in moe.layers
 
 
 def _ends_with(prefix: str, layer: str) -> bool:

@@ -25,31 +25,23 @@ def layer_index(prefix: str) -> int | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeLayers:
-    """Which layers of a model are MoE layers: their indices, or the two keys of a Hugging Face config that DeepSeek's models have.
+    """Which layers of a model are MoE layers.
 
     Args:
         routed_experts: number of routed experts; 0 for a dense model.
-        layers: indices of the MoE layers, which then decide alone; None: by the two arguments that follow.
-        first_k_dense_replace: index of the first MoE layer; None where the config has no such key. vllm-ascend gives `layers` instead.
-        moe_layer_freq: every how many layers there is one.
+        layers: indices of the MoE layers.
 
     Raises:
-        ValueError: a negative number, or `moe_layer_freq` below 1.
+        ValueError: a negative number.
     """
 
     routed_experts: int = 0
-    layers: frozenset[int] | None = None
-    first_k_dense_replace: int | None = None
-    moe_layer_freq: int = 1
+    layers: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the number."""
         if self.routed_experts < 0:
             raise InvalidValueError("routed_experts", self.routed_experts, "must be at least 0")
-        if self.first_k_dense_replace is not None and self.first_k_dense_replace < 0:
-            raise InvalidValueError("first_k_dense_replace", self.first_k_dense_replace, "must be at least 0, or None")
-        if self.moe_layer_freq < 1:
-            raise InvalidValueError("moe_layer_freq", self.moe_layer_freq, "must be at least 1")
 
 
 def _ranks(group: CommGroup | None) -> int:
@@ -203,6 +195,7 @@ class StepState:
         flashcomm1: tokens are split over TP between the layers in this step.
         pad_size: rows of padding that make this step's token count a multiple of TP; 0 unless `flashcomm1`.
         dp_tokens: tokens of every DP rank in this step, where known. Ops that need equal counts check them.
+        prefill: some request of this step has more than one new token. The kernel that fuses a product and an all-reduce is for such steps alone.
 
     Raises:
         ValueError: padding that is negative, or given without `flashcomm1`.
@@ -211,6 +204,7 @@ class StepState:
     flashcomm1: bool = False
     pad_size: int = 0
     dp_tokens: tuple[int, ...] | None = None
+    prefill: bool = False
 
     def __post_init__(self) -> None:
         """Check the padding."""
@@ -226,6 +220,7 @@ def plan_step(
     *,
     threshold: int = FLASHCOMM1_DENSE_THRESHOLD,
     dp_tokens: tuple[int, ...] | None = None,
+    prefill: bool = False,
 ) -> StepState:
     """The state of a step of `tokens` tokens.
 
@@ -238,6 +233,7 @@ def plan_step(
         env: groups and options.
         threshold: tokens up to which a dense model stays without.
         dp_tokens: tokens of every DP rank; its entry `env.dp_rank` must be `tokens`.
+        prefill: some request of the step has more than one new token.
 
     Raises:
         ValueError: a negative count, or `dp_tokens` that does not fit.
@@ -250,6 +246,6 @@ def plan_step(
         raise ValueError(f"dp_tokens={dp_tokens}: entry dp_rank={env.dp_rank} must be tokens={tokens}")
     longest = max(dp_tokens) if dp_tokens else tokens
     if not env.enable_flashcomm1 or (env.moe.routed_experts == 0 and longest <= threshold):
-        return StepState(dp_tokens=dp_tokens)
+        return StepState(dp_tokens=dp_tokens, prefill=prefill)
     tp = env.tp.world_size
-    return StepState(flashcomm1=True, pad_size=-(-longest // tp) * tp - tokens, dp_tokens=dp_tokens)
+    return StepState(flashcomm1=True, pad_size=-(-longest // tp) * tp - tokens, dp_tokens=dp_tokens, prefill=prefill)

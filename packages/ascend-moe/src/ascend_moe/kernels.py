@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _COUNTS = 1  # group_list_type and expert_tokens_num_type: rows of each group, not where it ends
+_CUMULATIVE = 0  # group_list_type: where each group ends
 
 
 def _npu() -> Any:
@@ -163,7 +164,7 @@ def unpermute(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Ten
 def grouped_matmul(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """Multiply the rows of slot l by `weights[l]`: rows `[A, n]`, weights `[L, n, m]`, counts int64 `[L]` -> `[A, m]`.
 
-    Rows of the result from `counts.sum()` on are not written.
+    Rows of the result from `counts.sum()` on are not written: they hold anything, and are not to be read.
     """
     return _grouped(rows, weights, counts)
 
@@ -184,11 +185,14 @@ def grouped_matmul_dequantised(
 
 
 def _grouped(rows: Tensor, weights: Tensor, counts: Tensor, **options: Any) -> Tensor:
+    # The kernel takes no list of a single count. A single count is where its group ends as well, and so a list of cumulative counts.
+    # Its documentation wants the groups to hold all rows. Rows after the last group are not computed; nothing reads what lies there.
+    kind = _COUNTS if len(counts) > 1 else _CUMULATIVE
     result: Tensor = _npu().npu_grouped_matmul(
         x=[rows],
         weight=[weights],
         split_item=2,
-        group_list_type=_COUNTS,
+        group_list_type=kind,
         group_type=0,
         group_list=counts,
         **options,

@@ -1,29 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the simulator's C and C++ once per (sources, torch, torch_npu, processor) and keeps the result in a cache folder.
+"""Compiles the simulator's C and C++ once per (sources, options, torch, torch_npu, processor, compiler) and keeps the result in a cache folder.
 
-A cache that is filled needs no compiler: it may be made where there is one and used where there is none.
+A cache that is filled needs no compiler: it may be made where there is one and used where there is none. What any compiler made is used there.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import PathFinder
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ascend_sim import cache
+from ascend_sim.messages import say
 
 __all__ = ["compiled", "compiler", "native", "runtime"]
 
 HERE = Path(__file__).parent
 RUNTIME = HERE / "runtime"
+RUNTIME_OPTIONS = ("-shared", "-fPIC", "-O2")
+OBJECT_OPTIONS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp")
+LIBRARY_OPTIONS = ("-shared", "-ltorch_cpu", "-lc10", "-ltorch_npu", "-fopenmp")
 
 
 def compiler() -> str:
@@ -44,23 +48,48 @@ def package_folder(name: str) -> Path:
 
 def processor() -> str:
     """What -march=native depends on, so that a cache folder shared by several hosts stays right."""
-    with open("/proc/cpuinfo", encoding="utf-8") as info:
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
         return "".join(sorted({line for line in info if line.startswith(("flags", "Features", "model name"))}))
 
 
-def digest(sources: Sequence[Path]) -> str:
-    """Name of the cache entry of these sources on this host."""
+def installed(package: str) -> str:
+    """Version of a package by its metadata; RuntimeError with the remedy where it has none."""
+    try:
+        return version(package)
+    except PackageNotFoundError as error:
+        raise RuntimeError(
+            f"ascend-sim needs the version of {package}, whose metadata are not installed: pip install --force-reinstall {package}"
+        ) from error
+
+
+def digest(sources: Sequence[Path], options: Sequence[str]) -> str:
+    """What a cache entry is made of, but for the compiler: these sources and options, on this host."""
     state = hashlib.sha256()
-    for part in ("manifest", version("torch"), version("torch_npu"), processor()):  # the first is how entries are kept
+    for part in (
+        "manifest",
+        installed("torch"),
+        installed("torch-npu"),
+        processor(),
+        *options,
+    ):  # the first is how entries are kept
         state.update(part.encode() + b"\0")
     for source in sources:
         state.update(source.read_bytes() + b"\0")
     return state.hexdigest()[:16]
 
 
-def name_of(kind: str, sources: Sequence[Path]) -> str:
-    """Name of a cache entry."""
-    return f"{kind}-{digest(sources)}"
+def name_of(kind: str, sources: Sequence[Path], options: Sequence[str]) -> str:
+    """Name of a cache entry. It ends with the compiler; where there is none, that of an entry which another one made is returned, if there is any."""
+    name = f"{kind}-{digest(sources, options)}"
+    try:
+        found = compiler()
+    except RuntimeError:
+        made = sorted(cache.root().glob(f"{name}-{'?' * 8}"))
+        if len(made) > 1:
+            made = [entry for entry in made if cache.is_whole(entry)] or made
+        return made[0].name if made else f"{name}-{'0' * 8}"
+    # The real path of g++ has the number of its version; all commands of ccache have the same real path.
+    return f"{name}-{hashlib.sha256(os.fsencode(found) + os.fsencode(os.path.realpath(found))).hexdigest()[:8]}"
 
 
 # Runs the compiler in a process group of its own, which ends when standard input does: at the latest when this process is gone, killed or not.
@@ -80,6 +109,7 @@ def run(command: Sequence[str]) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             start_new_session=True,
         ) as process:
             said, _ = process.communicate()
@@ -102,9 +132,9 @@ def runtime_sources() -> list[Path]:
 
 def runtime(sonames: Sequence[str]) -> Path:
     """Folder that holds the stub of CANN (`libascendcl.so`) and one empty library for each of `sonames`, which depends on it."""
-    with cache.entry(name_of("runtime", runtime_sources())) as (final, made):
+    with cache.entry(_runtime_name(sonames)) as (final, made):
         if made:
-            shared = [compiler(), "-shared", "-fPIC", "-O2"]
+            shared = [compiler(), *RUNTIME_OPTIONS]
             stub = made / "libascendcl.so"
             sources = [str(source) for source in runtime_sources() if source.suffix == ".c"]
             # g++ takes -x for the next file alone.
@@ -115,6 +145,10 @@ def runtime(sonames: Sequence[str]) -> Path:
                 run([*shared, "-x", "c", "/dev/null", "-x", "none", "-Wl,--no-as-needed", f"-Wl,-soname,{name}.so", "-Wl,-rpath,$ORIGIN",
                      "-o", str(made / f"{name}.so"), str(stub)])  # fmt: skip
     return final
+
+
+def _runtime_name(sonames: Sequence[str]) -> str:
+    return name_of("runtime", runtime_sources(), [*RUNTIME_OPTIONS, *sonames])
 
 
 def headers_of(source: Path) -> list[Path]:
@@ -132,12 +166,11 @@ def headers_of(source: Path) -> list[Path]:
 
 def object_file(source: Path) -> Path:
     """The object file of one C++ source, compiled against the installed torch."""
-    with cache.entry(name_of(f"object-{source.stem}", [source, *headers_of(source)])) as (final, made):
+    with cache.entry(name_of(f"object-{source.stem}", [source, *headers_of(source)], OBJECT_OPTIONS)) as (final, made):
         if made:
             torch, npu = package_folder("torch") / "include", package_folder("torch_npu") / "include"
             include = [f"-I{path}" for path in (torch, torch / "torch/csrc/api/include", npu, acl_headers(), RUNTIME)]
-            flags = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp"]
-            run([compiler(), *flags, *include, "-c", str(source), "-o", str(made / "native.o")])
+            run([compiler(), *OBJECT_OPTIONS, *include, "-c", str(source), "-o", str(made / "native.o")])
     return final / "native.o"
 
 
@@ -147,28 +180,31 @@ def native_sources() -> tuple[list[Path], list[Path]]:
     return sorted(folder.glob("*.cpp")), sorted([*folder.glob("*.h"), *RUNTIME.glob("*.h")])
 
 
-def compiled() -> bool:
-    """Whether all is compiled and whole, so that the next process starts at once. RuntimeError where the cache folder cannot be used."""
+def _native_name() -> str:
     sources, headers = native_sources()
+    return name_of("native", [*sources, *headers], [*OBJECT_OPTIONS, *LIBRARY_OPTIONS])
+
+
+def compiled(sonames: Sequence[str]) -> bool:
+    """Whether all is compiled and whole, so that the next process starts at once. RuntimeError where the cache folder cannot be used.
+
+    Args:
+        sonames: as for `runtime`.
+    """
     folder = cache.root()
-    return all(
-        cache.is_whole(folder / name_of(kind, files))
-        for kind, files in (("native", [*sources, *headers]), ("runtime", runtime_sources()))
-    )
+    return all(cache.is_whole(folder / name) for name in (_native_name(), _runtime_name(sonames)))
 
 
+@functools.cache  # before torch is imported it is compiled and checked, and afterwards loaded
 def native() -> Path:
     """The library of operators: every `native/*.cpp`, as many at a time as there are processors."""
-    sources, headers = native_sources()
-    with cache.entry(name_of("native", [*sources, *headers])) as (final, made):
+    with cache.entry(_native_name()) as (final, made):
         if made:
-            print(
-                "ascend-sim: compiling the simulator's kernels, once (a minute or two) ...", file=sys.stderr, flush=True
-            )
-            libraries = [package_folder("torch") / "lib", package_folder("torch_npu") / "lib"]
+            say("ascend-sim: compiling the simulator's kernels, once (a minute or two) ...")
+            sources, _ = native_sources()
+            libraries = [package_folder(name) / "lib" for name in ("torch", "torch_npu")]
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
                 objects = list(pool.map(object_file, sources))
             found = [option for folder in libraries for option in (f"-L{folder}", f"-Wl,-rpath,{folder}")]
-            run([compiler(), "-shared", "-o", str(made / "libascend_sim.so"), *map(str, objects), *found,
-                 "-ltorch_cpu", "-lc10", "-ltorch_npu", "-fopenmp"])  # fmt: skip
+            run([compiler(), "-o", str(made / "libascend_sim.so"), *map(str, objects), *found, *LIBRARY_OPTIONS])
     return final / "libascend_sim.so"

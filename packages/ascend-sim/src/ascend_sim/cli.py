@@ -97,7 +97,10 @@ def _facts() -> dict[str, Any]:
         "Python": sys.version.split()[0],
         **{name: _version(name) for name in ("ascend-sim", "torch", "torch-npu")},
     }
-    facts["cache"] = str(cache.cache_folder())
+    try:
+        facts["cache"] = str(cache.cache_folder())
+    except RuntimeError as error:
+        facts["cache"] = str(error)
     try:
         facts["compiler"] = build.compiler()
     except RuntimeError:
@@ -109,7 +112,7 @@ def _facts() -> dict[str, Any]:
     facts["devices"], facts["memory_bytes"] = loader.device_count(), loader.device_bytes()
     facts["strict"], facts["streams"] = loader.strict(), loader.streams()
     try:
-        facts["compiled"] = None not in facts["versions"].values() and build.compiled()
+        facts["compiled"] = None not in facts["versions"].values() and build.compiled(loader.SONAMES)
         if facts["compiled"]:
             torch = _torch()
             facts["devices"] = torch.npu.device_count()

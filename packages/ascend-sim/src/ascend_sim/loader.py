@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from ascend_sim import build
+from ascend_sim.messages import say
 
 __all__ = [
     "Decision",
@@ -62,7 +63,9 @@ def find_cann() -> Path | None:
     roots = [os.environ.get(name) for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")]
     folders = [Path(root, sub) for root in [*roots, *CANN_FOLDERS] if root for sub in ("lib64", "runtime/lib64")]
     folders += [Path(entry) for entry in os.environ.get("LD_LIBRARY_PATH", "").split(":") if entry]
-    return next((folder for folder in folders if (folder / "libascendcl.so").exists()), None)
+    return next(
+        (folder for folder in folders if os.path.exists(folder / "libascendcl.so")), None
+    )  # False where it cannot be seen
 
 
 def decide() -> Decision:
@@ -120,7 +123,7 @@ def device_bytes() -> int:
 
 
 def soc_name() -> str:
-    """Name of the simulated chip: ASCEND_SIM_SOC, or Ascend910B3. It changes the name alone, which products choose by."""
+    """Name of the simulated chip: ASCEND_SIM_SOC, or Ascend910B3. It changes the name, which products choose by, and the rules of kernels that differ between chips."""
     name = os.environ.get("ASCEND_SIM_SOC", "Ascend910B3")
     if name not in SOC_NAMES:
         raise ValueError(f"ASCEND_SIM_SOC is {name!r}; allowed: {', '.join(SOC_NAMES)}")
@@ -171,8 +174,8 @@ def before_torch() -> str:
             _put_stub_in_place()
             if _loads_backends():
                 build.native()
-        except (OSError, RuntimeError) as error:
-            _problem = str(error).removeprefix("ascend-sim: ")
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            _problem = str(error).removeprefix("ascend-sim: ") or type(error).__name__
     return _problem
 
 
@@ -214,8 +217,7 @@ class _Torch(importlib.machinery.SourceFileLoader):
                     os.environ[_AUTOLOAD] = given
         if problem:
             module.npu = _Absent(problem)  # type: ignore[attr-defined]
-            with contextlib.suppress(OSError, AttributeError):  # standard error may be closed
-                sys.stderr.write(f"{_absent(problem)}\n")
+            say(_absent(problem))
 
 
 class _Absent(ModuleType):
@@ -252,7 +254,7 @@ class _Watched(importlib.machinery.SourceFileLoader):
                 super().exec_module(module)
         finally:  # standard output belongs to the program, and here it is right that the variable is not set
             left = said.getvalue().replace(NOT_SET, "")
-            with contextlib.suppress(OSError, AttributeError):  # it may be full, or closed
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be full, closed or None
                 sys.stdout.write(left)
         from ascend_sim import activate
 

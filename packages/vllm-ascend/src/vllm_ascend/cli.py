@@ -148,6 +148,8 @@ def main() -> None:
     except SystemExit as stop:
         status = stop.code
     except OSError as error:
+        if error.filename is not None:  # of a file, and not of standard output
+            sys.exit(f"error: {error.filename}: {error.strerror or error}")
         status = _no_output(error)
     try:
         sys.stdout.flush()

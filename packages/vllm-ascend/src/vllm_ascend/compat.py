@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
@@ -179,7 +179,8 @@ def declare_torchvision_operators() -> torch.library.Library | None:
         return None
     declared = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in TORCHVISION_OPERATORS:
-        declared.define(f"{name}(...) -> ...")  # type: ignore[no-untyped-call]
+        with suppress(RuntimeError):  # the compiled part may have declared it before it failed
+            declared.define(f"{name}(...) -> ...")  # type: ignore[no-untyped-call]
     return declared
 
 
@@ -190,7 +191,10 @@ def _loads(folders: Iterable[Path]) -> bool:
     try:
         for library in libraries:
             torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    except OSError:  # a library that it is linked to is absent, such as CUDA's
+    except (
+        OSError,
+        RuntimeError,
+    ):  # a library that it is linked to is absent, such as CUDA's; it was built for another torch
         return False
     return bool(libraries)
 

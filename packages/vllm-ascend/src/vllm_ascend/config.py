@@ -2,6 +2,9 @@
 """AscendConfig: this plugin's options, given as `--additional-config '{...}'`, under the names that the public plugin uses.
 
 Here each value is checked on its own. What options ask of each other, of the parallel sizes and of the model is checked in `rules`.
+
+The options are read by the functions below and not by pydantic, which vLLM brings: its findings are of other words and one per type that was tried, and a
+key has three kinds of answer here (unknown, known of the public plugin and without effect, known and not supported), for which it has no place.
 """
 
 from __future__ import annotations
@@ -223,6 +226,8 @@ def _unknown(key: str, value: object, path: str) -> str:
     """The finding for a key that does not exist at `path`: the place where it belongs, or names that are near."""
     everywhere = [*_paths(AscendConfig), *KNOWN, *INERT]
     if places := [name for name in everywhere if name.rpartition(".")[2] == key]:
+        if places[0] in KNOWN and not changes_nothing(places[0], value):
+            return _unsupported(places[0], value)
         hint = f"it belongs at {' or '.join(map(repr, places))}"
     else:
         names = {name.rpartition(".")[2]: name for name in everywhere}

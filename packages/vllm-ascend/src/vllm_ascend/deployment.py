@@ -51,7 +51,7 @@ class Model:
     @property
     def moe_layer_ids(self) -> tuple[int, ...]:
         """The decoder layers that are MoE layers, ascending; empty where that is not known."""
-        return tuple(sorted(self.moe.layers or ()))
+        return tuple(sorted(self.moe.layers))
 
     @classmethod
     def of(cls, text_config: object, **known: Any) -> Model:
@@ -69,7 +69,7 @@ class Model:
         if isinstance(get("v_head_dim", "head_dim"), list):  # of each layer
             head = 0
         read = {
-            "moe": MoeLayers(routed_experts=routed_experts(config), layers=frozenset(moe_layers(config)) or None),
+            "moe": MoeLayers(routed_experts=routed_experts(config), layers=frozenset(moe_layers(config))),
             "unknown_selectors": unknown_selectors(config),
             "decoder_layers": number("num_hidden_layers"),
             "experts_per_token": number("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"),

@@ -67,6 +67,8 @@ def inactive_because() -> str | None:
         importlib.import_module("torch_npu")
     except (ImportError, RuntimeError, OSError, ValueError) as error:
         cause = _cause(error)
+        if simulator.active:  # it says itself what to do
+            return f"the simulated NPU does not run: {str(cause).strip() or repr(cause)}"
         return f"torch_npu does not load ({(str(cause).strip() or repr(cause)).splitlines()[-1]}); {_remedy(simulator)}"
     if not torch.npu.is_available():
         from vllm_ascend import envs
@@ -147,8 +149,8 @@ def examine() -> Report:
     if not reason:
         torch = importlib.import_module("torch")
         devices = [torch.npu.get_device_name(index) for index in range(torch.npu.device_count())]
-    simulated = _simulator().active
-    versions["CANN"] = "simulated" if simulated else _cann_version() if not reason else "missing"
+    simulated = _simulator().active and not reason
+    versions["CANN"] = "missing" if reason else "simulated" if simulated else _cann_version()
     return Report(
         active=not reason, reason=reason or "", versions=versions, devices=devices,
         not_installed=multimodal.what_is_missing() or "", simulated=simulated,

@@ -2,7 +2,7 @@
 """Loading a model's weights, the first time and anew, with the check that the checkpoint has all of them.
 
 vLLM's own check goes by the names of parameters, leaves out every linear layer and expert, is off for quantised models, and is only a warning when
-weights are loaded anew. Here each element of each parameter must have been written (`loaded.py`), and what lacks is named as in the checkpoint.
+weights are loaded anew. Here each element of each parameter must have been written (`loaded.py`), and missing tensors are named as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -46,9 +46,15 @@ class AscendModelLoader(DefaultModelLoader):
         if self.enable_weights_track is False:
             super().load_weights(model, model_config)
             return
-        self.enable_weights_track = False  # this check is stricter, and names what lacks
-        with LoadRecord(dict(_expected(model))) as record:
-            super().load_weights(model, model_config)
+        own, self.enable_weights_track = (
+            self.enable_weights_track,
+            False,
+        )  # this check is stricter, and names the missing tensors
+        try:
+            with LoadRecord(dict(_expected(model))) as record:
+                super().load_weights(model, model_config)
+        finally:
+            self.enable_weights_track = own
         _refuse(
             list(_missing(model, record)),
             f"the checkpoint {model_config.model!r}",

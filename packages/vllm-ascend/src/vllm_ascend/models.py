@@ -58,13 +58,14 @@ def read_config(model: str) -> dict[str, Any]:
         ValueError: there is none, or it cannot be read.
     """
     file = Path(model) / "config.json"
-    if file.exists():
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    try:
+        content = file.read_bytes() if file.exists() else None
+        is_local = Path(model).exists()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    if content is not None:
         config = parse_object(content, str(file))
-    elif Path(model).exists():
+    elif is_local:
         raise ValueError(f"{model}: there is no config.json in it")
     else:
         from transformers import PretrainedConfig

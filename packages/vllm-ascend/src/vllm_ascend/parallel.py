@@ -15,12 +15,13 @@ from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_tp_g
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from vllm_ascend import envs, experts, rules
+from vllm_ascend.attention.step import AscendAttentionMetadata
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.experts import ExpertGroups, MoeContext
 
-__all__ = ["Parallel", "close", "current", "forward_context", "most_tokens", "start", "step"]
+__all__ = ["Parallel", "close", "current", "forward_context", "has_prompts", "most_tokens", "start", "step"]
 
 _STEP, _MOST_TOKENS = "ascend_step", "ascend_most_tokens"  # keys in the forward context
 _UNSPLIT = StepState()
@@ -53,11 +54,10 @@ class Parallel:
             WeightPrefetcher(PrefetchConfig(ratios=ratios.prefetch_ratio.by_module)) if ratios.enabled else None
         )
 
-    def plan(self, tokens: int, dp_tokens: tuple[int, ...] | None) -> StepState:
+    def plan(self, tokens: int, dp_tokens: tuple[int, ...] | None, *, prefill: bool) -> StepState:
         """The state of the step that begins now. `last_step` keeps it for what runs after the forward pass, such as the LM head."""
-        self.last_step = plan_step(
-            tokens, self.env, threshold=self.config.flashcomm1_dense_threshold, dp_tokens=dp_tokens
-        )
+        threshold = self.config.flashcomm1_dense_threshold
+        self.last_step = plan_step(tokens, self.env, threshold=threshold, dp_tokens=dp_tokens, prefill=prefill)
         return self.last_step
 
     def tokens_over(self, group: CommGroup, state: StepState) -> tuple[int, ...] | None:
@@ -148,12 +148,32 @@ def close() -> None:
     _current = None
 
 
-def forward_context(num_tokens: int | None, num_tokens_across_dp: Tensor | None) -> dict[str, Any]:
-    """What vLLM keeps in the forward context of a step of `num_tokens` tokens, `num_tokens_across_dp` `[DP]` on all replicas."""
+def forward_context(
+    num_tokens: int | None, num_tokens_across_dp: Tensor | None, attn_metadata: object = None
+) -> dict[str, Any]:
+    """What vLLM keeps in the forward context of a step of `num_tokens` tokens, `num_tokens_across_dp` `[DP]` on all replicas.
+
+    Args:
+        num_tokens, num_tokens_across_dp: the tokens here and everywhere.
+        attn_metadata: the attention's description of the step, by layer; None in a step without requests.
+    """
     if _current is None or num_tokens is None:
         return {}
     counts = None if num_tokens_across_dp is None else tuple(num_tokens_across_dp.tolist())
-    return {_STEP: _current.plan(num_tokens, counts), _MOST_TOKENS: max(counts or (num_tokens,))}
+    return {
+        _STEP: _current.plan(num_tokens, counts, prefill=has_prompts(attn_metadata)),
+        _MOST_TOKENS: max(counts or (num_tokens,)),
+    }
+
+
+def has_prompts(attn_metadata: object) -> bool:
+    """Whether some request of the step has more than one new token."""
+    if not isinstance(attn_metadata, dict) or not attn_metadata:
+        return False
+    step: Any = next(iter(attn_metadata.values()))
+    counted = isinstance(step, AscendAttentionMetadata)
+    requests = len(step.query_ends) if counted else step.num_decodes + step.num_prefills  # the second: latent attention
+    return bool(step.num_actual_tokens > requests)
 
 
 def step() -> StepState:

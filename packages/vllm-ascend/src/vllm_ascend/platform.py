@@ -39,7 +39,8 @@ class AscendPlatform(Platform):
     simple_compile_backend = "eager"
     dist_backend = "hccl"
     lmhead_is_shared = False
-    """Whether data parallel ranks share the LM head in the engine that was configured last in this process."""
+    """Whether data parallel ranks share the LM head in any engine that was configured in this process. vLLM asks `validate_request` without saying for
+    which engine; of several, one that shares it must not be given what would end it."""
 
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
@@ -119,7 +120,7 @@ class AscendPlatform(Platform):
         config = start.check(vllm_config, host)
         for notice in start.notices(vllm_config):
             logger.warning_once(notice)
-        cls.lmhead_is_shared = config.finegrained_tp_config.lmhead_tensor_parallel_size > 0
+        cls.lmhead_is_shared |= config.finegrained_tp_config.lmhead_tensor_parallel_size > 0
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
@@ -148,7 +149,8 @@ class AscendPlatform(Platform):
         """The state of the step that begins, for the linear layers."""
         from vllm_ascend import parallel
 
-        return parallel.forward_context(kwargs.get("num_tokens"), kwargs.get("num_tokens_across_dp"))
+        step = (kwargs.get(name) for name in ("num_tokens", "num_tokens_across_dp", "attn_metadata"))
+        return parallel.forward_context(*step)
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:

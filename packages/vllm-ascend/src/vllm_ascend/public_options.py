@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["INERT", "KNOWN", "OF_VLLM", "REMEDIES", "changes_nothing"]
 
-# Path -> the values under which the option changes nothing, so that they are accepted. null and an object whose "enabled" is false always are.
+# Path -> the values under which the option changes nothing, so that they are accepted. null always is, and where {} is one, an object whose "enabled" is false.
 KNOWN: Mapping[str, tuple[Any, ...]] = {
     "enable_dsa_cp": (False,),  # context parallelism of DeepSeek sparse attention, which has no attention backend here
     "enable_sparse_sfa_c8": (False,),  # int8 caches of sparse attention, and of its indexer
@@ -19,6 +19,8 @@ KNOWN: Mapping[str, tuple[Any, ...]] = {
     "multistream_dsv4_dsa_overlap": (False,),
     "eplb_config.dynamic_eplb": (False,),  # experts that move while the engine runs
     "eplb_config.expert_map_record_path": (),
+    "num_iterations_eplb_update": (),  # older names of the two intervals
+    "num_wait_worker_iterations": (),
     "eplb_config.algorithm_execution_interval": (30, 50),  # the defaults of its older and its present versions
     "eplb_config.eplb_policy_type": (0, 1, 2),
     "eplb_config.eplb_heat_collection_stage": ("all",),
@@ -65,6 +67,8 @@ REMEDIES: Mapping[str, str] = {
     "eplb_config.expert_map_record_path": (
         "it belongs to dynamic_eplb; eplb_config.expert_load_record_path records the load of the experts"
     ),
+    "num_iterations_eplb_update": "it is now eplb_config.expert_heat_collection_interval",
+    "num_wait_worker_iterations": "it is now eplb_config.algorithm_execution_interval, which belongs to eplb_config.dynamic_eplb",
     "rejection_sampler_config": "there is no speculative decoding here; remove it",
     "dynamic_spec_config": "there is no speculative decoding here; remove it",
 }
@@ -76,6 +80,7 @@ OF_VLLM = ("gdn_prefill_backend", "kda_prefill_backend", "kda_decode_backend")
 
 def changes_nothing(path: str, value: object) -> bool:
     """Whether the known option at `path` changes nothing when it has this `value`."""
-    if isinstance(value, Mapping) and value.get("enabled") is False:
+    neutral = KNOWN[path]
+    if {} in neutral and isinstance(value, Mapping) and value.get("enabled") is False:
         return True
-    return value is None or value in KNOWN[path]
+    return value is None or value in neutral

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 from ascend_comm import CommGroup, GroupConfig, InvalidValueError, group_of
 from ascend_linear import LayerShard, LinearEnv
@@ -20,7 +20,7 @@ from vllm_ascend.eplb import placement
 from vllm_ascend.findings import refuse
 from vllm_ascend.models import padded_vocabulary
 
-__all__ = ["broken", "check", "group_config", "linear_env", "planned_env"]
+__all__ = ["broken", "broken_on", "check", "group_config", "linear_env", "planned_env"]
 
 # Fields of the libraries' configs -> the options that they come from.
 _OPTIONS = {
@@ -40,6 +40,7 @@ _OPTIONS = {
     "prefill_context_parallel": "prefill_context_parallel_size",
 }
 _MATMUL_REDUCE_SCATTER_RANKS = (2, 4, 8)  # of the fused kernel
+_ATLAS_A3 = "Ascend910_93"  # how the names of its chips begin
 
 
 class _PlannedGroup:
@@ -66,13 +67,42 @@ def check(config: AscendConfig, deployment: Deployment) -> None:
 
 
 def broken(config: AscendConfig, deployment: Deployment) -> Iterator[str]:
-    """One finding for each rule that is broken; of those that ascend-comm and ascend-linear have, the first."""
+    """One finding for each rule that is broken."""
     yield from _broken_rules(config, deployment)
-    try:
-        planned_env(_without_refused(config, deployment), deployment)
-    except InvalidValueError as error:
-        yield error.phrased()
+    yield from _broken_in_libraries(_without_refused(config, deployment), deployment)
     yield from placement.broken(config.eplb_config, deployment)
+
+
+def broken_on(config: AscendConfig, chip: str) -> Iterator[str]:
+    """Findings for options whose kernels do not run on this host's chip, by its name, such as "Ascend910_9391"."""
+    if config.enable_matmul_allreduce and chip.startswith(_ATLAS_A3):
+        yield (
+            f"option 'enable_matmul_allreduce' (True) needs an Atlas A2, on which its kernel (npu_mm_all_reduce_base) runs, and this host's chip is "
+            f"{chip}, an Atlas A3; leave the option out"
+        )
+
+
+def _broken_in_libraries(config: AscendConfig, deployment: Deployment) -> Iterator[str]:
+    """Findings for the rules of ascend-comm and ascend-linear, which raise the first: the option it names is left out, and they are asked again."""
+    while True:
+        try:
+            planned_env(config, deployment)
+        except InvalidValueError as error:
+            yield error.phrased()
+            changed = next((left for name in error.fields if (left := _without(config, name)) != config), None)
+            if changed is None:  # no option is at fault
+                return
+            config = changed
+        else:
+            return
+
+
+def _without(config: Any, path: str) -> Any:
+    """The config with the option at a dotted path as it is by default; the config itself where there is no such option."""
+    name, _, rest = path.partition(".")
+    if name not in {field.name for field in fields(config)}:
+        return config
+    return replace(config, **{name: _without(getattr(config, name), rest) if rest else getattr(type(config)(), name)})
 
 
 def _without_refused(config: AscendConfig, deployment: Deployment) -> AscendConfig:
@@ -161,11 +191,16 @@ def _broken_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]
     yield from _broken_flashcomm_rules(config, deployment)
     yield from _broken_finegrained_rules(config, deployment)
     model, names = deployment.model, list(config.layer_sharding)
-    if config.eplb_config.expert_map_path and model.unknown_selectors:
-        yield (
-            f"option 'eplb_config.expert_map_path' ({config.eplb_config.expert_map_path!r}) cannot be used with this model: its config seems to choose "
-            f"its MoE layers by {', '.join(model.unknown_selectors)}, which vllm-ascend does not know; leave the option out"
-        )
+    by_layer = {
+        "eplb_config.expert_map_path": config.eplb_config.expert_map_path,
+        "finegrained_tp_config.mlp_tensor_parallel_size": config.finegrained_tp_config.mlp_tensor_parallel_size,
+    }
+    for option, value in by_layer.items():
+        if value and model.unknown_selectors:
+            yield (
+                f"option {option!r} ({value!r}) cannot be used with this model: its config seems to choose "
+                f"its MoE layers by {', '.join(model.unknown_selectors)}, which vllm-ascend does not know; leave the option out"
+            )
     if config.enable_shared_expert_dp and not (model.moe.routed_experts and model.shared_experts):
         yield "option 'enable_shared_expert_dp' (True) needs a MoE model with shared experts"
     if names and not config.flashcomm2_parallel_size:

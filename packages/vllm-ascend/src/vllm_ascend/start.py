@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ascend_eplb import Placement
-
 from vllm_ascend import envs, experts, rules
 from vllm_ascend.attention import BACKENDS, limits
 from vllm_ascend.config import AscendConfig
@@ -22,7 +20,7 @@ from vllm_ascend.moe_layers import ConfigReader
 
 __all__ = ["Host", "check", "notices"]
 
-# Families of chips that the attention kernels, as they are called here, do not run on, by the start of the chips' names.
+# Families of chips that this plugin does not support, and how the names of their chips begin: the attention kernels do not run there.
 _ABSENT_CHIPS = {"Atlas 300I (310P)": "Ascend310P", "Atlas A5 (950)": "Ascend950"}
 
 
@@ -61,6 +59,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         found += _absent_for_the_model(vllm_config)
         found += limits.broken(limits.Attention.of(vllm_config))
         found += rules.broken(config, deployment)
+        found += rules.broken_on(config, host.chip)
         found += _wrong_with_experts(config, deployment, vllm_config.scheduler_config.max_num_seqs, host)
     refuse(found)
     return config
@@ -115,17 +114,18 @@ def _wrong_with_the_host(parallel: Any, host: Host) -> Iterator[str]:
 def _wrong_with_experts(config: AscendConfig, deployment: Deployment, max_num_seqs: int, host: Host) -> Iterator[str]:
     """Findings for how experts communicate, where it is known where they lie."""
 
-    def place() -> Placement:
-        return placement_of(config.eplb_config, deployment)
-
-    if not deployment.model.moe.routed_experts or found_by(place) or found_by(envs.hccl_buffsize_mb):
+    if not deployment.model.moe.routed_experts:
+        return
+    try:
+        placement, buffer = placement_of(config.eplb_config, deployment), envs.hccl_buffsize_mb()
+    except ValueError:  # other findings say so
         return
     yield from experts.broken(
         deployment,
-        slots_per_rank=place().slots_per_rank,
+        slots_per_rank=placement.slots_per_rank,
         device_name=host.chip,
         max_num_seqs=max_num_seqs,
-        hccl_buffsize_mb=envs.hccl_buffsize_mb(),
+        hccl_buffsize_mb=buffer,
     )
 
 

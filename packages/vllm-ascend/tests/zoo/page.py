@@ -5,7 +5,7 @@ from zoo import ENTRIES
 from zoo.verdict import COLUMNS, is_good
 
 HEADINGS = {
-    "float32": "float32", "cache": "prefix cache", "chunked": "chunks", "tp": "TP 2", "ep": "EP 2", "bfloat16": "strict bfloat16",
+    "float32": "float32", "cache": "prefix cache", "chunked": "chunks", "tp": "TP 2", "ep": "EP 2", "bfloat16": "strict bfloat16", "tower": "tower",
 }  # fmt: skip
 SHOWN = {"equal": "equal", "as near": "as near", "-": "", "refused": "refused"}
 INTRODUCTION = """# Models
@@ -23,6 +23,7 @@ of a whole forward pass of transformers for every token.
 | chunks | prompts in chunks of 32 tokens | `equal`, or how many tokens are, up to the first that is not |
 | TP 2, EP 2 | tensor parallelism over two ranks; with expert parallelism as well | likewise |
 | strict bfloat16 | log-probabilities of the prompts' tokens where kernels refuse what their documentation does | `as near`: as near to float32 as transformers' bfloat16 is, by the bound of `tests/rounding.py` |
+| tower | attention of what reads pictures, videos or sounds | `kernel`: all of it is the NPU's kernel; `torch`: transformers' own class calls torch's |
 
 `refused` models are refused at the start, with the reason below. **{good} of {all} are equal in every way, {refused} are refused at the start, {other} are neither.**
 """
@@ -72,5 +73,7 @@ def render(results):
         "|---" * (3 + len(COLUMNS)) + "|",
     ]
     lines += [row(name, result) for name, result in models.items()]
+    if left := [name for name in ENTRIES if name not in models]:
+        lines += ["", f"Not run yet: {'; '.join(left)}."]
     lines += ["", "## Reasons", "", *notes(models), ""]
     return "\n".join(lines)

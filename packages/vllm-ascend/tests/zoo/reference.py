@@ -118,13 +118,8 @@ def in_bfloat16(folder, entry, requests, inputs):
     return {"requests": prompts, "exact": exact.tolist(), "errors": errors.tolist()}
 
 
-def main(name, folder):
-    import torch
-
-    from zoo import ENTRIES
-
-    torch.set_num_threads(1)
-    entry, folder = ENTRIES[name], Path(folder)
+def checkpoint(entry, folder):
+    """Write the entry's checkpoint, and its processor if it has one. Returns the model, the engine's requests, and of each what the model takes."""
     if entry.make is None:
         specials, sizes, requests = 0, entry.sizes, text_requests(entry.sizes["vocab_size"])
         inputs = [{} for _ in requests]
@@ -135,6 +130,17 @@ def main(name, folder):
         requests, inputs = media_requests(entry, processor, folder)
     model = build(entry, sizes, specials)
     model.save_pretrained(folder)
+    return model, requests, inputs
+
+
+def main(name, folder):
+    import torch
+
+    from zoo import ENTRIES
+
+    torch.set_num_threads(1)
+    entry, folder = ENTRIES[name], Path(folder)
+    model, requests, inputs = checkpoint(entry, folder)
     answers = [
         greedy(model, request.get("expanded", request["ids"]), more)
         for request, more in zip(requests, inputs, strict=True)

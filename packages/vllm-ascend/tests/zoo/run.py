@@ -60,8 +60,8 @@ class Visit:
             end_with_stacks(self.process, self.said)
             self.ended[self.kind] = f"had not ended after {LIMIT} s"
         elif self.process.returncode:
-            last = self.said.read_text(errors="replace").strip().splitlines()[-1:]
-            self.ended[self.kind] = f"ended with status {self.process.returncode}: {''.join(last)}"
+            raised = verdict.raised_in(self.said.read_text(errors="replace")) or ["it said nothing"]
+            self.ended[self.kind] = f"ended with status {self.process.returncode}: {raised[-1]}"
         end(self.process)
         self.seconds[self.kind] = round(time.monotonic() - self.began, 1)
         return self.next()

@@ -4,6 +4,7 @@
 import hashlib
 import inspect
 import json
+import re
 
 from rounding import excess
 
@@ -14,8 +15,9 @@ COLUMNS = {
     "tp": "tensor parallelism over 2 ranks",
     "ep": "expert parallelism over 2 ranks",
     "bfloat16": "bfloat16 in strict mode",
+    "tower": "whether a tower's attention is the NPU's kernel",
 }
-GOOD = ("equal", "as near", "-")
+GOOD = ("equal", "as near", "kernel", "-")
 BLOCK_TOKENS = 128
 
 
@@ -74,6 +76,11 @@ def of_bfloat16(said, reference):
     return ["as near", means] if found <= 1 else ["off", f"{means}, {found:.2f} times what is admissible"]
 
 
+def of_tower(said, reference):
+    calls = said["of_torch"]
+    return ["torch", f"{calls} calls of torch's attention"] if calls else ["kernel", ""]
+
+
 # Column -> (kind of run, its engine, the cell of what the engine said).
 CELLS = {
     "float32": ("one", "one", of_prompts),
@@ -82,20 +89,22 @@ CELLS = {
     "tp": ("tp", "tp", lambda said, reference: equality(said["whole"]["tokens"], reference["tokens"])),
     "ep": ("ep", "ep", lambda said, reference: equality(said["whole"]["tokens"], reference["tokens"])),
     "bfloat16": ("bfloat16", "bfloat16", of_bfloat16),
+    "tower": ("one", "one", of_tower),
 }
+
+
+def raised_in(text):
+    """The messages of exceptions in what a run printed, where workers begin their lines with who they are; else the last line."""
+    lines = [re.sub(r"^\(.*?\] |^\[rank\d+\]: ", "", line).strip() for line in text.splitlines() if line.strip()]
+    return [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)(: |$)", line)] or lines[-1:]
 
 
 def of_workers(file, message):
     """What the first worker raised, where the engine only says that one did."""
     if "root cause" not in message and "EngineDeadError" not in message:
         return ""
-    lines = [line.partition("] ")[2] or line for line in file.read_text(errors="replace").splitlines()]
-    raised = [
-        line
-        for line in lines
-        if line.partition(":")[0].split(".")[-1].endswith(("Error", "Exception")) and ": " in line
-    ]
-    return f" ({raised[0].strip()})" if raised else ""
+    found = raised_in(file.read_text(errors="replace"))
+    return f" ({found[0]})" if found else ""
 
 
 def refused(folder):
@@ -117,7 +126,7 @@ def cells(entry, folder, ended):
     reference = json.loads((folder / "reference.json").read_text())
     found = {}
     for column, (kind, engine, judge) in CELLS.items():
-        if kind == "ep" and not entry.experts:
+        if (kind == "ep" and not entry.experts) or (column == "tower" and entry.make is None):
             found[column] = ["-", ""]
             continue
         file = folder / f"{'one' if refused(folder) else kind}.json"

@@ -17,7 +17,7 @@ from ascend_eplb.formats.parse import parse_file
 from ascend_eplb.limits import MOST_LAYER_ID
 from ascend_eplb.placement import Placement
 
-__all__ = ["from_document", "read_ascend_json", "read_json", "to_document", "write_ascend_json"]
+__all__ = ["from_document", "parse_json", "read_ascend_json", "read_json", "to_document", "write_ascend_json"]
 
 
 def read_ascend_json(path: Path, num_experts: int = 0) -> Placement:
@@ -31,7 +31,12 @@ def read_json(path: Path) -> Any:
     Raises:
         OSError, ValueError: as `parse_file`, also for an object that has a key twice.
     """
-    return parse_file(path, "JSON", lambda content: json.loads(content, object_pairs_hook=_no_duplicate_keys))
+    return parse_file(path, "JSON", parse_json)
+
+
+def parse_json(content: bytes) -> Any:
+    """Parsed JSON. Raises what `json.loads` raises, and ValueError for an object that has a key twice."""
+    return json.loads(content, object_pairs_hook=_no_duplicate_keys)
 
 
 def write_ascend_json(placement: Placement, path: Path) -> None:

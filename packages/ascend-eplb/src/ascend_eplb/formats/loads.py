@@ -5,19 +5,23 @@ numbers `[L][E]` in each step, and JSON lines (.jsonl), each `{"logical_expert_l
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ascend_eplb.formats.arrays import read_numpy
-from ascend_eplb.formats.ascend_json import read_json
+from ascend_eplb.formats.ascend_json import parse_json, read_json
 from ascend_eplb.formats.atomic import write_atomically
+from ascend_eplb.formats.parse import parse_file
 from ascend_eplb.load import as_history
 from ascend_eplb.metrics import FloatArray
 
@@ -84,10 +88,11 @@ def write_loads(history: ArrayLike, path: str | Path) -> None:
 def append_loads(history: ArrayLike, path: str | Path) -> None:
     """Add loads `[T, L, E]` or `[L, E]` to a .jsonl file, which is made where there is none.
 
-    An interrupted call leaves at most one line without an end, which `read_loads` leaves out and the next call removes.
+    A call that fails leaves the whole lines that were there before, so that it can be made again. One that is killed leaves some of its lines,
+    and at most one line without an end, which `read_loads` leaves out and the next call removes.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, as on a full disk, or is no regular file; names it.
         TypeError, ValueError: another ending, or what is no load.
 
     Complexity: O(T * L * E), whatever the file's length.
@@ -98,12 +103,30 @@ def append_loads(history: ArrayLike, path: str | Path) -> None:
     if path.suffix.lower() != ".jsonl":
         raise ValueError(f"{path}: loads are appended to .jsonl alone")
     steps = b"".join(step + b"\n" for step in _steps(as_history(history)))
-    with path.open("a+b") as file:
-        file.truncate(_end_of_lines(file))
-        file.write(steps)
+    try:
+        with path.open("a+b", buffering=0) as file:  # a buffer would be written once more when the file is closed
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "Not a regular file")
+            end = _end_of_lines(file)
+            file.truncate(end)
+            try:
+                _write_all(file, steps)
+            except BaseException:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def _end_of_lines(file: BinaryIO) -> int:
+def _write_all(file: FileIO, content: bytes) -> None:
+    """Write to the disk: what does not fit on it may fail as late as that."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+    os.fsync(file.fileno())
+
+
+def _end_of_lines(file: FileIO) -> int:
     """Bytes of a file up to the end of its last whole line."""
     end = file.seek(0, os.SEEK_END)
     while end:
@@ -141,15 +164,23 @@ def _from_json(path: Path) -> list[Any]:
 
 
 def _from_json_lines(path: Path) -> list[Any]:
-    loads = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            step = json.loads(line)
-        except (RecursionError, ValueError) as error:
-            raise ValueError(f"line {number}: {error}") from error
+    steps = parse_file(path, "JSON lines", _parse_lines)
+    if not steps:
+        raise ValueError("has no whole line")
+    for number, step in enumerate(steps, 1):
         if not isinstance(step, dict) or "logical_expert_load" not in step:
             raise ValueError(f"line {number}: logical_expert_load is missing")
-        loads.append(step["logical_expert_load"])
-    if not loads:
-        raise ValueError("has no whole line")
-    return loads
+    return [step["logical_expert_load"] for step in steps]
+
+
+def _parse_lines(content: bytes) -> list[Any]:
+    """Every line that has an end, parsed."""
+    steps = []
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            steps.append(parse_json(line))
+        except RecursionError as error:
+            raise ValueError(f"line {number}: nested too deeply") from error
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return steps

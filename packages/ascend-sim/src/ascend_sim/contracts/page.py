@@ -48,7 +48,7 @@ def _section(one: Contract) -> list[str]:
 
 
 def _row(first: str, cells: Iterable[str]) -> list[str]:
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in (first, *cells)) + " |"]
+    return ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in (first, *cells)) + " |"]
 
 
 def _modules(one: Contract) -> str:

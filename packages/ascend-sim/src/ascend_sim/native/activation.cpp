@@ -4,7 +4,6 @@
 #include <ATen/ops/gelu.h>
 
 #include "kernels.h"
-#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {
@@ -17,9 +16,9 @@ struct Cut {
 
 Cut cut_of(const char* op, const at::Tensor& x, int64_t dim) {
   on_device(op, "input", x);
-  TORCH_CHECK(x.dim() >= 1 && dim >= -x.dim() && dim < x.dim(), op, ": dim must lie in [", -x.dim(), ", ", x.dim() - 1, "], got ", dim);
+  RULE(".dim", x.dim() >= 1 && dim >= -x.dim() && dim < x.dim(), op, ": dim must lie in [", -x.dim(), ", ", x.dim() - 1, "], got ", dim);
   dim = dim < 0 ? dim + x.dim() : dim;
-  TORCH_CHECK(x.size(dim) % 2 == 0, op, ": dimension ", dim, " must be even, got ", x.size(dim));
+  RULE(".even", x.size(dim) % 2 == 0, op, ": dimension ", dim, " must be even, got ", x.size(dim));
   Cut shape;
   for (int64_t i = 0; i < x.dim(); ++i) (i < dim ? shape.before : i == dim ? shape.cut : shape.after) *= x.size(i);
   shape.out = x.sizes().vec();
@@ -30,13 +29,14 @@ Cut cut_of(const char* op, const at::Tensor& x, int64_t dim) {
 // torch_npu/_op_plugin_docs.py: npu_swiglu: A * sigmoid(A) * B, A and B the halves along dim
 at::Tensor swiglu(const at::Tensor& input, int64_t dim) {
   static Tally& mine = tally("npu::npu_swiglu");
+  const char* op = "npu_swiglu";
   count_call(mine);
-  const Cut shape = cut_of("npu_swiglu", input, dim);
-  STRICT(input.dim() <= 8, "npu_swiglu: input must have 1 to 8 dimensions, got ", input.dim());
+  const Cut shape = cut_of(op, input, dim);
+  STRICT("npu_swiglu.rank", input.dim() <= 8, op, ": input must have 1 to 8 dimensions, got ", input.dim());
   const at::Tensor x = dense(input);
   at::Tensor out = at::empty(shape.out, input.options());
   const int64_t half = shape.cut * shape.after / 2;
-  by_type("npu_swiglu", input.scalar_type(), [&](auto tag) {
+  by_type(op, input.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T* from = static_cast<const T*>(x.const_data_ptr());
     T* to = static_cast<T*>(out.data_ptr());
@@ -59,14 +59,16 @@ at::Tensor swiglu(const at::Tensor& input, int64_t dim) {
 at::Tensor clipped_swiglu(const at::Tensor& input, const std::optional<at::Tensor>& group_index, int64_t dim, double alpha, double limit,
                           double bias, bool interleaved) {
   static Tally& mine = tally("npu::npu_clipped_swiglu");
+  const char* op = "npu_clipped_swiglu";
   count_call(mine);
-  const Cut shape = cut_of("npu_clipped_swiglu", input, dim);
-  STRICT(input.dim() > 1, "npu_clipped_swiglu: x must have more than 1 dimension, got ", input.dim());
-  STRICT(input.is_contiguous(), "npu_clipped_swiglu: x must be contiguous");
+  const Cut shape = cut_of(op, input, dim);
+  STRICT("npu_clipped_swiglu.rank", input.dim() > 1, op, ": x must have more than 1 dimension, got ", input.dim());
+  STRICT("npu_clipped_swiglu.contiguous", input.is_contiguous(), op, ": x must be contiguous");
   int64_t rows = shape.before;
   if (group_index && group_index->defined()) {
-    TORCH_CHECK(group_index->dim() == 1, "npu_clipped_swiglu: group_index must have 1 dimension, got ", group_index->dim());
-    TORCH_CHECK(group_index->scalar_type() == at::kLong, "npu_clipped_swiglu: group_index must be int64, got ", group_index->scalar_type());
+    RULE("npu_clipped_swiglu.group-index-rank", group_index->dim() == 1, op, ": group_index must have 1 dimension, got ", group_index->dim());
+    RULE("npu_clipped_swiglu.group-index-dtype", group_index->scalar_type() == at::kLong, op, ": group_index must be int64, got ",
+         group_index->scalar_type());
     const at::Tensor groups = dense(*group_index);
     const int64_t* counts = groups.const_data_ptr<int64_t>();
     int64_t sum = 0;
@@ -77,7 +79,7 @@ at::Tensor clipped_swiglu(const at::Tensor& input, const std::optional<at::Tenso
   at::Tensor out = at::empty(shape.out, input.options());
   const int64_t half = shape.cut * shape.after / 2, step = interleaved ? 2 : 1, other = interleaved ? 1 : half;
   const float a_ = static_cast<float>(alpha), l_ = static_cast<float>(limit), b_ = static_cast<float>(bias);
-  by_type("npu_clipped_swiglu", input.scalar_type(), [&](auto tag) {
+  by_type(op, input.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T* from = static_cast<const T*>(x.const_data_ptr());
     T* to = static_cast<T*>(out.data_ptr());

@@ -52,10 +52,6 @@ struct Tally {
 };
 Tally& tally(const std::string& op);
 
-// The chip that is simulated (ASCEND_SIM_SOC), by the names that rules have for it.
-enum class Chip { A2, A3 };
-Chip chip();
-
 // Strict mode (default): what the operator's documentation rules out is an error. ASCEND_SIM_STRICT=0 relaxes data types and alignment.
 bool strict();
 

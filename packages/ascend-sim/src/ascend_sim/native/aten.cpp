@@ -29,14 +29,6 @@ Tally& tally(const std::string& op) {
   return tallies()[op];
 }
 
-Chip chip() {
-  static const Chip value = [] {
-    const char* name = std::getenv("ASCEND_SIM_SOC");
-    return name && std::string(name).starts_with("Ascend910_93") ? Chip::A3 : Chip::A2;
-  }();
-  return value;
-}
-
 bool strict() {
   static const bool value = [] {
     const char* text = std::getenv("ASCEND_SIM_STRICT");

@@ -71,10 +71,10 @@ class AttentionKernel final : public c10::OperatorKernel {
     call.heads = args.integer(names_.heads);
     TORCH_CHECK(call.heads > 0, op_, ": ", names_.heads, " must be greater than 0, got ", call.heads);
     call.kv_heads = args.integer("num_key_value_heads") ? args.integer("num_key_value_heads") : call.heads;
-    TORCH_CHECK(call.kv_heads > 0 && call.heads % call.kv_heads == 0, op_, ": ", names_.heads,
-                " must be a multiple of num_key_value_heads, got ", call.heads, " and ", call.kv_heads);
+    RULE(".head-multiple", call.kv_heads > 0 && call.heads % call.kv_heads == 0, op_, ": ", names_.heads,
+         " must be a multiple of num_key_value_heads, got ", call.heads, " and ", call.kv_heads);
     const int64_t precise = args.integer("inner_precise");
-    TORCH_CHECK(precise >= 0 && precise <= 3, op_, ": inner_precise must be 0, 1, 2 or 3, got ", precise);
+    RULE(".inner-precise", precise >= 0 && precise <= 3, op_, ": inner_precise must be 0, 1, 2 or 3, got ", precise);
     const bool paged = !args["block_table"].isNone(), wants_lse = args[names_.lse].toBool();
     Sizes query, kv;
     read_operands(args, call, layout, query, kv, paged);

@@ -52,7 +52,7 @@ class Arguments {
 
 // "BSND_NBSD" is query, key and value in BSND and the result in NBSD.
 struct Layout {
-  std::string in, out;
+  std::string name, in, out;
   bool packed;  // no batch dimension: requests lie one after the other
 };
 

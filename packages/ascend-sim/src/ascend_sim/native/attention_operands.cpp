@@ -4,7 +4,6 @@
 #include <set>
 
 #include "attention_arguments.h"
-#include "unnamed.h"
 
 namespace ascend_sim::attention {
 
@@ -13,11 +12,11 @@ Layout layout_of(const Arguments& args) {
                                               "BSND_BNSD", "NTD_TND", "BSH_NBSD", "BSND_NBSD", "BNSD_NBSD", "TND_NTD"};
   static const std::set<std::string> undocumented = {"NTD", "BSH_BNSD", "BSND_BNSD"};
   const std::string& text = args["input_layout"].toStringRef();
-  TORCH_CHECK(known.count(text), args.op, ": input_layout '", text,
+  RULE(".layout-name", known.count(text), args.op, ": input_layout '", text,
               "' is not one of BSH, BSND, BNSD, TND, BNSD_BSND, NTD_TND, TND_NTD, BSH_NBSD, BSND_NBSD, BNSD_NBSD");
-  STRICT(!undocumented.count(text), args.op, ": input_layout '", text, "' is not supported on Atlas A2");
+  STRICT(".layout", !undocumented.count(text), args.op, ": input_layout '", text, "' is not supported on Atlas A2");
   const auto cut = text.find('_');
-  Layout layout{text.substr(0, cut), cut == std::string::npos ? text : text.substr(cut + 1), false};
+  Layout layout{text, text.substr(0, cut), cut == std::string::npos ? text : text.substr(cut + 1), false};
   layout.packed = layout.in == "TND" || layout.in == "NTD";
   return layout;
 }
@@ -62,9 +61,9 @@ void check_operand(const Arguments& args, const char* name, const at::Tensor& t,
   TORCH_CHECK(t.defined(), args.op, ": ", name, " is missing");
   TORCH_CHECK(is_float(t.scalar_type()), args.op, ": ", name, " must be float16 or bfloat16 (quantised ones are not simulated), got ",
               t.scalar_type());
-  TORCH_CHECK(t.scalar_type() == type, args.op, ": ", name, " must have the data type of query, ", type, ", got ", t.scalar_type());
-  STRICT(t.scalar_type() != at::kFloat, args.op, ": ", name, " must be float16 or bfloat16, got ", t.scalar_type());
-  STRICT(t.is_contiguous(), args.op, ": ", name, " must be contiguous, got strides ", t.strides(), " of ", t.sizes());
+  RULE(".one-dtype", t.scalar_type() == type, args.op, ": ", name, " must have the data type of query, ", type, ", got ", t.scalar_type());
+  STRICT(".dtype", t.scalar_type() != at::kFloat, args.op, ": ", name, " must be float16 or bfloat16, got ", t.scalar_type());
+  STRICT(".contiguous", t.is_contiguous(), args.op, ": ", name, " must be contiguous, got strides ", t.strides(), " of ", t.sizes());
 }
 
 Rows query_rows(const Arguments& args, const char* name, const Layout& layout, int64_t heads, Sizes& s, at::ScalarType type) {
@@ -95,11 +94,11 @@ Cache paged_cache(const Arguments& args, const char* name, const Layout& layout,
       " must be [blocks, block_size, heads * size] or [blocks, heads, block_size, size] (FRACTAL_NZ with 5 dimensions is not simulated), got ",
       t.sizes());
   const bool flat = t.dim() == 3;
-  STRICT(flat || layout.in == "TND" || layout.in == "BNSD", args.op, ": paged ", name,
+  STRICT(".paged-layout", flat || layout.in == "TND" || layout.in == "BNSD", args.op, ": paged ", name,
          " must be [blocks, block_size, heads * size] with layout ", layout.in, ", got ", t.sizes());
   TORCH_CHECK(t.size(flat ? 1 : 2) == block, args.op, ": paged ", name, " ", t.sizes(), " must have block_size ", block);
   TORCH_CHECK(flat ? t.size(2) % heads == 0 : t.size(1) == heads, args.op, ": paged ", name, " ", t.sizes(), " must have ", heads, " heads");
-  STRICT(!flat || t.size(2) <= 65535, args.op, ": heads * size of paged ", name, " must not exceed 65535, got ", t.size(2));
+  STRICT(".paged-width", !flat || t.size(2) <= 65535, args.op, ": heads * size of paged ", name, " must not exceed 65535, got ", t.size(2));
   Cache cache;
   cache.keep = dense(t);
   cache.data = cache.keep.const_data_ptr();
@@ -127,7 +126,7 @@ void read_operands(const Arguments& args, Call& call, const Layout& layout, Size
               call.key.size);
   TORCH_CHECK(paged ? call.key.keep.size(0) == call.value.keep.size(0) : kv.batch == value.batch && kv.tokens == value.tokens, args.op,
               ": key and value must have the same tokens, got ", call.key.keep.sizes(), " and ", call.value.keep.sizes());
-  TORCH_CHECK(args["query_rope"].isNone() == args["key_rope"].isNone(), args.op, ": query_rope and key_rope must be given together");
+  RULE(".rope-pair", args["query_rope"].isNone() == args["key_rope"].isNone(), args.op, ": query_rope and key_rope must be given together");
   if (args["query_rope"].isNone()) return;
   call.query_rope = query_rows(args, "query_rope", layout, call.heads, rope, call.type);
   TORCH_CHECK(rope.batch == query.batch && rope.tokens == query.tokens, args.op, ": query_rope must have query's tokens, got ",
@@ -155,34 +154,34 @@ std::vector<int64_t> batched(const Arguments& args, const std::string& name, int
 // Cumulative lengths, whose last is T.
 std::vector<int64_t> packed(const Arguments& args, const std::string& name, int64_t tokens) {
   auto given = args.integers(name);
-  TORCH_CHECK(given && !given->empty(), args.op, ": ", name, " (cumulative) is required with layouts TND and NTD");
+  RULE(".tnd-lengths", given && !given->empty(), args.op, ": ", name, " (cumulative) is required with layouts TND and NTD");
   int64_t last = 0;
   for (int64_t end : *given) {
-    TORCH_CHECK(end >= last && end <= tokens, args.op, ": ", name, " must be cumulative lengths, rising to T = ", tokens, ", got ", *given);
+    RULE(".cumulative", end >= last && end <= tokens, args.op, ": ", name, " must be cumulative lengths, rising to T = ", tokens, ", got ", *given);
     last = end;
   }
-  STRICT(last == tokens, args.op, ": the last number of ", name, " must equal T = ", tokens, " (padding included), got ", last);
-  STRICT(given->size() <= 4096, args.op, ": ", name, " must hold at most 4096 numbers, got ", given->size());
+  STRICT(".last-length", last == tokens, args.op, ": the last number of ", name, " must equal T = ", tokens, " (padding included), got ", last);
+  STRICT("npu_fused_infer_attention_score_v2.lengths", given->size() <= 4096 || !args.knows("learnable_sink"), args.op, ": ", name, " must hold at most 4096 numbers, got ", given->size());
   return *given;
 }
 
 void read_block_table(const Arguments& args, Call& call) {
   const at::Tensor table = args.tensor("block_table");
-  STRICT(table.scalar_type() == at::kInt, args.op, ": block_table must be int32, got ", table.scalar_type());
-  TORCH_CHECK(table.dim() == 2, args.op, ": block_table must be [batch, blocks], got ", table.sizes());
+  STRICT(".block-table-dtype", table.scalar_type() == at::kInt, args.op, ": block_table must be int32, got ", table.scalar_type());
+  RULE(".block-table-rank", table.dim() == 2, args.op, ": block_table must be [batch, blocks], got ", table.sizes());
   call.block_table = dense(table);
   if (table.scalar_type() != at::kInt) {
     at::AutoDispatchBelowADInplaceOrView below;
     call.block_table = cpu_alias(table).to(at::kInt).contiguous();
   }
   const int64_t columns = table.size(1), blocks = call.key.keep.size(0);
-  TORCH_CHECK(table.size(0) == static_cast<int64_t>(call.requests.size()), args.op, ": block_table must have one row for each of the ",
+  RULE(".block-table-rows", table.size(0) == static_cast<int64_t>(call.requests.size()), args.op, ": block_table must have one row for each of the ",
               call.requests.size(), " requests, got ", table.size(0));
   for (size_t b = 0; b < call.requests.size(); ++b) {
     Request& r = call.requests[b];
     r.blocks = call.block_table.const_data_ptr<int32_t>() + b * columns;
     const int64_t needed = (r.kv_length + call.key.block - 1) / call.key.block;
-    TORCH_CHECK(needed <= columns, args.op, ": block_table has ", columns, " blocks of ", call.key.block, " tokens a request, too few for ",
+    RULE(".block-table-columns", needed <= columns, args.op, ": block_table has ", columns, " blocks of ", call.key.block, " tokens a request, too few for ",
                 args.names.kv_lengths, "[", b, "] = ", r.kv_length);
     for (int64_t i = 0; i < needed; ++i)
       TORCH_CHECK(r.blocks[i] >= 0 && r.blocks[i] < blocks, args.op, ": block_table[", b, "][", i, "] must lie in [0, ", blocks - 1, "], got ",
@@ -194,7 +193,7 @@ void read_block_table(const Arguments& args, Call& call) {
 
 void read_requests(const Arguments& args, Call& call, const Layout& layout, const Sizes& query, const Sizes& kv, bool paged) {
   const Names& n = args.names;
-  TORCH_CHECK(!paged || !args[n.kv_lengths].isNone(), args.op, ": ", n.kv_lengths, " is required with a block_table");
+  RULE(".paged-lengths", !paged || !args[n.kv_lengths].isNone(), args.op, ": ", n.kv_lengths, " is required with a block_table");
   if (layout.packed) {
     const std::vector<int64_t> ends = packed(args, n.query_lengths, query.tokens);
     const int64_t batch = static_cast<int64_t>(ends.size());

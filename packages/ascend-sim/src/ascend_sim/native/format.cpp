@@ -60,10 +60,11 @@ at::Tensor& format_cast_like_(at::Tensor& input, const at::Tensor& other, std::o
 void prefetch(const at::Tensor& input, const std::optional<at::Tensor>&, int64_t max_size, int64_t offset) {
   static Tally& mine = tally("npu::npu_prefetch");
   count_call(mine);
-  on_device_in_any_format("npu_prefetch", "input", input);
-  TORCH_CHECK(max_size > 0, "npu_prefetch: max_size must be greater than 0, got ", max_size);
+  const char* op = "npu_prefetch";
+  on_device_in_any_format(op, "input", input);
+  RULE("npu_prefetch.max-size", max_size > 0, op, ": max_size must be greater than 0, got ", max_size);
   const int64_t bytes = input.numel() * input.element_size();
-  TORCH_CHECK(offset >= 0 && offset < std::max<int64_t>(1, bytes), "npu_prefetch: offset must lie in the tensor's ", bytes, " bytes, got ",
+  RULE("npu_prefetch.offset", offset >= 0 && offset < std::max<int64_t>(1, bytes), op, ": offset must lie in the tensor's ", bytes, " bytes, got ",
               offset);
 }
 

@@ -5,7 +5,6 @@
 
 #include "matmul.h"
 #include "moe.h"
-#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {
@@ -92,19 +91,20 @@ void compute(const Product& p) {
 // What the documentation allows beside x of a floating type: weight, result and bias.
 void check_float(const char* op, at::ScalarType x, at::ScalarType weight, at::ScalarType out, const OptionalTensors& bias,
                  const OptionalTensors& scale, const OptionalTensors& per_token_scale) {
-  TORCH_CHECK(weight == x, op, ": weight must have the data type of x, ", x, " (or both int8), got ", weight);
-  TORCH_CHECK(out == x, op, ": output_dtype must be the data type of x, ", x, ", got ", out);
-  TORCH_CHECK(!scale && !per_token_scale, op, ": scale and per_token_scale need x and weight of int8, got ", x);
+  RULE("npu_grouped_matmul.weight-dtype", weight == x, op, ": weight must have the data type of x, ", x, " (or both int8), got ", weight);
+  RULE("npu_grouped_matmul.float-output", out == x, op, ": output_dtype must be the data type of x, ", x, ", got ", out);
+  RULE("npu_grouped_matmul.float-scales", !scale && !per_token_scale, op, ": scale and per_token_scale need x and weight of int8, got ", x);
   if (bias) {
     const at::ScalarType wanted = x == at::kHalf ? at::kHalf : at::kFloat;
-    STRICT(bias->front().scalar_type() == wanted, op, ": bias must be ", wanted, " with x of ", x, ", got ", bias->front().scalar_type());
+    STRICT("npu_grouped_matmul.float-bias", bias->front().scalar_type() == wanted, op, ": bias must be ", wanted, " with x of ", x, ", got ", bias->front().scalar_type());
   }
 }
 
 void check_int8(const char* op, at::ScalarType weight, at::ScalarType out, const OptionalTensors& bias, const OptionalTensors& scale,
                 const OptionalTensors& per_token_scale) {
-  TORCH_CHECK(weight == at::kChar, op, ": weight must be int8 with x of int8, got ", weight);
-  TORCH_CHECK(!bias || bias->front().scalar_type() == at::kInt, op, ": bias must be int32 with x of int8, got ", bias->front().scalar_type());
+  RULE("npu_grouped_matmul.weight-dtype", weight == at::kChar, op, ": weight must be int8 with x of int8, got ", weight);
+  RULE("npu_grouped_matmul.int8-bias", !bias || bias->front().scalar_type() == at::kInt, op, ": bias must be int32 with x of int8, got ",
+       bias->front().scalar_type());
   TORCH_CHECK(out == at::kInt || is_float(out), op, ": output_dtype must be int32, float16 or bfloat16 with x of int8 (int8 is not simulated), got ",
               out);
   TORCH_CHECK(out != at::kInt || !scale, op, ": scale must be None for output_dtype int32");
@@ -113,10 +113,10 @@ void check_int8(const char* op, at::ScalarType weight, at::ScalarType out, const
   if (!scale) return;
   const at::ScalarType type = scale->front().scalar_type();
   TORCH_CHECK(is_float(type), op, ": scale must be bfloat16 or float32 (int64 is not simulated), got ", type);
-  STRICT((type == at::kBFloat16 && out == at::kBFloat16) || (type == at::kFloat && out == at::kHalf), op,
+  STRICT("npu_grouped_matmul.int8-output", (type == at::kBFloat16 && out == at::kBFloat16) || (type == at::kFloat && out == at::kHalf), op,
          ": scale and output_dtype must be bfloat16 and bfloat16 or float32 and float16, got ", type, " and ", out);
-  TORCH_CHECK(!per_token_scale || per_token_scale->front().scalar_type() == at::kFloat, op, ": per_token_scale must be float32, got ",
-              per_token_scale->front().scalar_type());
+  RULE("npu_grouped_matmul.per-token-scale-dtype", !per_token_scale || per_token_scale->front().scalar_type() == at::kFloat, op,
+       ": per_token_scale must be float32, got ", per_token_scale->front().scalar_type());
 }
 
 // The list as tensors in host memory, on the device as it must be.
@@ -152,7 +152,7 @@ struct Call {
 
   void run(int64_t e, const at::Tensor& rows, const at::Tensor& row_scale, const at::Tensor& out) {
     const at::Tensor w = expert(e);
-    TORCH_CHECK(w.dim() == 2 && rows.dim() == 2 && w.size(0) == rows.size(1), op, ": x [m, k] and weight [k, n] must have one k, got ",
+    RULE("npu_grouped_matmul.k", w.dim() == 2 && rows.dim() == 2 && w.size(0) == rows.size(1), op, ": x [m, k] and weight [k, n] must have one k, got ",
                 rows.sizes(), " and ", w.sizes());
     Product p{rows, w, out, of_expert(op, "bias", bias, e, experts(), single(), w.size(1)),
               of_expert(op, "scale", scale, e, experts(), single(), w.size(1)), row_scale};
@@ -162,15 +162,19 @@ struct Call {
 };
 
 void check_limits(const Call& c) {
-  STRICT(c.x.size() <= 128 && c.weight.size() <= 128, c.op, ": x and weight must be lists of at most 128 tensors, got ", c.x.size(), " and ",
+  STRICT("npu_grouped_matmul.list-length", c.x.size() <= 128 && c.weight.size() <= 128, c.op, ": x and weight must be lists of at most 128 tensors, got ", c.x.size(), " and ",
          c.weight.size());
   for (const Tensors* list : {&c.x, &c.weight})
-    for (const at::Tensor& t : *list) STRICT(t.size(-1) < 65536, c.op, ": the last dimension must be below 65536, got ", t.sizes());
-  for (const at::Tensor& t : c.x)
+    for (const at::Tensor& t : *list)
+      STRICT("npu_grouped_matmul.inner-size", t.size(-1) < 65536, c.op, ": the last dimension must be below 65536, got ", t.sizes());
+  for (const at::Tensor& t : c.x) {
+    STRICT("npu_grouped_matmul.x-transposed", t.dim() < 2 || t.stride(-1) == 1 || t.numel() == 0, c.op, ": x must not be transposed, got strides ",
+           t.strides(), " of ", t.sizes());
     TORCH_CHECK(t.scalar_type() == c.x[0].scalar_type(), c.op, ": all of x must have one data type, got ", c.x[0].scalar_type(), " and ",
                 t.scalar_type());
+  }
   for (const at::Tensor& t : c.weight) {
-    TORCH_CHECK(t.dim() == (c.single() ? 3 : 2), c.op, ": weight must be one tensor [experts, k, n] or tensors [k, n], got ", t.sizes());
+    RULE("npu_grouped_matmul.weight-rank", t.dim() == (c.single() ? 3 : 2), c.op, ": weight must be one tensor [experts, k, n] or tensors [k, n], got ", t.sizes());
     TORCH_CHECK(t.scalar_type() == c.weight[0].scalar_type(), c.op, ": all of weight must have one data type, got ", c.weight[0].scalar_type(),
                 " and ", t.scalar_type());
   }
@@ -178,14 +182,14 @@ void check_limits(const Call& c) {
 
 // group_type -1: x[i] @ weight[i], a result for each.
 Tensors separate(Call& c, int64_t split_item, const std::optional<at::Tensor>& group_list, at::Device device) {
-  TORCH_CHECK(split_item == 0 || split_item == 1, c.op, ": split_item must be 0 or 1 with group_type -1, got ", split_item);
-  TORCH_CHECK(!group_list, c.op, ": group_list must be None with group_type -1");
+  RULE("npu_grouped_matmul.separate-split-item", split_item == 0 || split_item == 1, c.op, ": split_item must be 0 or 1 with group_type -1, got ", split_item);
+  RULE("npu_grouped_matmul.separate-group-list", !group_list, c.op, ": group_list must be None with group_type -1");
   TORCH_CHECK(!c.single() && c.x.size() == c.weight.size(), c.op, ": x and weight must be lists of one length with group_type -1, got ",
               c.x.size(), " and ", c.weight.size());
   Tensors out;
   for (size_t i = 0; i < c.x.size(); ++i) {
     std::vector<int64_t> shape = c.x[i].sizes().vec();
-    TORCH_CHECK(shape.size() >= 2 && shape.size() <= 6, c.op, ": x must have 2 to 6 dimensions, got ", c.x[i].sizes());
+    RULE("npu_grouped_matmul.separate-rank", shape.size() >= 2 && shape.size() <= 6, c.op, ": x must have 2 to 6 dimensions, got ", c.x[i].sizes());
     shape.back() = c.weight[i].size(1);
     out.push_back(at::empty(shape, at::TensorOptions(device).dtype(c.type)));
     const at::Tensor rows = c.x[i].reshape({-1, c.x[i].size(-1)});
@@ -198,28 +202,29 @@ Tensors separate(Call& c, int64_t split_item, const std::optional<at::Tensor>& g
 // group_type 0: the rows of x in groups, one result. Rows after the last group belong to none and are not written. The documentation wants no such
 // rows, but production code has them (a range of active experts, the padded result of a dispatch).
 Tensors grouped(Call& c, int64_t split_item, const std::optional<at::Tensor>& group_list, int64_t group_list_type, at::Device device) {
-  TORCH_CHECK(split_item == 2 || split_item == 3, c.op, ": split_item must be 2 or 3 with group_type 0, got ", split_item);
+  RULE("npu_grouped_matmul.split-item", split_item == 2 || split_item == 3, c.op, ": split_item must be 2 or 3 with group_type 0, got ", split_item);
   TORCH_CHECK(c.x.size() == 1 || static_cast<int64_t>(c.x.size()) == c.experts(), c.op, ": x must hold one tensor or one for each of the ",
               c.experts(), " weights, got ", c.x.size());
-  TORCH_CHECK(group_list || c.x.size() > 1, c.op, ": group_list is required with one x and group_type 0");
+  RULE("npu_grouped_matmul.group-list-given", group_list || c.x.size() > 1, c.op, ": group_list is required with one x and group_type 0");
   int64_t rows = 0;
   std::vector<int64_t> ends;
   for (const at::Tensor& t : c.x) {
-    TORCH_CHECK(t.dim() == 2, c.op, ": x must have 2 dimensions with group_type 0, got ", t.sizes());
+    RULE("npu_grouped_matmul.rank", t.dim() == 2, c.op, ": x must have 2 dimensions with group_type 0, got ", t.sizes());
     ends.push_back(rows += t.size(0));
   }
   if (group_list) {
     const std::vector<int64_t> given = group_ends(c.op, "group_list", *group_list, group_list_type == 1, rows);
-    TORCH_CHECK(static_cast<int64_t>(given.size()) == c.experts(), c.op, ": group_list must hold a number for each of the ", c.experts(),
-                " weights, got ", given.size());
-    STRICT(given.size() <= (c.single() ? 1024 : 128), c.op, ": group_list must hold at most ", c.single() ? 1024 : 128, " numbers, got ",
-           given.size());
-    TORCH_CHECK(c.x.size() == 1 || given == ends, c.op, ": group_list must name the rows of each x, ", ends, ", got ", given);
+    RULE("npu_grouped_matmul.groups-length", static_cast<int64_t>(given.size()) == c.experts(), c.op,
+         ": group_list must hold a number for each of the ", c.experts(), " weights, got ", given.size());
+    STRICT("npu_grouped_matmul.more-than-one-count", group_list_type == 0 || given.size() > 1, c.op,
+           ": group_list must hold more than one number with group_list_type 1");
+    STRICT("npu_grouped_matmul.most-groups", given.size() <= 1024, c.op, ": group_list must hold at most 1024 numbers, got ", given.size());
+    RULE("npu_grouped_matmul.groups-of-each-x", c.x.size() == 1 || given == ends, c.op, ": group_list must name the rows of each x, ", ends, ", got ", given);
     ends = given;
   }
   const int64_t columns = c.weight[0].size(-1);
   for (const at::Tensor& w : c.weight)
-    TORCH_CHECK(w.size(-1) == columns, c.op, ": all of weight must have one n, got ", columns, " and ", w.size(-1));
+    RULE("npu_grouped_matmul.one-n", w.size(-1) == columns, c.op, ": all of weight must have one n, got ", columns, " and ", w.size(-1));
   at::Tensor row_scale;
   if (c.per_token_scale) {
     TORCH_CHECK(c.x.size() == 1 && c.per_token_scale->front().numel() == rows, c.op, ": per_token_scale must hold a number for each of the ", rows,
@@ -254,21 +259,21 @@ Tensors grouped_matmul(at::TensorList x, at::TensorList weight, OptionalTensors 
   TORCH_CHECK(!x_dtype && !weight_dtype && !scale_dtype && !per_token_scale_dtype, op, ": x_dtype, weight_dtype and scale dtypes are not simulated");
   TORCH_CHECK(!x.empty() && !weight.empty(), op, ": x and weight must not be empty lists");
   const int64_t kind = group_list_type.value_or(0), type = group_type.value_or(-2);
-  TORCH_CHECK(kind == 0 || kind == 1, op, ": group_list_type must be 0 (cumulative counts) or 1 (counts), got ", kind);
-  TORCH_CHECK(type == 0 || type == -1, op, ": group_type must be 0 or -1, got ", group_type ? std::to_string(*group_type) : "None");
+  RULE("npu_grouped_matmul.group-list-type", kind == 0 || kind == 1, op, ": group_list_type must be 0 (cumulative counts) or 1 (counts), got ", kind);
+  RULE("npu_grouped_matmul.group-type", type == 0 || type == -1, op, ": group_type must be 0 or -1, got ", group_type ? std::to_string(*group_type) : "None");
   TORCH_CHECK(!output_dtype || (*output_dtype >= 0 && *output_dtype < static_cast<int64_t>(at::ScalarType::NumOptions)), op,
               ": output_dtype ", output_dtype.value_or(0), " is not simulated");
   at::AutoDispatchBelowADInplaceOrView below;
   Call call{op, aliases(op, "x", x), aliases(op, "weight", weight), given(bias), given(scale), given(per_token_scale),
             output_dtype ? static_cast<at::ScalarType>(*output_dtype) : x[0].scalar_type()};
   for (auto& [name, list] : {std::pair{"bias", &call.bias}, {"scale", &call.scale}})
-    TORCH_CHECK(!*list || (*list)->size() == weight.size(), op, ": ", name, " must be a list as long as weight, ", weight.size(), ", got ",
+    RULE("npu_grouped_matmul.parameters-length", !*list || (*list)->size() == weight.size(), op, ": ", name, " must be a list as long as weight, ", weight.size(), ", got ",
                 (*list)->size());
-  TORCH_CHECK(!call.per_token_scale || call.per_token_scale->size() == x.size(), op, ": per_token_scale must be a list as long as x, ", x.size(),
+  RULE("npu_grouped_matmul.per-token-scale-length", !call.per_token_scale || call.per_token_scale->size() == x.size(), op, ": per_token_scale must be a list as long as x, ", x.size(),
               ", got ", call.per_token_scale->size());
   check_limits(call);
   const at::ScalarType from = call.x[0].scalar_type(), with = call.weight[0].scalar_type();
-  TORCH_CHECK(is_float(from) || from == at::kChar, op, ": x must be float16, bfloat16, float32 or int8, got ", from);
+  RULE("npu_grouped_matmul.dtype", is_float(from) || from == at::kChar, op, ": x must be float16, bfloat16, float32 or int8, got ", from);
   if (from == at::kChar) check_int8(op, with, call.type, call.bias, call.scale, call.per_token_scale);
   else check_float(op, from, with, call.type, call.bias, call.scale, call.per_token_scale);
   Tensors out = type == -1 ? separate(call, split_item.value_or(0), group_list, x[0].device())

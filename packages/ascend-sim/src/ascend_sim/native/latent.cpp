@@ -2,7 +2,6 @@
 //
 // Multi-head latent attention, beside the attention kernel itself: filling the latent cache, and merging partial attentions.
 #include "moe.h"
-#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {
@@ -39,13 +38,13 @@ void check_latent(const char* op, const at::Tensor& kv, const at::Tensor& gamma,
   for (auto& [name, t] : {std::pair{"kv", &kv}, {"gamma", &gamma}, {"cos", &cos}, {"sin", &sin}, {"k_cache", &k_cache}, {"ckv_cache", &ckv_cache}}) {
     on_device(op, name, *t);
     TORCH_CHECK(is_float(t->scalar_type()), op, ": ", name, " must be float16 or bfloat16 (int8 caches are not simulated), got ", t->scalar_type());
-    STRICT(t->scalar_type() != at::kFloat, op, ": ", name, " must be float16 or bfloat16, got ", t->scalar_type());
+    STRICT(".dtype", t->scalar_type() != at::kFloat, op, ": ", name, " must be float16 or bfloat16, got ", t->scalar_type());
   }
   TORCH_CHECK(kv.dim() == 4 && kv.size(1) == 1 && gamma.dim() == 1, op, ": kv must be [batch, 1, sequence, size] and gamma [rms_size], got ",
               kv.sizes(), " and ", gamma.sizes());
   const int64_t rope = kv.size(3) - gamma.size(0);
   TORCH_CHECK(rope > 0 && rope % 2 == 0, op, ": kv must be rms_size + an even rope_size wide, got ", kv.size(3), " and gamma ", gamma.sizes());
-  STRICT(gamma.size(0) == 512 && rope == 64, op, ": rms_size must be 512 and rope_size 64, got ", gamma.size(0), " and ", rope);
+  STRICT(".sizes", gamma.size(0) == 512 && rope == 64, op, ": rms_size must be 512 and rope_size 64, got ", gamma.size(0), " and ", rope);
   const std::vector<int64_t> angles = {kv.size(0), 1, kv.size(2), rope};
   TORCH_CHECK(cos.sizes() == at::IntArrayRef(angles) && sin.sizes() == cos.sizes(), op, ": cos and sin must be ", angles, ", got ", cos.sizes(),
               " and ", sin.sizes());
@@ -136,8 +135,8 @@ std::tuple<at::Tensor, at::Tensor> attention_update(at::TensorList lse, at::Tens
   count_call(mine);
   TORCH_CHECK(!lse.empty() && lse.size() == local_out.size(), op, ": lse and local_out must be lists of one length, got ", lse.size(), " and ",
               local_out.size());
-  TORCH_CHECK(update_type == 0 || update_type == 1, op, ": update_type must be 0 or 1, got ", update_type);
-  STRICT(lse.size() <= 16, op, ": lse and local_out must hold at most 16 tensors, got ", lse.size());
+  RULE(".update-type", update_type == 0 || update_type == 1, op, ": update_type must be 0 or 1, got ", update_type);
+  STRICT(".parts", lse.size() <= 16, op, ": lse and local_out must hold at most 16 tensors, got ", lse.size());
   const size_t parts = lse.size();
   std::vector<at::Tensor> weights, rows;
   for (size_t i = 0; i < parts; ++i) {
@@ -148,12 +147,12 @@ std::tuple<at::Tensor, at::Tensor> attention_update(at::TensorList lse, at::Tens
     TORCH_CHECK(local_out[i].dim() == 2 && local_out[i].size(0) == lse[0].size(0) && local_out[i].sizes() == local_out[0].sizes() &&
                     local_out[i].scalar_type() == local_out[0].scalar_type(),
                 op, ": local_out must be [", lse[0].size(0), ", size], all of one shape and data type, got ", local_out[i].sizes());
-    STRICT(lse[i].is_contiguous() && local_out[i].is_contiguous(), op, ": lse and local_out must be contiguous");
+    STRICT(".contiguous", lse[i].is_contiguous() && local_out[i].is_contiguous(), op, ": lse and local_out must be contiguous");
     weights.push_back(dense(lse[i]));
     rows.push_back(dense(local_out[i]));
   }
   const int64_t count = lse[0].size(0), size = local_out[0].size(1);
-  STRICT(size % 8 == 0 && size >= 8 && size <= 512, op, ": the head size must be a multiple of 8 in [8, 512], got ", size);
+  STRICT(".head-size", size % 8 == 0 && size >= 8 && size <= 512, op, ": the head size must be a multiple of 8 in [8, 512], got ", size);
   at::Tensor out = at::empty(local_out[0].sizes(), local_out[0].options()), merged = zeros({count}, lse[0].options());
   by_type(op, out.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

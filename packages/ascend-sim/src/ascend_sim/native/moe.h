@@ -56,16 +56,16 @@ inline float quantise(const float* row, int64_t size, int8_t* out) {
 // The ends of the groups of rows in a group list of counts or of cumulative counts: rising, none beyond `rows`.
 inline std::vector<int64_t> group_ends(const char* op, const char* argument, const at::Tensor& list, bool counts, int64_t rows) {
   on_device(op, argument, list);
-  TORCH_CHECK(list.dim() == 1 && list.scalar_type() == at::kLong, op, ": ", argument, " must be int64 with 1 dimension, got ",
-              list.scalar_type(), " ", list.sizes());
+  RULE(".groups-dtype", list.scalar_type() == at::kLong, op, ": ", argument, " must be int64, got ", list.scalar_type());
+  RULE(".groups-rank", list.dim() == 1, op, ": ", argument, " must have 1 dimension, got ", list.sizes());
   const at::Tensor given = dense(list);
   const int64_t* numbers = given.const_data_ptr<int64_t>();
   std::vector<int64_t> ends(list.size(0));
   for (size_t i = 0; i < ends.size(); ++i) {
     const int64_t before = i ? ends[i - 1] : 0;
     ends[i] = numbers[i] + (counts ? before : 0);
-    TORCH_CHECK(ends[i] >= before && ends[i] <= rows, op, ": ", argument, counts ? " (counts)" : " (cumulative counts)",
-                " must name rising rows, at most ", rows, ", got ", numbers[i], " at [", i, "]");
+    RULE(".groups", ends[i] >= before && ends[i] <= rows, op, ": ", argument, counts ? " (counts)" : " (cumulative counts)",
+         " must name rising rows, at most ", rows, ", got ", numbers[i], " at [", i, "]");
   }
   return ends;
 }

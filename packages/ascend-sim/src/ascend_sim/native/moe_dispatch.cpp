@@ -2,7 +2,6 @@
 //
 // npu_moe_distribute_dispatch_v2: each token goes to the ranks of its experts. Shapes are those of the meta function.
 #include "moe_exchange.h"
-#include "unnamed.h"
 
 namespace ascend_sim {
 namespace exchange {
@@ -28,12 +27,12 @@ Arrivals announce(const Layout& l, const std::vector<Choice>& choices, int64_t b
     masked = masked || from[l.experts + 1];
   }
   const auto [least, most] = std::minmax_element(a.batches.begin(), a.batches.end());
-  STRICT(*least >= 1 && *most <= 512, l.op, ": BS must lie in [1, 512] on every rank, got ", a.batches);
-  TORCH_CHECK(*least == *most || global_bs > 0, l.op,
-              ": global_bs must be max(BS) * ep_world_size where BS differs from rank to rank, got 0 with ", a.batches);
-  TORCH_CHECK(global_bs == 0 || global_bs == *most * l.world, l.op, ": global_bs must be 0 or max(BS) * ep_world_size = ", *most * l.world,
+  STRICT("npu_moe_distribute_dispatch_v2.batch", *least >= 1 && *most <= 512, l.op, ": BS must lie in [1, 512] on every rank, got ", a.batches);
+  RULE("npu_moe_distribute_dispatch_v2.global-bs", *least == *most || global_bs > 0, l.op,
+       ": global_bs must be max(BS) * ep_world_size where BS differs from rank to rank, got 0 with ", a.batches);
+  RULE("npu_moe_distribute_dispatch_v2.global-bs", global_bs == 0 || global_bs == *most * l.world, l.op, ": global_bs must be 0 or max(BS) * ep_world_size = ", *most * l.world,
               ", got ", global_bs);
-  STRICT(*least == *most || !masked, l.op, ": x_active_mask must be all true where BS differs from rank to rank, ", a.batches);
+  STRICT("npu_moe_distribute_dispatch_v2.mask-of-equal-batches", *least == *most || !masked, l.op, ": x_active_mask must be all true where BS differs from rank to rank, ", a.batches);
   return a;
 }
 
@@ -125,14 +124,14 @@ Dispatched dispatch(const at::Tensor& x, const at::Tensor& expert_ids, c10::stri
                   !const_expert_num,
               op, ": elastic_info, performance_info, special experts and data types of their own are not simulated");
   TORCH_CHECK(quant_mode == 0 || quant_mode == 2, op, ": quant_mode must be 0 (none) or 2 (dynamic), got ", quant_mode);
-  TORCH_CHECK(expert_token_nums_type == 0 || expert_token_nums_type == 1, op, ": expert_token_nums_type must be 0 (cumulative) or 1 (counts), got ",
+  RULE("npu_moe_distribute_dispatch_v2.token-nums-type", expert_token_nums_type == 0 || expert_token_nums_type == 1, op, ": expert_token_nums_type must be 0 (cumulative) or 1 (counts), got ",
               expert_token_nums_type);
   const Layout l =
       layout_of(op, group_ep, ep_world_size, ep_rank_id, moe_expert_num, group_tp, tp_world_size, shared_expert_rank_num, expert_shard_type);
   check_tokens(l, "x", x, expert_ids);
   const int64_t batch = x.size(0), size = x.size(1), k = expert_ids.size(1);
-  TORCH_CHECK(expert_ids.size(0) == batch, op, ": expert_ids must have a row for each of the ", batch, " tokens, got ", expert_ids.sizes());
-  TORCH_CHECK(!scales || quant_mode == 2, op, ": scales needs quant_mode 2");
+  RULE("npu_moe_distribute_dispatch_v2.ids-shape", expert_ids.size(0) == batch, op, ": expert_ids must have a row for each of the ", batch, " tokens, got ", expert_ids.sizes());
+  RULE("npu_moe_distribute_dispatch_v2.scales", !scales || quant_mode == 2, op, ": scales needs quant_mode 2");
   TORCH_CHECK(!scales || (scales->scalar_type() == at::kFloat && scales->sizes() == at::IntArrayRef{l.experts, size}), op,
               ": scales must be float32 [moe_expert_num = ", l.experts, ", H = ", size, "], got ", scales->scalar_type(), " ", scales->sizes());
   TORCH_CHECK(!expert_scales || (expert_scales->scalar_type() == at::kFloat && expert_scales->sizes() == expert_ids.sizes()), op,

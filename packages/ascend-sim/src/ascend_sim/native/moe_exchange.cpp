@@ -4,25 +4,24 @@
 // _op_plugin_docs.py; the argument rules are those of torch_npu's documentation of the two operators for Atlas A2 and A3, either of which may
 // allow a call.
 #include "moe_exchange.h"
-#include "unnamed.h"
 
 namespace ascend_sim::exchange {
 
 Layout layout_of(const char* op, c10::string_view group_ep, int64_t ep_world_size, int64_t ep_rank_id, int64_t moe_expert_num,
                  c10::string_view group_tp, int64_t tp_world_size, int64_t shared_expert_rank_num, int64_t expert_shard_type) {
-  TORCH_CHECK(!group_ep.empty() && group_ep.size() < 128 && group_tp.size() < 128, op,
-              ": group_ep must have 1 to 127 characters, group_tp at most 127");
+  RULE(".group-name", !group_ep.empty() && group_ep.size() < 128 && group_tp.size() < 128, op,
+       ": group_ep must have 1 to 127 characters, group_tp at most 127");
   TORCH_CHECK(tp_world_size == 0 || tp_world_size == 1, op, ": tp_world_size must be 0 or 1 (2 is not simulated), got ", tp_world_size);
   TORCH_CHECK(shared_expert_rank_num == 0, op, ": shared_expert_rank_num must be 0 (others are not simulated), got ",
               shared_expert_rank_num);
   TORCH_CHECK(expert_shard_type == 0, op, ": expert_shard_type must be 0, got ", expert_shard_type);
   Layout l{op, group_named(op, group_ep), {}, ep_world_size, ep_rank_id, moe_expert_num, 0};
-  TORCH_CHECK(l.group->getSize() == l.world && l.group->getRank() == l.rank, op, ": ep_world_size and ep_rank_id must be those of group_ep, ",
+  RULE(".ep-rank", l.group->getSize() == l.world && l.group->getRank() == l.rank, op, ": ep_world_size and ep_rank_id must be those of group_ep, ",
               l.group->getSize(), " and ", l.group->getRank(), ", got ", l.world, " and ", l.rank);
-  TORCH_CHECK(l.experts >= l.world && l.experts % l.world == 0, op, ": moe_expert_num must be a multiple of ep_world_size = ", l.world, ", got ",
+  RULE(".experts-of-each-rank", l.experts >= l.world && l.experts % l.world == 0, op, ": moe_expert_num must be a multiple of ep_world_size = ", l.world, ", got ",
               l.experts);
-  STRICT(l.world >= 2 && l.world <= 768, op, ": ep_world_size must lie in [2, 768], got ", l.world);
-  STRICT(l.experts <= 1024, op, ": moe_expert_num must lie in [1, 1024], got ", l.experts);
+  STRICT(".ep-world-size", l.world >= 2 && l.world <= 768, op, ": ep_world_size must lie in [2, 768], got ", l.world);
+  STRICT(".experts", l.experts <= 1024, op, ": moe_expert_num must lie in [1, 1024], got ", l.experts);
   l.local = l.experts / l.world;
   l.gloo = over_gloo(l.group);
   log_collective(op, *l.group);
@@ -33,14 +32,14 @@ void check_tokens(const Layout& l, const char* argument, const at::Tensor& x, co
   on_device(l.op, argument, x);
   on_device(l.op, "expert_ids", expert_ids);
   const int64_t size = x.dim() == 2 ? x.size(1) : 0, k = expert_ids.dim() == 2 ? expert_ids.size(1) : 0;
-  TORCH_CHECK(x.dim() == 2 && is_float(x.scalar_type()), l.op, ": ", argument, " must be float16 or bfloat16 with 2 dimensions, got ",
-              x.scalar_type(), " ", x.sizes());
-  STRICT(x.scalar_type() != at::kFloat, l.op, ": ", argument, " must be float16 or bfloat16, got ", x.scalar_type());
-  STRICT((size % 32 == 0 && size > 0 && size <= 10240) || (size >= 1024 && size <= 8192), l.op,
+  RULE(".rank", x.dim() == 2, l.op, ": ", argument, " must have 2 dimensions, got ", x.sizes());
+  RULE(".dtype", is_float(x.scalar_type()), l.op, ": ", argument, " must be float16 or bfloat16, got ", x.scalar_type());
+  STRICT(".dtype", x.scalar_type() != at::kFloat, l.op, ": ", argument, " must be float16 or bfloat16, got ", x.scalar_type());
+  STRICT(".size", (size % 32 == 0 && size > 0 && size <= 10240) || (size >= 1024 && size <= 8192), l.op,
          ": H must be a multiple of 32, at most 10240, or lie in [1024, 8192], got ", size);
-  TORCH_CHECK(expert_ids.dim() == 2 && expert_ids.scalar_type() == at::kInt, l.op, ": expert_ids must be int32 [BS, K], got ",
-              expert_ids.scalar_type(), " ", expert_ids.sizes());
-  STRICT(k >= 1 && k <= 16, l.op, ": K must lie in [1, 16], got ", k);
+  RULE(".ids-dtype", expert_ids.scalar_type() == at::kInt, l.op, ": expert_ids must be int32, got ", expert_ids.scalar_type());
+  RULE(".ids-rank", expert_ids.dim() == 2, l.op, ": expert_ids must be [BS, K], got ", expert_ids.sizes());
+  STRICT(".top-k", k >= 1 && k <= 16, l.op, ": K must lie in [1, 16], got ", k);
 }
 
 std::vector<Choice> choices_of(const Layout& l, const at::Tensor& expert_ids, const std::optional<at::Tensor>& mask) {
@@ -49,8 +48,8 @@ std::vector<Choice> choices_of(const Layout& l, const at::Tensor& expert_ids, co
   at::Tensor active;
   if (mask && mask->defined()) {
     on_device(l.op, "x_active_mask", *mask);
-    TORCH_CHECK(mask->scalar_type() == at::kBool && (mask->sizes() == at::IntArrayRef{tokens} || mask->sizes() == expert_ids.sizes()), l.op,
-                ": x_active_mask must be bool [BS = ", tokens, "] or [BS, K = ", k, "], got ", mask->scalar_type(), " ", mask->sizes());
+    RULE(".mask", mask->scalar_type() == at::kBool && (mask->sizes() == at::IntArrayRef{tokens} || mask->sizes() == expert_ids.sizes()), l.op,
+         ": x_active_mask must be bool [BS = ", tokens, "] or [BS, K = ", k, "], got ", mask->scalar_type(), " ", mask->sizes());
     active = dense(*mask);
   }
   const bool* on = active.defined() ? static_cast<const bool*>(active.const_data_ptr()) : nullptr;
@@ -58,13 +57,13 @@ std::vector<Choice> choices_of(const Layout& l, const at::Tensor& expert_ids, co
   const int32_t* id = static_cast<const int32_t*>(ids.const_data_ptr());
   std::vector<Choice> choices;
   for (int64_t t = 0; t < tokens; ++t) {
-    if (by_token && t) STRICT(on[t - 1] || !on[t], l.op, ": in x_active_mask every true must come before every false");
+    if (by_token && t) STRICT(".mask-order", on[t - 1] || !on[t], l.op, ": in x_active_mask every true must come before every false");
     for (int64_t j = 0; j < k; ++j) {
       if (on && !(by_token ? on[t] : on[t * k + j])) continue;
       const int32_t expert = id[t * k + j];
-      TORCH_CHECK(expert >= 0 && expert < l.experts, l.op, ": expert_ids must lie in [0, moe_expert_num = ", l.experts, "), got ", expert);
+      RULE(".ids", expert >= 0 && expert < l.experts, l.op, ": expert_ids must lie in [0, moe_expert_num = ", l.experts, "), got ", expert);
       for (int64_t i = 0; i < j; ++i)  // nor would the rows fit the result
-        TORCH_CHECK(id[t * k + i] != expert, l.op, ": a row of expert_ids must not name an expert twice, got ", expert);
+        RULE(".ids-differ", id[t * k + i] != expert, l.op, ": a row of expert_ids must not name an expert twice, got ", expert);
       choices.push_back({static_cast<int32_t>(t), static_cast<int32_t>(j), expert});
     }
   }

@@ -4,7 +4,6 @@
 #include <numeric>
 
 #include "moe.h"
-#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {
@@ -70,33 +69,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gating_top_k(const at::Tensor& x,
   count_call(mine);
   on_device(op, "x", x);
   TORCH_CHECK(!input_ids && !tid2eid, op, ": input_ids and tid2eid (hash mode) are not simulated");
-  TORCH_CHECK(x.dim() == 2, op, ": x must be [tokens, experts], got ", x.sizes());
+  RULE("npu_moe_gating_top_k.rank", x.dim() == 2, op, ": x must be [tokens, experts], got ", x.sizes());
   const int64_t tokens = x.size(0), experts = x.size(1);
-  TORCH_CHECK(group_count > 0 && experts % group_count == 0, op, ": the number of experts must be a multiple of group_count, got ", experts,
+  RULE("npu_moe_gating_top_k.group-count", group_count > 0 && experts % group_count == 0, op, ": the number of experts must be a multiple of group_count, got ", experts,
               " and ", group_count);
-  TORCH_CHECK(k_group >= 1 && k_group <= group_count, op, ": k_group must lie in [1, group_count = ", group_count, "], got ", k_group);
-  TORCH_CHECK(k >= 1 && k <= experts / group_count * k_group, op, ": k must lie in [1, experts / group_count * k_group = ",
+  RULE("npu_moe_gating_top_k.k-group", k_group >= 1 && k_group <= group_count, op, ": k_group must lie in [1, group_count = ", group_count, "], got ", k_group);
+  RULE("npu_moe_gating_top_k.k", k >= 1 && k <= experts / group_count * k_group, op, ": k must lie in [1, experts / group_count * k_group = ",
               experts / group_count * k_group, "], got ", k);
-  TORCH_CHECK(group_select_mode == 0 || group_select_mode == 1, op, ": group_select_mode must be 0 (max) or 1 (sum of two), got ",
+  RULE("npu_moe_gating_top_k.group-select-mode", group_select_mode == 0 || group_select_mode == 1, op, ": group_select_mode must be 0 (max) or 1 (sum of two), got ",
               group_select_mode);
-  TORCH_CHECK(renorm == 0, op, ": renorm must be 0, got ", renorm);
-  TORCH_CHECK(norm_type == 0 || norm_type == 1, op, ": norm_type must be 0 (softmax) or 1 (sigmoid), got ", norm_type);
+  RULE("npu_moe_gating_top_k.renorm", renorm == 0, op, ": renorm must be 0, got ", renorm);
+  RULE("npu_moe_gating_top_k.norm-type", norm_type == 0 || norm_type == 1, op, ": norm_type must be 0 (softmax) or 1 (sigmoid), got ", norm_type);
   TORCH_CHECK(group_select_mode == 0 || group_count == 1 || experts / group_count >= 2, op,
               ": group_select_mode 1 needs groups of at least 2 experts, got ", experts / group_count);
-  STRICT(experts <= 2048, op, ": x must have at most 2048 experts, got ", experts);
-  STRICT(experts / group_count > 2, op, ": a group must have more than 2 experts, got ", experts / group_count);
-  STRICT((experts / group_count + 31) / 32 * 32 * group_count <= 2048, op,
+  STRICT("npu_moe_gating_top_k.experts", experts <= 2048, op, ": x must have at most 2048 experts, got ", experts);
+  STRICT("npu_moe_gating_top_k.group-size", experts / group_count > 2, op, ": a group must have more than 2 experts, got ", experts / group_count);
+  STRICT("npu_moe_gating_top_k.aligned-experts", (experts / group_count + 31) / 32 * 32 * group_count <= 2048, op,
          ": experts / group_count, rounded up to 32, times group_count must not exceed 2048, got ", experts, " experts and group_count ",
          group_count);
   at::Tensor biases;
   if (bias && bias->defined()) {
     on_device(op, "bias", *bias);
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == experts, op, ": bias must be [experts = ", experts, "], got ", bias->sizes());
-    STRICT(bias->scalar_type() == x.scalar_type(), op, ": bias must have the data type of x, got ", bias->scalar_type(), " and ",
+    RULE("npu_moe_gating_top_k.bias-shape", bias->dim() == 1 && bias->size(0) == experts, op, ": bias must be [experts = ", experts, "], got ", bias->sizes());
+    STRICT("npu_moe_gating_top_k.bias-dtype", bias->scalar_type() == x.scalar_type(), op, ": bias must have the data type of x, got ", bias->scalar_type(), " and ",
            x.scalar_type());
     biases = floats(*bias);
   }
-  TORCH_CHECK(is_float(x.scalar_type()), op, ": x must be float16, bfloat16 or float32, got ", x.scalar_type());
+  RULE("npu_moe_gating_top_k.dtype", is_float(x.scalar_type()), op, ": x must be float16, bfloat16 or float32, got ", x.scalar_type());
   const Gating gating{experts,        k, group_count, k_group, group_select_mode == 1, norm_type == 1, static_cast<float>(routed_scaling_factor),
                       static_cast<float>(eps)};
   const at::Tensor logits = floats(x);
@@ -125,16 +124,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gating_top_k_softmax(const at::Te
   const char* op = "npu_moe_gating_top_k_softmax";
   count_call(mine);
   on_device(op, "x", x);
-  TORCH_CHECK(x.dim() == 2 || x.dim() == 3, op, ": x must have 2 or 3 dimensions, got ", x.sizes());
-  TORCH_CHECK(is_float(x.scalar_type()), op, ": x must be float16, bfloat16 or float32, got ", x.scalar_type());
+  RULE("npu_moe_gating_top_k_softmax.rank", x.dim() == 2 || x.dim() == 3, op, ": x must have 2 or 3 dimensions, got ", x.sizes());
+  RULE("npu_moe_gating_top_k_softmax.dtype", is_float(x.scalar_type()), op, ": x must be float16, bfloat16 or float32, got ", x.scalar_type());
   const int64_t experts = x.size(-1);
-  TORCH_CHECK(k >= 1 && k <= experts, op, ": k must lie in [1, ", experts, "], got ", k);
-  STRICT(k <= 1024, op, ": k must not exceed 1024, got ", k);
+  RULE("npu_moe_gating_top_k_softmax.k", k >= 1 && k <= experts, op, ": k must lie in [1, ", experts, "], got ", k);
+  STRICT("npu_moe_gating_top_k_softmax.most-k", k <= 1024, op, ": k must not exceed 1024, got ", k);
   at::Tensor done;
   if (finished && finished->defined()) {
     on_device(op, "finished", *finished);
-    TORCH_CHECK(finished->scalar_type() == at::kBool, op, ": finished must be bool, got ", finished->scalar_type());
-    TORCH_CHECK(finished->sizes() == x.sizes().slice(0, x.dim() - 1), op, ": finished must have the shape of x without its last dimension, got ",
+    RULE("npu_moe_gating_top_k_softmax.finished-dtype", finished->scalar_type() == at::kBool, op, ": finished must be bool, got ", finished->scalar_type());
+    RULE("npu_moe_gating_top_k_softmax.finished-shape", finished->sizes() == x.sizes().slice(0, x.dim() - 1), op, ": finished must have the shape of x without its last dimension, got ",
                 finished->sizes(), " and ", x.sizes());
     done = dense(*finished);
   }
@@ -176,7 +175,7 @@ at::Tensor pruned(const char* op, const at::Tensor& ids, const std::optional<at:
               " and ", ids.sizes());
   TORCH_CHECK(pruning_threshold->numel() == k && pruning_threshold->dim() >= 1 && pruning_threshold->dim() <= 2, op,
               ": pruning_threshold must be [K] or [1, K] with K = ", k, ", got ", pruning_threshold->sizes());
-  STRICT(pruning_threshold->scalar_type() == at::kFloat, op, ": pruning_threshold must be float32, got ", pruning_threshold->scalar_type());
+  STRICT("npu_moe_update_expert.threshold-dtype", pruning_threshold->scalar_type() == at::kFloat, op, ": pruning_threshold must be float32, got ", pruning_threshold->scalar_type());
   const at::Tensor scales = floats(*expert_scales), threshold = floats(*pruning_threshold);
   at::Tensor active;
   if (active_mask) {
@@ -186,7 +185,7 @@ at::Tensor pruned(const char* op, const at::Tensor& ids, const std::optional<at:
   }
   const bool* on = active.defined() ? static_cast<const bool*>(active.const_data_ptr()) : nullptr;
   for (int64_t t = 0; t < tokens; ++t) {
-    STRICT(!on || t == 0 || on[t - 1] || !on[t], op, ": in active_mask every true must come before every false");
+    STRICT("npu_moe_update_expert.mask-order", !on || t == 0 || on[t - 1] || !on[t], op, ": in active_mask every true must come before every false");
     const float* s = scales.const_data_ptr<float>() + t * k;
     const float sum = std::accumulate(s, s + k, 0.0f);
     for (int64_t j = 0; j < k; ++j)
@@ -213,7 +212,7 @@ std::tuple<at::Tensor, at::Tensor> update_expert(const at::Tensor& expert_ids, c
   TORCH_CHECK(balance_mode == 0 || balance_mode == 1, op, ": balance_mode must be 0 (by rank) or 1 (by token), got ", balance_mode);
   TORCH_CHECK(balance_mode == 1 || (world_size > 0 && local_rank_id >= 0 && local_rank_id < world_size), op,
               ": balance_mode 0 needs local_rank_id in [0, world_size), got ", local_rank_id, " and ", world_size);
-  STRICT(balance_mode == 1 || (world_size >= 2 && world_size <= 768), op, ": world_size must lie in [2, 768], got ", world_size);
+  STRICT("npu_moe_update_expert.world-size", balance_mode == 1 || (world_size >= 2 && world_size <= 768), op, ": world_size must lie in [2, 768], got ", world_size);
   const at::Tensor ids = longs(expert_ids), table = dense(eplb_table);
   const int64_t k = expert_ids.size(1), experts = table.size(0), columns = table.size(1);
   at::Tensor out = at::empty_like(ids);

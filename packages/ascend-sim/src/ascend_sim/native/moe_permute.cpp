@@ -4,7 +4,6 @@
 #include <numeric>
 
 #include "moe.h"
-#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {
@@ -17,21 +16,22 @@ std::tuple<at::Tensor, at::Tensor> token_permute(const at::Tensor& tokens, const
   count_call(mine);
   on_device(op, "tokens", tokens);
   on_device(op, "indices", indices);
-  TORCH_CHECK(tokens.dim() == 2, op, ": tokens must be [tokens, H], got ", tokens.sizes());
-  TORCH_CHECK((indices.dim() == 1 || indices.dim() == 2) && indices.size(0) == tokens.size(0), op,
-              ": indices must be [tokens] or [tokens, K] with tokens = ", tokens.size(0), ", got ", indices.sizes());
-  TORCH_CHECK(indices.scalar_type() == at::kInt || indices.scalar_type() == at::kLong, op, ": indices must be int32 or int64, got ",
-              indices.scalar_type());
-  TORCH_CHECK(!padded_mode, op, ": padded_mode must be False");
-  TORCH_CHECK(is_float(tokens.scalar_type()) || tokens.scalar_type() == at::kChar, op, ": tokens must be float16, bfloat16 or float32, got ",
-              tokens.scalar_type());
-  STRICT(tokens.scalar_type() != at::kChar, op, ": tokens must be float16, bfloat16 or float32 on Atlas A2 and A3, got Char");
+  RULE("npu_moe_token_permute.rank", tokens.dim() == 2, op, ": tokens must be [tokens, H], got ", tokens.sizes());
+  RULE("npu_moe_token_permute.indices-shape", (indices.dim() == 1 || indices.dim() == 2) && indices.size(0) == tokens.size(0), op,
+       ": indices must be [tokens] or [tokens, K] with tokens = ", tokens.size(0), ", got ", indices.sizes());
+  RULE("npu_moe_token_permute.indices-dtype", indices.scalar_type() == at::kInt || indices.scalar_type() == at::kLong, op,
+       ": indices must be int32 or int64, got ", indices.scalar_type());
+  RULE("npu_moe_token_permute.padded-mode", !padded_mode, op, ": padded_mode must be False");
+  RULE("npu_moe_token_permute.dtype", is_float(tokens.scalar_type()) || tokens.scalar_type() == at::kChar, op,
+       ": tokens must be float16, bfloat16 or float32, got ", tokens.scalar_type());
+  STRICT("npu_moe_token_permute.dtype", tokens.scalar_type() != at::kChar, op, ": tokens must be float16, bfloat16 or float32, got Char");
   constexpr int64_t limit = 16777215;
-  STRICT(indices.numel() < limit, op, ": indices must have fewer than ", limit, " elements, got ", indices.numel());
+  STRICT("npu_moe_token_permute.top-k", indices.dim() == 1 || indices.size(1) <= 512, op, ": K must not exceed 512, got ", indices.size(-1));
+  STRICT("npu_moe_token_permute.indices-count", indices.numel() < limit, op, ": indices must have fewer than ", limit, " elements, got ", indices.numel());
   const at::Tensor ids = longs(indices), from = dense(tokens);
   for (int64_t i = 0; i < ids.numel(); ++i) {
     const int64_t id = ids.const_data_ptr<int64_t>()[i];
-    TORCH_CHECK(id >= 0 && id < limit, op, ": indices must lie in [0, ", limit, "), got ", id);
+    RULE("npu_moe_token_permute.indices", id >= 0 && id < limit, op, ": indices must lie in [0, ", limit, "), got ", id);
   }
   const int64_t all = ids.numel(), k = indices.dim() == 2 ? indices.size(1) : 1, asked = num_out_tokens.value_or(0);
   const int64_t rows = asked > 0 ? std::min(asked, all) : all + asked;
@@ -49,10 +49,10 @@ void check_sorted(const char* op, const int32_t* where, int64_t pairs, const flo
   std::vector<bool> seen(rows);
   for (int64_t i = 0; i < pairs; ++i) {
     const bool weighs = !probs || probs[i] != 0.0f;
-    TORCH_CHECK(where[i] >= 0, op, ": sorted_indices must lie in [0, ", pairs - 1, "], got ", where[i]);
-    STRICT(where[i] < pairs, op, ": sorted_indices must lie in [0, ", pairs - 1, "], got ", where[i]);
+    RULE(".sorted-indices", where[i] >= 0, op, ": sorted_indices must lie in [0, ", pairs - 1, "], got ", where[i]);
+    STRICT(".sorted-indices", where[i] < pairs, op, ": sorted_indices must lie in [0, ", pairs - 1, "], got ", where[i]);
     if (where[i] >= rows || !weighs) continue;
-    STRICT(!seen[where[i]], op, ": sorted_indices must name each row once (or with a weight of zero), got ", where[i], " twice");
+    STRICT(".each-row-once", !seen[where[i]], op, ": sorted_indices must name each row once (or with a weight of zero), got ", where[i], " twice");
     seen[where[i]] = true;
   }
 }
@@ -66,20 +66,23 @@ at::Tensor token_unpermute(const at::Tensor& permuted_tokens, const at::Tensor& 
   count_call(mine);
   on_device(op, "permuted_tokens", permuted_tokens);
   on_device(op, "sorted_indices", sorted_indices);
-  TORCH_CHECK(permuted_tokens.dim() == 2, op, ": permuted_tokens must be [rows, H], got ", permuted_tokens.sizes());
-  TORCH_CHECK(sorted_indices.dim() == 1 && sorted_indices.scalar_type() == at::kInt, op, ": sorted_indices must be int32 [tokens * K], got ",
-              sorted_indices.scalar_type(), " ", sorted_indices.sizes());
-  TORCH_CHECK(!padded_mode && !restore_shape, op, ": padded_mode must be False and restore_shape None");
+  RULE("npu_moe_token_unpermute.rank", permuted_tokens.dim() == 2, op, ": permuted_tokens must be [rows, H], got ", permuted_tokens.sizes());
+  RULE("npu_moe_token_unpermute.indices-dtype", sorted_indices.scalar_type() == at::kInt, op, ": sorted_indices must be int32, got ",
+       sorted_indices.scalar_type());
+  RULE("npu_moe_token_unpermute.indices-rank", sorted_indices.dim() == 1, op, ": sorted_indices must be [tokens * K], got ", sorted_indices.sizes());
+  RULE("npu_moe_token_unpermute.padded-mode", !padded_mode && !restore_shape, op, ": padded_mode must be False and restore_shape None");
   const int64_t pairs = sorted_indices.size(0), rows = permuted_tokens.size(0), size = permuted_tokens.size(1);
   const bool weighted = probs && probs->defined();
   at::Tensor weights;
   int64_t k = 1;
   if (weighted) {
     on_device(op, "probs", *probs);
-    TORCH_CHECK(probs->dim() == 2 && probs->numel() == pairs && is_float(probs->scalar_type()), op,
-                ": probs must be floating [tokens, K] with tokens * K = ", pairs, ", got ", probs->scalar_type(), " ", probs->sizes());
+    RULE("npu_moe_token_unpermute.probs-dtype", is_float(probs->scalar_type()), op, ": probs must be float16, bfloat16 or float32, got ",
+         probs->scalar_type());
+    RULE("npu_moe_token_unpermute.probs-shape", probs->dim() == 2 && probs->numel() == pairs, op, ": probs must be [tokens, K] with tokens * K = ",
+         pairs, ", got ", probs->sizes());
     k = probs->size(1);
-    STRICT(k <= 512, op, ": K must not exceed 512, got ", k);
+    STRICT("npu_moe_token_unpermute.top-k", k <= 512, op, ": K must not exceed 512, got ", k);
     weights = floats(*probs);
   }
   const int64_t tokens = pairs / std::max<int64_t>(1, k);
@@ -130,8 +133,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> re_routing(const at::
   const at::ScalarType type = tokens.scalar_type(), counts_type = expert_token_num_per_rank.scalar_type();
   TORCH_CHECK(tokens.dim() == 2 && (is_float(type) || type == at::kChar), op, ": tokens must be float16, bfloat16 or int8 [A, H], got ", type,
               " ", tokens.sizes());
-  STRICT(type != at::kFloat, op, ": tokens must be float16, bfloat16 or int8, got ", type);
-  STRICT(tokens.size(1) > 0 && tokens.size(1) < 16384, op, ": H must lie in [1, 16383], got ", tokens.size(1));
+  STRICT("npu_moe_re_routing.dtype", type != at::kFloat, op, ": tokens must be float16, bfloat16 or int8, got ", type);
+  STRICT("npu_moe_re_routing.size", tokens.size(1) > 0 && tokens.size(1) < 16384, op, ": H must lie in [1, 16383], got ", tokens.size(1));
   TORCH_CHECK(expert_token_num_per_rank.dim() == 2 && (counts_type == at::kInt || counts_type == at::kLong), op,
               ": expert_token_num_per_rank must be int32 or int64 [ranks, experts], got ", counts_type, " ", expert_token_num_per_rank.sizes());
   TORCH_CHECK(expert_token_num_type == 1, op, ": expert_token_num_type must be 1 (counts), got ", expert_token_num_type);

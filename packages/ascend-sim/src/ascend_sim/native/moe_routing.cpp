@@ -4,7 +4,6 @@
 #include <numeric>
 
 #include "moe.h"
-#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {
@@ -61,10 +60,10 @@ at::Tensor row_numbers(const Routing& r, int64_t kind, const at::TensorOptions& 
 void check_scale(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& scale, int64_t quant_mode, int64_t active) {
   if (!scale || !scale->defined()) return;
   on_device(op, "scale", *scale);
-  TORCH_CHECK(scale->scalar_type() == at::kFloat, op, ": scale must be float32, got ", scale->scalar_type());
+  RULE("npu_moe_init_routing_v2.scale-dtype", scale->scalar_type() == at::kFloat, op, ": scale must be float32, got ", scale->scalar_type());
   const bool by_token = scale->dim() == 1 && scale->size(0) == x.size(0);
   const bool by_expert = scale->dim() == 2 && (scale->size(0) == active || scale->size(0) == 1) && scale->size(1) == x.size(1);
-  TORCH_CHECK(quant_mode == -1 ? by_token : by_expert, op, ": scale must be [tokens = ", x.size(0), "] with quant_mode -1, [active experts = ",
+  RULE("npu_moe_init_routing_v2.scale-shape", quant_mode == -1 ? by_token : by_expert, op, ": scale must be [tokens = ", x.size(0), "] with quant_mode -1, [active experts = ",
               active, ", H = ", x.size(1), "] or [1, H] with quant_mode 1, got ", scale->sizes());
 }
 
@@ -78,35 +77,37 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> init_routing(
   count_call(mine);
   on_device(op, "x", x);
   on_device(op, "expert_idx", expert_idx);
-  TORCH_CHECK(x.dim() == 2 && expert_idx.dim() == 2 && x.size(0) == expert_idx.size(0), op,
-              ": x must be [tokens, H] and expert_idx [tokens, K], got ", x.sizes(), " and ", expert_idx.sizes());
-  TORCH_CHECK(is_float(x.scalar_type()) || x.scalar_type() == at::kChar, op, ": x must be float16, bfloat16, float32 or int8, got ",
+  RULE("npu_moe_init_routing_v2.shape", x.dim() == 2 && expert_idx.dim() == 2 && x.size(0) == expert_idx.size(0), op,
+       ": x must be [tokens, H] and expert_idx [tokens, K], got ", x.sizes(), " and ", expert_idx.sizes());
+  RULE("npu_moe_init_routing_v2.dtype", is_float(x.scalar_type()) || x.scalar_type() == at::kChar, op, ": x must be float16, bfloat16, float32 or int8, got ",
               x.scalar_type());
-  TORCH_CHECK(expert_idx.scalar_type() == at::kInt || expert_idx.scalar_type() == at::kLong, op, ": expert_idx must be int32, got ",
-              expert_idx.scalar_type());
-  STRICT(expert_idx.scalar_type() == at::kInt, op, ": expert_idx must be int32, got ", expert_idx.scalar_type());
-  TORCH_CHECK(!offset && !x_dtype, op, ": offset and x_dtype are not simulated");
-  TORCH_CHECK(drop_pad_mode == 0, op, ": drop_pad_mode must be 0 (dropless), got ", drop_pad_mode);
-  TORCH_CHECK(quant_mode == -1 || quant_mode == 1, op, ": quant_mode must be -1 (none) or 1 (dynamic), got ", quant_mode);
-  TORCH_CHECK(quant_mode == -1 || x.scalar_type() != at::kChar, op, ": x of int8 needs quant_mode -1");
-  TORCH_CHECK(row_idx_type == 0 || row_idx_type == 1, op, ": row_idx_type must be 0 (gather) or 1 (scatter), got ", row_idx_type);
-  TORCH_CHECK(active_num >= -1, op, ": active_num must be at least -1, got ", active_num);
-  TORCH_CHECK(expert_num > 0, op, ": expert_num must be greater than 0, got ", expert_num);
+  RULE("npu_moe_init_routing_v2.expert-idx-dtype", expert_idx.scalar_type() == at::kInt || expert_idx.scalar_type() == at::kLong, op,
+       ": expert_idx must be int32, got ", expert_idx.scalar_type());
+  STRICT("npu_moe_init_routing_v2.expert-idx-dtype", expert_idx.scalar_type() == at::kInt, op, ": expert_idx must be int32, got ", expert_idx.scalar_type());
+  RULE("npu_moe_init_routing_v2.offset", !offset, op, ": offset must be None");
+  TORCH_CHECK(!x_dtype, op, ": x_dtype is not simulated");
+  RULE("npu_moe_init_routing_v2.drop-pad-mode", drop_pad_mode == 0, op, ": drop_pad_mode must be 0 (dropless), got ", drop_pad_mode);
+  RULE("npu_moe_init_routing_v2.quant-mode", quant_mode == -1 || quant_mode == 1, op, ": quant_mode must be -1 (none) or 1 (dynamic), got ", quant_mode);
+  RULE("npu_moe_init_routing_v2.int8-quant-mode", quant_mode == -1 || x.scalar_type() != at::kChar, op, ": x of int8 needs quant_mode -1");
+  RULE("npu_moe_init_routing_v2.row-idx-type", row_idx_type == 0 || row_idx_type == 1, op, ": row_idx_type must be 0 (gather) or 1 (scatter), got ", row_idx_type);
+  RULE("npu_moe_init_routing_v2.active-num", active_num >= -1, op, ": active_num must be at least -1, got ", active_num);
+  RULE("npu_moe_init_routing_v2.expert-num", expert_num > 0, op, ": expert_num must be greater than 0, got ", expert_num);
   TORCH_CHECK(expert_tokens_num_type >= 0 && expert_tokens_num_type <= 2, op, ": expert_tokens_num_type must be 0, 1 or 2, got ",
               expert_tokens_num_type);
-  STRICT(expert_tokens_num_flag, op, ": expert_tokens_num_flag must be True");
-  STRICT(expert_tokens_num_type != 0, op, ": expert_tokens_num_type must be 1 (counts) or 2 (pairs), got 0");
-  STRICT(expert_num <= (expert_tokens_num_type == 2 ? 5120 : 10240), op, ": expert_num must not exceed ",
+  STRICT("npu_moe_init_routing_v2.tokens-num-flag", expert_tokens_num_flag, op, ": expert_tokens_num_flag must be True");
+  STRICT("npu_moe_init_routing_v2.tokens-num-type", expert_tokens_num_type != 0, op, ": expert_tokens_num_type must be 1 (counts) or 2 (pairs), got 0");
+  STRICT("npu_moe_init_routing_v2.most-experts", expert_num <= (expert_tokens_num_type == 2 ? 5120 : 10240), op, ": expert_num must not exceed ",
          expert_tokens_num_type == 2 ? 5120 : 10240, ", got ", expert_num);
-  TORCH_CHECK(active_expert_range.empty() || (active_expert_range.size() == 2 && active_expert_range[0] >= 0 &&
-                                              active_expert_range[0] < active_expert_range[1] && active_expert_range[1] <= expert_num),
-              op, ": active_expert_range must be [start, end) within [0, expert_num = ", expert_num, "), got ", active_expert_range);
+  RULE("npu_moe_init_routing_v2.expert-range",
+       active_expert_range.empty() || (active_expert_range.size() == 2 && active_expert_range[0] >= 0 &&
+                                       active_expert_range[0] < active_expert_range[1] && active_expert_range[1] <= expert_num),
+       op, ": active_expert_range must be [start, end) within [0, expert_num = ", expert_num, "), got ", active_expert_range);
   const at::Tensor ids = longs(expert_idx), tokens = dense(x);
   Routing r;
   r.first = active_expert_range.empty() ? 0 : active_expert_range[0], r.last = active_expert_range.empty() ? expert_num : active_expert_range[1];
   r.ids = ids.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < ids.numel(); ++i)
-    STRICT(r.ids[i] >= 0 && r.ids[i] < expert_num, op, ": expert_idx must lie in [0, expert_num = ", expert_num, "), got ", r.ids[i]);
+    STRICT("npu_moe_init_routing_v2.expert-ids", r.ids[i] >= 0 && r.ids[i] < expert_num, op, ": expert_idx must lie in [0, expert_num = ", expert_num, "), got ", r.ids[i]);
   check_scale(op, x, scale, quant_mode, r.last - r.first);
   r.places = sorted_places(ids, r.first, r.last);
   r.k = expert_idx.size(1), r.rows = active_num > 0 ? std::min(active_num, ids.numel()) : ids.numel();

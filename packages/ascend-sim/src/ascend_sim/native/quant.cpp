@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 
 #include "kernels.h"
-#include "unnamed.h"
 
 namespace ascend_sim {
 
@@ -33,27 +32,28 @@ Axis axis_of(const at::Tensor& x, int64_t dim) {
   return shape;
 }
 
-void check_per_axis(const char* argument, const at::Tensor& t, const at::Tensor& x, int64_t dim) {
+// Whether t has one number, or one for each index of dimension `dim` of x.
+bool fits_axis(const at::Tensor& t, const at::Tensor& x, int64_t dim) {
   bool fits = t.dim() == 1 ? t.size(0) == 1 || t.size(0) == x.size(dim) : t.dim() == x.dim();
   for (int64_t i = 0; fits && t.dim() > 1 && i < t.dim(); ++i) fits = t.size(i) == 1 || (i == dim && t.size(i) == x.size(i));
-  TORCH_CHECK(fits, "npu_quantize: ", argument, " must have 1 or ", x.size(dim), " numbers along axis ", dim, " of input ", x.sizes(), ", got ",
-              t.sizes());
+  return fits;
 }
 
 // The types that documentation allows together; dividing and multiplying are two kernels.
 void check_quantize_types(const at::Tensor& x, const at::Tensor& scales, const Optional& zero_points, bool div_mode) {
+  const char* op = "npu_quantize";
   const auto type = scales.scalar_type();
-  TORCH_CHECK(is_float(type), "npu_quantize: scales must be float32, float16 or bfloat16, got ", type);
-  STRICT(!div_mode || type != at::kHalf, "npu_quantize: scales must be float32 or bfloat16 with div_mode=True, got ", type);
-  STRICT(div_mode || x.scalar_type() == at::kFloat || type == x.scalar_type(),
-         "npu_quantize: scales must have the data type of input with div_mode=False, got ", type, " and ", x.scalar_type());
+  RULE("npu_quantize.scales-dtype", is_float(type), op, ": scales must be float32, float16 or bfloat16, got ", type);
+  STRICT("npu_quantize.divisors-dtype", !div_mode || type != at::kHalf, op, ": scales must be float32 or bfloat16 with div_mode=True, got ", type);
+  STRICT("npu_quantize.factors-dtype", div_mode || x.scalar_type() == at::kFloat || type == x.scalar_type(), op,
+         ": scales must have the data type of input with div_mode=False, got ", type, " and ", x.scalar_type());
   if (!given(zero_points)) return;
   const auto zero = zero_points->scalar_type();
-  STRICT(!div_mode || zero == at::kChar || zero == at::kByte || zero == at::kInt || zero == at::kBFloat16,
-         "npu_quantize: zero_points must be int8, uint8, int32 or bfloat16 with div_mode=True, got ", zero);
-  STRICT(div_mode || (zero == type && zero_points->sizes() == scales.sizes()),
-         "npu_quantize: zero_points must have the data type and shape of scales with div_mode=False, got ", zero, zero_points->sizes(), " and ",
-         type, scales.sizes());
+  STRICT("npu_quantize.zero-points-dtype", !div_mode || zero == at::kChar || zero == at::kByte || zero == at::kInt || zero == at::kBFloat16, op,
+         ": zero_points must be int8, uint8, int32 or bfloat16 with div_mode=True, got ", zero);
+  STRICT("npu_quantize.zero-points-as-scales", div_mode || (zero == type && zero_points->sizes() == scales.sizes()), op,
+         ": zero_points must have the data type and shape of scales with div_mode=False, got ", zero, " ", zero_points->sizes(), " and ", type, " ",
+         scales.sizes());
 }
 
 template <class T, class From>
@@ -84,12 +84,14 @@ at::Tensor quantize(const at::Tensor& input, const at::Tensor& scales, const Opt
               div_mode ? " or quint8" : " with div_mode=False", ", others are not simulated; got ", target);
   // With div_mode=False the axis is -2 or, for every larger number, the last one.
   const int64_t dim = div_mode ? (axis < 0 ? axis + input.dim() : axis) : axis == -2 ? input.dim() - 2 : input.dim() - 1;
-  TORCH_CHECK(dim >= 0 && dim < input.dim() && axis < input.dim() && (div_mode || axis >= -2), "npu_quantize: axis ", axis,
-              " does not fit an input of ", input.dim(), " dimensions");
-  check_per_axis("scales", scales, input, dim);
+  RULE("npu_quantize.axis", dim >= 0 && dim < input.dim() && axis < input.dim() && (div_mode || axis >= -2), "npu_quantize", ": axis ", axis,
+       " does not fit an input of ", input.dim(), " dimensions");
+  RULE("npu_quantize.scales-shape", fits_axis(scales, input, dim), "npu_quantize", ": scales must have 1 or ", input.size(dim),
+       " numbers along axis ", dim, " of input ", input.sizes(), ", got ", scales.sizes());
   if (given(zero_points)) {
     on_device("npu_quantize", "zero_points", *zero_points);
-    check_per_axis("zero_points", *zero_points, input, dim);
+    RULE("npu_quantize.zero-points-shape", fits_axis(*zero_points, input, dim), "npu_quantize", ": zero_points must have 1 or ", input.size(dim),
+         " numbers along axis ", dim, " of input ", input.sizes(), ", got ", zero_points->sizes());
   }
   check_quantize_types(input, scales, zero_points, div_mode);
   const Axis shape = axis_of(input, dim);
@@ -110,21 +112,23 @@ std::vector<int64_t> smooth_rows(const Optional& smooth, const Optional& group_i
     TORCH_CHECK(!given(group_index), "npu_dynamic_quant: group_index needs smooth_scales");
     return {};
   }
-  on_device("npu_dynamic_quant", "smooth_scales", *smooth);
+  const char* op = "npu_dynamic_quant";
+  on_device(op, "smooth_scales", *smooth);
   const bool grouped = given(group_index);
-  TORCH_CHECK(smooth->dim() == (grouped ? 2 : 1) && smooth->size(-1) == width, "npu_dynamic_quant: smooth_scales must be [",
-              grouped ? "groups, " : "", width, "], got ", smooth->sizes());
+  RULE("npu_dynamic_quant.smooth-scales-shape", smooth->dim() == (grouped ? 2 : 1) && smooth->size(-1) == width, op, ": smooth_scales must be [",
+       grouped ? "groups, " : "", width, "], got ", smooth->sizes());
   std::vector<int64_t> rows(tokens, 0);
   if (!grouped) return rows;
-  on_device("npu_dynamic_quant", "group_index", *group_index);
-  TORCH_CHECK(group_index->scalar_type() == at::kInt, "npu_dynamic_quant: group_index must be int32, got ", group_index->scalar_type());
-  TORCH_CHECK(group_index->dim() == 1 && group_index->size(0) == smooth->size(0), "npu_dynamic_quant: group_index must have ", smooth->size(0),
-              " numbers, one a row of smooth_scales, got ", group_index->sizes());
+  on_device(op, "group_index", *group_index);
+  RULE("npu_dynamic_quant.group-index-dtype", group_index->scalar_type() == at::kInt, op, ": group_index must be int32, got ",
+       group_index->scalar_type());
+  RULE("npu_dynamic_quant.group-index-shape", group_index->dim() == 1 && group_index->size(0) == smooth->size(0), op, ": group_index must have ",
+       smooth->size(0), " numbers, one a row of smooth_scales, got ", group_index->sizes());
   const at::Tensor ends = dense(*group_index);
   const int32_t* end = ends.const_data_ptr<int32_t>();
   const int64_t groups = ends.numel();
-  TORCH_CHECK(std::is_sorted(end, end + groups) && groups && end[groups - 1] == tokens,
-              "npu_dynamic_quant: group_index must ascend to the number of tokens, ", tokens);
+  RULE("npu_dynamic_quant.group-index", std::is_sorted(end, end + groups) && groups && end[groups - 1] == tokens, op,
+       ": group_index must ascend to the number of tokens, ", tokens);
   for (int64_t token = 0, group = 0; token < tokens; rows[token++] = group)
     while (token >= end[group]) ++group;
   return rows;
@@ -134,16 +138,17 @@ std::vector<int64_t> smooth_rows(const Optional& smooth, const Optional& group_i
 std::tuple<at::Tensor, at::Tensor> dynamic_quant(const at::Tensor& input, const Optional& smooth_scales, const Optional& group_index,
                                                  std::optional<int64_t> dst_type, c10::string_view quant_mode, double dst_type_max) {
   static Tally& mine = tally("npu::npu_dynamic_quant");
+  const char* op = "npu_dynamic_quant";
   count_call(mine);
-  on_device("npu_dynamic_quant", "x", input);
+  on_device(op, "x", input);
   TORCH_CHECK(!dst_type || static_cast<at::ScalarType>(*dst_type) == at::kChar,
               "npu_dynamic_quant: dst_type must be int8, others are not simulated; got ", dst_type.value_or(1));
   TORCH_CHECK(quant_mode == "pertoken" && dst_type_max == 0.0, "npu_dynamic_quant: quant_mode must be 'pertoken' and dst_type_max 0, others are "
               "not simulated; got '", quant_mode, "' and ", dst_type_max);
-  TORCH_CHECK(input.dim() > 1, "npu_dynamic_quant: x must have more than 1 dimension, got ", input.dim());
-  STRICT(input.scalar_type() != at::kFloat, "npu_dynamic_quant: x must be float16 or bfloat16, got Float");
-  STRICT(!given(smooth_scales) || smooth_scales->scalar_type() == input.scalar_type(),
-         "npu_dynamic_quant: smooth_scales must have the data type of x, got ", smooth_scales->scalar_type());
+  RULE("npu_dynamic_quant.rank", input.dim() > 1, op, ": x must have more than 1 dimension, got ", input.dim());
+  STRICT("npu_dynamic_quant.dtype", input.scalar_type() != at::kFloat, op, ": x must be float16 or bfloat16, got Float");
+  STRICT("npu_dynamic_quant.smooth-scales-dtype", !given(smooth_scales) || smooth_scales->scalar_type() == input.scalar_type(), op,
+         ": smooth_scales must have the data type of x, got ", smooth_scales->scalar_type());
   const int64_t width = input.size(-1);
   TORCH_CHECK(width > 0, "npu_dynamic_quant: the last dimension of x must not be empty");
   const int64_t tokens = input.numel() / width;
@@ -182,15 +187,19 @@ void check_product_types(at::ScalarType out, const at::Tensor& scale, const Opti
   TORCH_CHECK(out == at::kChar || is_float(out), op, ": output_dtype must be int8, float16 or bfloat16, others are not simulated; got ", out);
   TORCH_CHECK(scale.scalar_type() == at::kFloat || scale.scalar_type() == at::kBFloat16, op,
               ": scale must be float32 or bfloat16 (packed int64 ones are not simulated), got ", scale.scalar_type());
-  TORCH_CHECK(!given(offset) || out == at::kChar, op, ": offset is for int8 output only, got ", out);
-  STRICT(out != at::kFloat, op, ": output_dtype must be int8, float16 or bfloat16, got Float");
-  STRICT(scale.scalar_type() == at::kFloat || out == at::kBFloat16, op, ": a bfloat16 scale is for bfloat16 output only, got ", out);
-  STRICT(!given(per_token) || (per_token->scalar_type() == at::kFloat && out != at::kChar), op,
-         ": pertoken_scale must be float32, and is for floating-point output only");
+  STRICT("npu_quant_matmul.offset-dtype", !given(offset) || offset->scalar_type() == at::kFloat, op, ": offset must be float32, got ",
+         offset->scalar_type());
+  RULE("npu_quant_matmul.offset", !given(offset) || out == at::kChar, op, ": offset is for int8 output only, got ", out);
+  STRICT("npu_quant_matmul.output-dtype", out != at::kFloat, op, ": output_dtype must be int8, float16 or bfloat16, got Float");
+  STRICT("npu_quant_matmul.scale-dtype", scale.scalar_type() == at::kFloat || out == at::kBFloat16, op,
+         ": a bfloat16 scale is for bfloat16 output only, got ", out);
+  STRICT("npu_quant_matmul.pertoken-scale-dtype", !given(per_token) || per_token->scalar_type() == at::kFloat, op,
+         ": pertoken_scale must be float32, got ", per_token->scalar_type());
+  STRICT("npu_quant_matmul.pertoken-output", !given(per_token) || out != at::kChar, op, ": pertoken_scale is for floating-point output only");
   if (!given(bias)) return;
   const auto type = bias->scalar_type();
-  const bool allowed = type == at::kInt || (given(per_token) && (type == at::kFloat || type == out)) || (out == at::kBFloat16 && type == out);
-  STRICT(allowed, op, ": a bias of ", type, " does not go with ", out, " output", given(per_token) ? "" : " without pertoken_scale");
+  const bool allowed = type == at::kInt || ((given(per_token) || out == at::kBFloat16) && (type == at::kFloat || type == out));
+  STRICT("npu_quant_matmul.bias-dtype", allowed, op, ": a bias of ", type, " does not go with ", out, " output", given(per_token) ? "" : " without pertoken_scale");
 }
 
 template <class T>
@@ -226,18 +235,21 @@ at::Tensor quant_matmul(const at::Tensor& x1, const at::Tensor& x2, const at::Te
   on_device(op, "scale", scale);
   TORCH_CHECK(!x1_dtype && !x2_dtype && !pertoken_scale_dtype && !scale_dtype && !group_sizes && !given(y_scale), op,
               ": x1_dtype, x2_dtype, pertoken_scale_dtype, scale_dtype, group_sizes and y_scale are not simulated");
-  TORCH_CHECK(x1.scalar_type() == at::kChar && x2.scalar_type() == at::kChar, op, ": x1 and x2 must be int8 (int4 is not simulated), got ",
-              x1.scalar_type(), " and ", x2.scalar_type());
-  TORCH_CHECK(x1.dim() >= 2 && x1.dim() <= 6 && x2.dim() == 2, op, ": x1 must have 2 to 6 dimensions and x2 2 (batches of weights are not "
-              "simulated), got ", x1.sizes(), " and ", x2.sizes());
+  RULE("npu_quant_matmul.dtype", x1.scalar_type() == at::kChar && x2.scalar_type() == at::kChar, op,
+       ": x1 and x2 must be int8 (int4 is not simulated), got ", x1.scalar_type(), " and ", x2.scalar_type());
+  RULE("npu_quant_matmul.rank", x1.dim() >= 2 && x1.dim() <= 6, op, ": x1 must have 2 to 6 dimensions, got ", x1.sizes());
+  TORCH_CHECK(x2.dim() == 2, op, ": x2 must have 2 dimensions (batches of weights are not simulated), got ", x2.sizes());
   const int64_t k = x1.size(-1), n = x2.size(1), m = k ? x1.numel() / k : 0;
-  TORCH_CHECK(k == x2.size(0), op, ": x1 ", x1.sizes(), " does not fit x2 ", x2.sizes());
-  STRICT(x1.numel() && x2.numel(), op, ": x1 and x2 must not be empty, got ", x1.sizes(), " and ", x2.sizes());
-  STRICT(k <= 65535 && n <= 65535, op, ": the last dimensions of x1 and x2 must be at most 65535, got ", k, " and ", n);
-  TORCH_CHECK(scale.dim() == 1 && (scale.numel() == 1 || scale.numel() == n), op, ": scale must be [1] or [", n, "], got ", scale.sizes());
-  TORCH_CHECK(!given(offset) || (offset->dim() == 1 && (offset->numel() == 1 || offset->numel() == n)), op, ": offset must be [1] or [", n, "]");
-  TORCH_CHECK(!given(per_token) || (per_token->dim() == 1 && per_token->numel() == m), op, ": pertoken_scale must be [", m, "]");
-  TORCH_CHECK(!given(bias) || (bias->dim() == 1 && bias->numel() == n), op, ": bias must be [", n, "]");
+  RULE("npu_quant_matmul.k", k == x2.size(0), op, ": x1 ", x1.sizes(), " does not fit x2 ", x2.sizes());
+  STRICT("npu_quant_matmul.not-empty", x1.numel() && x2.numel(), op, ": x1 and x2 must not be empty, got ", x1.sizes(), " and ", x2.sizes());
+  STRICT("npu_quant_matmul.size", k <= 65535 && n <= 65535, op, ": the last dimensions of x1 and x2 must be at most 65535, got ", k, " and ", n);
+  RULE("npu_quant_matmul.scale-shape", scale.dim() == 1 && (scale.numel() == 1 || scale.numel() == n), op, ": scale must be [1] or [", n,
+       "], got ", scale.sizes());
+  RULE("npu_quant_matmul.offset-shape", !given(offset) || (offset->dim() == 1 && (offset->numel() == 1 || offset->numel() == n)), op,
+       ": offset must be [1] or [", n, "]");
+  RULE("npu_quant_matmul.pertoken-scale-shape", !given(per_token) || (per_token->dim() == 1 && per_token->numel() == m), op,
+       ": pertoken_scale must be [", m, "]");
+  RULE("npu_quant_matmul.bias-shape", !given(bias) || (bias->dim() == 1 && bias->numel() == n), op, ": bias must be [", n, "]");
   const auto type = output_dtype ? static_cast<at::ScalarType>(*output_dtype) : at::kChar;
   check_product_types(type, scale, offset, per_token, bias);
   count_call(mine, 2 * m * k * n);

@@ -4,7 +4,6 @@
 #include <ATen/ops/matmul.h>
 
 #include "kernels.h"
-#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {
@@ -13,7 +12,7 @@ enum class Mode { half, interleave };
 
 Mode mode_of(const char* op, c10::string_view mode) {
   if (mode == "half") return Mode::half;
-  TORCH_CHECK(mode == "interleave", op, ": rotary_mode must be 'half' or 'interleave', got '", mode, "'");
+  RULE(".mode", mode == "interleave", op, ": rotary_mode must be 'half' or 'interleave', got '", mode, "'");
   return Mode::interleave;
 }
 
@@ -80,12 +79,12 @@ void rotate_all(const char* op, const at::Tensor& x, const at::Tensor& cos, cons
 }
 
 // Which of BNSD, BSND and SBND a call may be, by the documented shapes of r1 and limits of the sizes: any will do.
-bool documented_shape(at::IntArrayRef x, at::IntArrayRef r, Mode mode) {
+bool documented_shape(at::IntArrayRef x, at::IntArrayRef r, Mode mode, int64_t most) {
   constexpr int layouts[3][3] = {{0, 2, 1}, {0, 1, 2}, {1, 0, 2}};  // where B, S, N are
   for (auto& [b, s, n] : layouts) {
     const bool sequence = r[s] == x[s], shared = sequence && r[n] == 1 && r[b] == 1, per_batch = sequence && r[n] == 1 && r[b] == x[b],
                full = r.slice(0, 3) == x.slice(0, 3);
-    if (mode == Mode::half ? (shared || per_batch || full) && x[b] < 1000 && x[n] < 1000 : shared && x[b] * x[n] < 1000) return true;
+    if (mode == Mode::half ? (shared || per_batch || full) && x[b] <= most && x[n] <= most : shared && x[b] * x[n] <= most) return true;
   }
   return false;
 }
@@ -98,25 +97,27 @@ at::Tensor rotary_mul(const at::Tensor& input, const at::Tensor& r1, const at::T
   count_call(mine);
   for (auto& [name, t] : {std::pair{"input", &input}, {"r1", &r1}, {"r2", &r2}}) {
     on_device(op, name, *t);
-    TORCH_CHECK(t->dim() == 4, op, ": ", name, " must have 4 dimensions, got ", t->sizes());
-    TORCH_CHECK(is_float(t->scalar_type()), op, ": ", name, " must be float16, bfloat16 or float32, got ", t->scalar_type());
+    RULE("npu_rotary_mul.rank", t->dim() == 4, op, ": ", name, " must have 4 dimensions, got ", t->sizes());
+    RULE("npu_rotary_mul.dtype", is_float(t->scalar_type()), op, ": ", name, " must be float16, bfloat16 or float32, got ", t->scalar_type());
   }
   const Mode mode = mode_of(op, rotary_mode);
   const int64_t size = input.size(3);
-  TORCH_CHECK(size % 2 == 0, op, ": D must be a multiple of 2, got ", size);
-  TORCH_CHECK(r1.sizes() == r2.sizes() && r1.size(3) == size, op, ": r1 and r2 must end in D = ", size, " and have one shape, got ", r1.sizes(),
-              " and ", r2.sizes());
-  TORCH_CHECK(r1.scalar_type() == r2.scalar_type(), op, ": r1 and r2 must have one data type, got ", r1.scalar_type(), " and ",
-              r2.scalar_type());
+  RULE("npu_rotary_mul.even-size", size % 2 == 0, op, ": D must be a multiple of 2, got ", size);
+  RULE("npu_rotary_mul.r1-size", r1.size(3) == size, op, ": r1 and r2 must end in D = ", size, ", got ", r1.sizes());
+  RULE("npu_rotary_mul.r2-shape", r1.sizes() == r2.sizes(), op, ": r1 and r2 must have one shape, got ", r1.sizes(), " and ", r2.sizes());
+  RULE("npu_rotary_mul.r2-dtype", r1.scalar_type() == r2.scalar_type(), op, ": r1 and r2 must have one data type, got ", r1.scalar_type(),
+       " and ", r2.scalar_type());
   const Broadcast where(op, input.sizes(), r1.sizes());
-  STRICT(size < 896, op, ": D must be below 896, got ", size);
-  STRICT(input.numel() == 0 || documented_shape(input.sizes(), r1.sizes(), mode), op, ": r1 ", r1.sizes(), " beside input ", input.sizes(),
-         " is none of the documented layouts (",
-         mode == Mode::half ? "11SD, B1SD; 1S1D, BS1D; S11D, SB1D; or full; B, N < 1000" : "11SD; 1S1D; S11D; B * N < 1000", ")");
+  STRICT("npu_rotary_mul.size", size < 896, op, ": D must be below 896, got ", size);
+  STRICT("npu_rotary_mul.layout", input.numel() == 0 || documented_shape(input.sizes(), r1.sizes(), mode, std::numeric_limits<int64_t>::max()), op,
+         ": r1 ", r1.sizes(), " beside input ", input.sizes(), " is none of the documented layouts (",
+         mode == Mode::half ? "11SD, B1SD; 1S1D, BS1D; S11D, SB1D; or full" : "11SD; 1S1D; S11D", ")");
+  STRICT("npu_rotary_mul.heads", input.numel() == 0 || documented_shape(input.sizes(), r1.sizes(), mode, 999), op, ": ",
+         mode == Mode::half ? "B and N must each be" : "B * N must be", " below 1000, got input ", input.sizes(), " and r1 ", r1.sizes());
   at::Tensor out = at::empty(input.sizes(), input.options());
   if (rotate_matrix && rotate_matrix->defined()) {
-    TORCH_CHECK(rotate_matrix->dim() == 2 && rotate_matrix->size(0) == size && rotate_matrix->size(1) == size, op,
-                ": rotate must be [D, D], got ", rotate_matrix->sizes());
+    RULE("npu_rotary_mul.rotate-shape", rotate_matrix->dim() == 2 && rotate_matrix->size(0) == size && rotate_matrix->size(1) == size, op,
+         ": rotate must be [D, D], got ", rotate_matrix->sizes());
     const at::Tensor x = floats(input), turned = at::matmul(x, floats(*rotate_matrix));
     cpu_alias(out).copy_(x * floats(r1) + turned * floats(r2));
     return out;
@@ -144,27 +145,30 @@ std::tuple<at::Tensor, at::Tensor> apply_rotary_pos_emb(const at::Tensor& query,
   static Tally& mine = tally("npu::npu_apply_rotary_pos_emb");
   const char* op = "npu_apply_rotary_pos_emb";
   count_call(mine);
-  TORCH_CHECK(layout == "BSND" || layout == "SBND" || layout == "BNSD" || layout == "TND", op, ": layout must be BSND, SBND, BNSD or TND, got ",
-              layout);
-  STRICT(layout == "BSND" || layout == "TND", op, ": layout must be BSND or TND on Atlas A2, got ", layout);
-  STRICT(rotary_mode == "half", op, ": rotary_mode must be 'half' on Atlas A2, got '", rotary_mode, "'");
+  RULE("npu_apply_rotary_pos_emb.layout", layout == "BSND" || layout == "SBND" || layout == "BNSD" || layout == "TND", op,
+       ": layout must be BSND or TND, got ", layout);
+  STRICT("npu_apply_rotary_pos_emb.layout", layout == "BSND" || layout == "TND", op, ": layout must be BSND or TND, got ", layout);
+  STRICT("npu_apply_rotary_pos_emb.mode", rotary_mode == "half", op, ": rotary_mode must be 'half', got '", rotary_mode, "'");
   const Mode mode = mode_of(op, rotary_mode);
   const int64_t dims = layout == "TND" ? 3 : 4, heads = layout == "BNSD" ? 1 : dims - 2;
   for (auto& [name, t] : {std::pair{"query", &query}, {"key", &key}, {"cos", &cos}, {"sin", &sin}}) {
     on_device(op, name, *t);
-    TORCH_CHECK(t->dim() == dims, op, ": ", name, " must have ", dims, " dimensions with layout ", layout, ", got ", t->sizes());
-    TORCH_CHECK(t->size(-1) == query.size(-1), op, ": the last dimension of ", name, " must be D = ", query.size(-1), ", got ", t->size(-1));
-    STRICT(t->scalar_type() == query.scalar_type(), op, ": query, key, cos and sin must have one data type, got ", query.scalar_type(), " and ",
-           name, " ", t->scalar_type());
-    STRICT(t->numel() > 0, op, ": ", name, " must not be empty");
+    RULE("npu_apply_rotary_pos_emb.rank", t->dim() == dims, op, ": ", name, " must have ", dims, " dimensions with layout ", layout, ", got ",
+         t->sizes());
+    RULE("npu_apply_rotary_pos_emb.one-size", t->size(-1) == query.size(-1), op, ": the last dimension of ", name, " must be D = ",
+         query.size(-1), ", got ", t->size(-1));
+    STRICT("npu_apply_rotary_pos_emb.one-dtype", t->scalar_type() == query.scalar_type(), op,
+           ": query, key, cos and sin must have one data type, got ", query.scalar_type(), " and ", name, " ", t->scalar_type());
+    STRICT("npu_apply_rotary_pos_emb.not-empty", t->numel() > 0, op, ": ", name, " must not be empty");
     for (int64_t i = 0; i + 1 < dims; ++i)
-      TORCH_CHECK(i == heads || t->size(i) == query.size(i) || (layout != "BSND" && layout != "TND" && t->size(i) == 1), op, ": dimension ", i,
-                  " of ", name, " must equal query's ", query.size(i), ", got ", t->size(i));
+      RULE("npu_apply_rotary_pos_emb.tokens", i == heads || t->size(i) == query.size(i) || (layout != "BSND" && layout != "TND" && t->size(i) == 1),
+           op, ": dimension ", i, " of ", name, " must equal query's ", query.size(i), ", got ", t->size(i));
   }
-  TORCH_CHECK(cos.size(heads) == 1 && sin.size(heads) == 1, op, ": cos and sin must have 1 head, got ", cos.sizes(), " and ", sin.sizes());
+  RULE("npu_apply_rotary_pos_emb.angle-heads", cos.size(heads) == 1 && sin.size(heads) == 1, op, ": cos and sin must have 1 head, got ",
+       cos.sizes(), " and ", sin.sizes());
   TORCH_CHECK(query.size(-1) % 2 == 0, op, ": D must be even, got ", query.size(-1));
-  STRICT(query.size(-1) == 64 || query.size(-1) == 128, op, ": D must be 64 or 128 on Atlas A2, got ", query.size(-1));
-  TORCH_CHECK(cos.scalar_type() == sin.scalar_type() && cos.sizes() == sin.sizes(), op, ": cos and sin must have one shape and data type");
+  STRICT("npu_apply_rotary_pos_emb.size", query.size(-1) == 64 || query.size(-1) == 128, op, ": D must be 64 or 128, got ", query.size(-1));
+  TORCH_CHECK(cos.scalar_type() == sin.scalar_type(), op, ": cos and sin must have one data type");
   const at::Tensor c = dense(cos), s = dense(sin);
   rotate_in_place(op, query, c, s, mode);
   rotate_in_place(op, key, c, s, mode);
@@ -180,13 +184,13 @@ at::Tensor interleave_rope(const at::Tensor& x, const at::Tensor& cos, const at:
   for (auto& [name, t] : {std::pair{"x", &x}, {"cos", &cos}, {"sin", &sin}}) {
     on_device(op, name, *t);
     TORCH_CHECK(t->dim() == 4, op, ": ", name, " must have 4 dimensions, got ", t->sizes());
-    STRICT(t->scalar_type() == x.scalar_type() && (x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16), op, ": ", name,
-           " must be float16 or bfloat16, one for all, got ", t->scalar_type());
+    STRICT("npu_interleave_rope.dtype", t->scalar_type() == x.scalar_type() && (x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16),
+           op, ": ", name, " must be float16 or bfloat16, one for all, got ", t->scalar_type());
   }
   const int64_t size = x.size(3), half = size / 2;
   TORCH_CHECK(size % 2 == 0 && cos.size(3) == size && cos.sizes() == sin.sizes(), op, ": cos and sin must end in the even D = ", size, ", got ",
               cos.sizes(), " and ", sin.sizes());
-  STRICT(size == 64, op, ": D must be 64, got ", size);
+  STRICT("npu_interleave_rope.size", size == 64, op, ": D must be 64, got ", size);
   const Broadcast where(op, x.sizes(), cos.sizes());
   const at::Tensor from = dense(x), c = floats(cos), s = floats(sin);
   at::Tensor out = at::empty(x.sizes(), x.options());
@@ -224,8 +228,8 @@ Sections sections_of(const char* op, at::OptionalIntArrayRef given, std::optiona
   sections.interleaved = cache_mode && *cache_mode == "interleave";
   if (!given || std::all_of(given->begin(), given->end(), [](int64_t size) { return size == 0; })) return sections;
   sections.sizes = given->vec();
-  TORCH_CHECK(sections.sizes.size() == 3 && sections.sizes[0] + sections.sizes[1] + sections.sizes[2] == half, op,
-              ": the 3 numbers of mrope_section must add up to rotary_dim / 2 = ", half, ", got ", *given);
+  RULE("npu_mrope.sections", sections.sizes.size() == 3 && sections.sizes[0] + sections.sizes[1] + sections.sizes[2] == half, op,
+       ": the 3 numbers of mrope_section must add up to rotary_dim / 2 = ", half, ", got ", *given);
   return sections;
 }
 
@@ -238,30 +242,30 @@ std::tuple<at::Tensor, at::Tensor> mrope(const at::Tensor& positions, const at::
   count_call(mine);
   for (auto& [name, t] : {std::pair{"query", &query}, {"key", &key}, {"cos_sin_cache", &cos_sin_cache}}) {
     on_device(op, name, *t);
-    TORCH_CHECK(t->dim() == 2, op, ": ", name, " must have 2 dimensions, got ", t->sizes());
+    RULE("npu_mrope.rank", t->dim() == 2, op, ": ", name, " must have 2 dimensions, got ", t->sizes());
   }
   on_device(op, "positions", positions);
-  TORCH_CHECK(positions.scalar_type() == at::kInt || positions.scalar_type() == at::kLong, op, ": positions must be int32 or int64, got ",
-              positions.scalar_type());
+  RULE("npu_mrope.positions-dtype", positions.scalar_type() == at::kInt || positions.scalar_type() == at::kLong, op,
+       ": positions must be int32 or int64, got ", positions.scalar_type());
   TORCH_CHECK(head_size > 0, op, ": head_size must be positive, got ", head_size);
   const int64_t rotary = cos_sin_cache.size(1), half = rotary / 2, tokens = query.size(0), align = query.scalar_type() == at::kFloat ? 16 : 32;
   const Mode mode = mode_of(op, rotary_mode.value_or("half"));
   const Sections sections = sections_of(op, mrope_section, cache_mode, half);
   const bool three = !sections.sizes.empty();
-  TORCH_CHECK(positions.dim() == (three ? 2 : 1) && positions.size(-1) == tokens && (!three || positions.size(0) == 3), op,
-              ": positions must be ", three ? "[3, tokens]" : "[tokens]", ", got ", positions.sizes());
+  RULE("npu_mrope.positions-shape", positions.dim() == (three ? 2 : 1) && positions.size(-1) == tokens && (!three || positions.size(0) == 3), op,
+       ": positions must be ", three ? "[3, tokens]" : "[tokens]", ", got ", positions.sizes());
   TORCH_CHECK(rotary % 2 == 0 && rotary <= head_size && query.size(1) % head_size == 0 && key.size(1) % head_size == 0 && key.size(0) == tokens,
               op, ": query and key must be [tokens, heads * head_size] with head_size >= rotary_dim ", rotary, ", got ", query.sizes(), ", ",
               key.sizes(), " and head_size ", head_size);
-  STRICT(rotary % align == 0, op, ": rotary_dim must be a multiple of ", align, ", got ", rotary);
+  STRICT("npu_mrope.rotary-size", rotary % align == 0, op, ": rotary_dim must be a multiple of ", align, ", got ", rotary);
   at::AutoDispatchBelowADInplaceOrView below;
   const at::Tensor where = cpu_alias(positions).to(at::kLong).contiguous(), table = floats(cos_sin_cache);
   at::Tensor angles = at::empty({2, tokens, rotary}, table.options());
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t i = 0; i < half; ++i) {
       const int64_t position = where.const_data_ptr<int64_t>()[sections.of(i) * tokens + t];
-      TORCH_CHECK(position >= 0 && position < cos_sin_cache.size(0), op, ": positions must lie in [0, ", cos_sin_cache.size(0) - 1, "], got ",
-                  position);
+      RULE("npu_mrope.positions", position >= 0 && position < cos_sin_cache.size(0), op, ": positions must lie in [0, ",
+           cos_sin_cache.size(0) - 1, "], got ", position);
       const int64_t first = mode == Mode::half ? i : 2 * i, second = mode == Mode::half ? half + i : 2 * i + 1;
       for (int64_t part = 0; part < 2; ++part) {
         float* row = angles.data_ptr<float>() + (part * tokens + t) * rotary;

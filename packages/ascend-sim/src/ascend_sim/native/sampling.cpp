@@ -4,7 +4,6 @@
 #include <numeric>
 
 #include "kernels.h"
-#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {
@@ -46,29 +45,29 @@ at::Tensor top_k_top_p(const at::Tensor& logits, const std::optional<at::Tensor>
   count_call(mine);
   const bool has_p = p && p->defined(), has_k = k && k->defined();
   on_device(op, "logits", logits);
-  TORCH_CHECK(has_p || has_k, op, ": p and k must not both be None");
-  TORCH_CHECK(logits.dim() == 2, op, ": logits must be [batch, vocabulary], got ", logits.sizes());
+  RULE("npu_top_k_top_p.p-or-k", has_p || has_k, op, ": p and k must not both be None");
+  RULE("npu_top_k_top_p.rank", logits.dim() == 2, op, ": logits must be [batch, vocabulary], got ", logits.sizes());
   const int64_t rows = logits.size(0), size = logits.size(1);
   at::Tensor ps, ks;
   if (has_p) {
     on_device(op, "p", *p);
-    TORCH_CHECK(p->dim() == 1 && p->size(0) == rows, op, ": p must hold one number per row, got ", p->sizes());
-    STRICT(p->scalar_type() == logits.scalar_type(), op, ": p must have the data type of logits, got ", p->scalar_type(), " and ",
+    RULE("npu_top_k_top_p.p-shape", p->dim() == 1 && p->size(0) == rows, op, ": p must hold one number per row, got ", p->sizes());
+    STRICT("npu_top_k_top_p.p-dtype", p->scalar_type() == logits.scalar_type(), op, ": p must have the data type of logits, got ", p->scalar_type(), " and ",
            logits.scalar_type());
     ps = floats(*p);
     for (int64_t r = 0; r < rows; ++r)
-      STRICT(ps.const_data_ptr<float>()[r] >= 0 && ps.const_data_ptr<float>()[r] <= 1, op, ": p must lie in [0, 1], got ",
+      STRICT("npu_top_k_top_p.p-range", ps.const_data_ptr<float>()[r] >= 0 && ps.const_data_ptr<float>()[r] <= 1, op, ": p must lie in [0, 1], got ",
              ps.const_data_ptr<float>()[r]);
   }
   if (has_k) {
     on_device(op, "k", *k);
-    TORCH_CHECK(k->dim() == 1 && k->size(0) == rows, op, ": k must hold one number per row, got ", k->sizes());
-    TORCH_CHECK(k->scalar_type() == at::kInt, op, ": k must be int32, got ", k->scalar_type());
+    RULE("npu_top_k_top_p.k-shape", k->dim() == 1 && k->size(0) == rows, op, ": k must hold one number per row, got ", k->sizes());
+    RULE("npu_top_k_top_p.k-dtype", k->scalar_type() == at::kInt, op, ": k must be int32, got ", k->scalar_type());
     ks = dense(*k);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t value = ks.const_data_ptr<int32_t>()[r];
-      TORCH_CHECK(value >= 1 && value <= size, op, ": k must lie in [1, ", size, "], got ", value);
-      STRICT(value <= 1024, op, ": k must lie in [1, 1024], got ", value);
+      RULE("npu_top_k_top_p.k-range", value >= 1 && value <= size, op, ": k must lie in [1, ", size, "], got ", value);
+      STRICT("npu_top_k_top_p.k-range", value <= 1024, op, ": k must lie in [1, 1024], got ", value);
     }
   }
   at::Tensor out = to_npu(dense(logits), logits.device());

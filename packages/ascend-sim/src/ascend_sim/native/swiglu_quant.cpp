@@ -2,7 +2,6 @@
 //
 // Mixture of experts with int8 weights: what lies between the two grouped matrix products, alone and fused with the first.
 #include "moe.h"
-#include "unnamed.h"
 
 namespace ascend_sim {
 namespace {
@@ -58,8 +57,9 @@ void run_rows(const Stage& s, const T* x, const float* activation_scale, int64_t
 at::Tensor by_group(const char* op, const char* argument, const std::optional<at::Tensor>& given, int64_t groups, int64_t columns) {
   if (!given || !given->defined()) return {};
   on_device(op, argument, *given);
-  TORCH_CHECK(is_float(given->scalar_type()), op, ": ", argument, " must be float16, bfloat16 or float32, got ", given->scalar_type());
-  TORCH_CHECK(given->numel() == groups * columns && given->size(-1) == columns, op, ": ", argument, " must be [groups = ", groups, ", ", columns,
+  RULE(".parameters-dtype", is_float(given->scalar_type()), op, ": ", argument, " must be float16, bfloat16 or float32, got ",
+       given->scalar_type());
+  RULE(".parameters-shape", given->numel() == groups * columns && given->size(-1) == columns, op, ": ", argument, " must be [groups = ", groups, ", ", columns,
               "], got ", given->sizes());
   return floats(*given);
 }
@@ -76,40 +76,45 @@ std::tuple<at::Tensor, at::Tensor> dequant_swiglu_quant(
   count_call(mine);
   on_device(op, "x", x);
   const at::ScalarType type = x.scalar_type();
-  TORCH_CHECK(x.dim() == 2 && x.size(1) % 2 == 0 && x.size(1) > 0, op, ": x must be [tokens, 2H], got ", x.sizes());
-  TORCH_CHECK(type == at::kInt || is_float(type), op, ": x must be int32 or bfloat16, got ", type);
-  STRICT(type == at::kInt || type == at::kBFloat16 || type == at::kHalf, op, ": x must be int32, bfloat16 or float16, got ", type);
+  RULE("npu_dequant_swiglu_quant.shape", x.dim() == 2 && x.size(1) % 2 == 0 && x.size(1) > 0, op, ": x must be [tokens, 2H], got ", x.sizes());
+  RULE("npu_dequant_swiglu_quant.dtype", type == at::kInt || is_float(type), op, ": x must be int32 or bfloat16, got ", type);
+  STRICT("npu_dequant_swiglu_quant.dtype", type == at::kInt || type == at::kBFloat16 || type == at::kHalf, op, ": x must be int32, bfloat16 or float16, got ", type);
   TORCH_CHECK(quant_mode == 1, op, ": quant_mode must be 1 (dynamic; static is not simulated), got ", quant_mode);
   TORCH_CHECK(!quant_offset, op, ": quant_offset needs static quantisation, which is not simulated");
   TORCH_CHECK(dst_type.value_or(static_cast<int64_t>(at::kChar)) == static_cast<int64_t>(at::kChar) && round_mode.value_or(0) == 0, op,
               ": dst_type must be int8 and round_mode 0 (other ones are not simulated)");
   TORCH_CHECK(activate_dim.value_or(-1) == -1 || *activate_dim == 1, op, ": activate_dim must be the last (others are not simulated), got ",
               activate_dim.value_or(-1));
-  TORCH_CHECK(swiglu_mode == 0 || swiglu_mode == 1, op, ": swiglu_mode must be 0 or 1, got ", swiglu_mode);
+  RULE("npu_dequant_swiglu_quant.swiglu-mode", swiglu_mode == 0 || swiglu_mode == 1, op, ": swiglu_mode must be 0 or 1, got ", swiglu_mode);
   const int64_t rows = x.size(0), width = x.size(1), half = width / 2;
   if (type == at::kInt) {
-    TORCH_CHECK(weight_scale, op, ": weight_scale is required with x of int32");
-    STRICT(activation_scale, op, ": activation_scale is required with x of int32");
+    RULE("npu_dequant_swiglu_quant.int32-weight-scale", weight_scale.has_value(), op, ": weight_scale is required with x of int32");
+    STRICT("npu_dequant_swiglu_quant.int32-activation-scale", activation_scale.has_value(), op, ": activation_scale is required with x of int32");
   } else {
-    TORCH_CHECK(!weight_scale && !activation_scale && !bias, op, ": weight_scale, activation_scale and bias must be None with x of ", type);
+    RULE("npu_dequant_swiglu_quant.float-scales", !weight_scale && !activation_scale && !bias, op, ": weight_scale, activation_scale and bias must be None with x of ", type);
   }
   std::vector<int64_t> ends = {rows};
   if (group_index && group_index->defined()) {
-    TORCH_CHECK(!bias, op, ": bias must be None with group_index");
+    RULE("npu_dequant_swiglu_quant.grouped-bias", !bias, op, ": bias must be None with group_index");
     ends = group_ends(op, "group_index", *group_index, true, rows);
-    STRICT(half <= 10496 && half % 64 == 0, op, ": H must be a multiple of 64, at most 10496, with group_index, got ", half);
+    STRICT("npu_dequant_swiglu_quant.size", half <= 10496, op, ": H must be at most 10496 with group_index, got ", half);
+    STRICT("npu_dequant_swiglu_quant.alignment", half % 64 == 0, op, ": H must be a multiple of 64 with group_index, got ", half);
   }
   const int64_t groups = static_cast<int64_t>(ends.size());
   const at::Tensor weights = by_group(op, "weight_scale", weight_scale, groups, width), smooth = by_group(op, "quant_scale", quant_scale, groups, half);
+  STRICT("npu_dequant_swiglu_quant.weight-scale-dtype", !weight_scale || weight_scale->scalar_type() == at::kFloat, op,
+         ": weight_scale must be float32, got ", weight_scale->scalar_type());
   at::Tensor activations, added;
   if (activation_scale && activation_scale->defined()) {
-    TORCH_CHECK(activation_scale->scalar_type() == at::kFloat && activation_scale->numel() == rows, op, ": activation_scale must be float32 [",
-                rows, "], got ", activation_scale->scalar_type(), " ", activation_scale->sizes());
+    RULE("npu_dequant_swiglu_quant.activation-scale-dtype", activation_scale->scalar_type() == at::kFloat, op,
+         ": activation_scale must be float32, got ", activation_scale->scalar_type());
+    RULE("npu_dequant_swiglu_quant.activation-scale-shape", activation_scale->numel() == rows, op, ": activation_scale must be [", rows, "], got ",
+         activation_scale->sizes());
     activations = floats(*activation_scale);
   }
   if (bias && bias->defined()) {
-    TORCH_CHECK(bias->scalar_type() == at::kInt && bias->numel() == width, op, ": bias must be int32 [", width, "], got ", bias->scalar_type(), " ",
-                bias->sizes());
+    RULE("npu_dequant_swiglu_quant.bias-dtype", bias->scalar_type() == at::kInt, op, ": bias must be int32, got ", bias->scalar_type());
+    TORCH_CHECK(bias->numel() == width, op, ": bias must be [", width, "], got ", bias->sizes());
     added = dense(*bias);
   }
   const at::Tensor from = dense(x);

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_ascend.kernels import HEAD_SIZES
 from vllm_ascend.moe_layers import ConfigReader
 
 __all__ = [
@@ -25,8 +26,6 @@ __all__ = [
 ]
 
 # Each number is that of a rule in ascend-sim's contracts of these kernels; tests/test_attention_limits.py compares them.
-HEAD_SIZES = (64, 128, 192, 256)
-"""Head sizes that the kernel takes in TND layout. Heads of another size are padded with zeros to the next of these."""
 _LARGE_HEAD_SIZE = 256
 BLOCK_SIZES = (128, 256, 384, 512)
 """Tokens of a block of the cache that the kernel takes of requests with several query tokens. vLLM cuts larger blocks into these."""
@@ -40,7 +39,8 @@ _DTYPES = ("bfloat16", "float32")
 _LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 _LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 _MOST_HEADS, _MOST_QUERIES_A_KEY, _MOST_NUMBERS_A_TOKEN, _MOST_NUMBERS = 256, 64, 65535, 2**31 - 1
-_MOST_TOKENS, _MOST_REQUESTS = 2**20, 4096
+_MOST_TOKENS, _MOST_REQUESTS = 65536, 65536
+_MOST_LATENT_TOKENS, _MOST_LATENT_REQUESTS = 2**20, 4096  # of the second version of the operator
 # Keys of a config that ask for attention sinks, and architectures whose attention always has them.
 _SINK_KEYS = (
     "add_swa_attention_sink_bias",
@@ -196,10 +196,11 @@ def broken(attention: Attention) -> Iterator[str]:
         )
     if attention.block_size % BLOCK_SIZES[0]:
         yield f"block_size ({attention.block_size}) must be a multiple of {BLOCK_SIZES[0]}, which is the default"
-    if attention.tokens > _MOST_TOKENS:
-        yield f"max_num_batched_tokens ({attention.tokens}) must be at most {_MOST_TOKENS}: the attention kernel's tokens of a step"
-    if attention.requests > _MOST_REQUESTS:
-        yield f"max_num_seqs ({attention.requests}) must be at most {_MOST_REQUESTS}: the attention kernel's requests of a step"
+    tokens, requests = (_MOST_TOKENS, _MOST_REQUESTS) if attention.latent is None else (_MOST_LATENT_TOKENS, _MOST_LATENT_REQUESTS)  # fmt: skip
+    if attention.tokens > tokens:
+        yield f"max_num_batched_tokens ({attention.tokens}) must be at most {tokens}: the attention kernel's tokens of a step"
+    if attention.requests > requests:
+        yield f"max_num_seqs ({attention.requests}) must be at most {requests}: the attention kernel's requests of a step"
 
 
 def _broken_heads(attention: Attention) -> Iterator[str]:
@@ -236,8 +237,8 @@ def _broken_latent(attention: Attention) -> Iterator[str]:
             f"{', '.join(map(str, _LATENT_HEADS))} heads a rank; change tensor_parallel_size if another one fits"
         )
     pieces = attention.tokens // LATENT_QUERIES + attention.requests
-    if not attention.plain_form and pieces > _MOST_REQUESTS:
+    if not attention.plain_form and pieces > _MOST_LATENT_REQUESTS:
         yield (
-            f"max_num_batched_tokens ({attention.tokens}) must be at most {(_MOST_REQUESTS - attention.requests) * LATENT_QUERIES} with max_num_seqs "
-            f"({attention.requests}): prompts of this model take the kernel's absorbed form in pieces of {LATENT_QUERIES} tokens, {_MOST_REQUESTS} a step"
+            f"max_num_batched_tokens ({attention.tokens}) must be at most {(_MOST_LATENT_REQUESTS - attention.requests) * LATENT_QUERIES} with max_num_seqs "
+            f"({attention.requests}): prompts of this model take the kernel's absorbed form in pieces of {LATENT_QUERIES} tokens, {_MOST_LATENT_REQUESTS} a step"
         )

@@ -124,6 +124,11 @@ def _broken_rules(config: EplbConfig, deployment: Deployment) -> Iterator[str]:
         yield "expert_placement_strategy ('round_robin') is not supported; leave it at 'linear' and give 'eplb_config.expert_map_path'"
     if record and top.pipeline_parallel > 1:
         yield f"option 'eplb_config.expert_load_record_path' ({record!r}) needs pipeline_parallel_size 1, got {top.pipeline_parallel}"
+    if record and config.expert_map_path and Path(record).resolve() == Path(config.expert_map_path).resolve():
+        yield (
+            f"option 'eplb_config.expert_load_record_path' ({record!r}) names the file of 'eplb_config.expert_map_path', which the record would replace; "
+            "name another file"
+        )
     if record and not os.access(Path(record).parent, os.W_OK):
         yield f"option 'eplb_config.expert_load_record_path' ({record!r}) must lie in a folder that exists and can be written to"
 

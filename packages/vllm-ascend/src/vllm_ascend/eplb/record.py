@@ -24,8 +24,10 @@ from vllm_ascend.eplb.writer import LoadWriter
 __all__ = ["LoadRecorder"]
 
 _logger = logging.getLogger("vllm_ascend")
-# How long a rank that shuts down waits for the others; vLLM kills a worker that takes more than four seconds.
+# How long a rank that shuts down waits for the others, and then for its file. vLLM ends a worker that takes more than five seconds in all
+# (VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS), and kills it four seconds later.
 _LAST_MEETING = timedelta(seconds=2)
+_SECONDS_TO_WRITE = 1.5
 
 
 class LoadRecorder:
@@ -82,7 +84,7 @@ class LoadRecorder:
         """Write the steps since the last whole interval, and everything that still waits. More calls do nothing.
 
         The ranks of a run that ends are not in step: each waits for the others for two seconds at most, and without all of them only the steps since
-        the last whole interval are lost.
+        the last whole interval are lost. For the file it waits 1.5 seconds at most.
         """
         writer, self._writer = self._writer, None
         if self._steps:
@@ -91,7 +93,7 @@ class LoadRecorder:
             if writer is not None and everywhere is not None:
                 writer.put(partial(self._entry, lambda: everywhere))
         if writer is not None:
-            writer.close()
+            writer.close(_SECONDS_TO_WRITE)
 
     def _counts_so_far(self) -> Tensor:
         """`[M, K]` of this rank, which are 0 afterwards."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +24,7 @@ __all__ = ["LoadWriter"]
 _logger = logging.getLogger("vllm_ascend")
 _MOST_ENTRIES = 1000
 _MOST_WAITING = 1000  # as many as the file keeps
-_SECONDS_TO_CLOSE = 10.0
+_SECONDS_TO_CLOSE = 10.0  # where nobody asks for less
 
 
 class LoadWriter:
@@ -60,14 +61,24 @@ class LoadWriter:
         except Full:
             _logger.error("%r is written too slowly: an entry of the experts' loads is left out", self._path)
 
-    def close(self) -> None:
-        """Write what still waits and end the thread. More calls do nothing."""
+    def close(self, seconds: float = _SECONDS_TO_CLOSE) -> None:
+        """Write what still waits and end the thread. More calls do nothing.
+
+        Args:
+            seconds: the longest that this call may take; what is not written by then is lost, which the log says.
+        """
         atexit.unregister(self.close)
+        end = time.monotonic() + seconds
         with suppress(Full):  # the thread makes no progress, which the message below says
-            self._waiting.put(None, timeout=_SECONDS_TO_CLOSE)
-        self._thread.join(_SECONDS_TO_CLOSE)
+            self._waiting.put(None, timeout=seconds)
+        self._thread.join(max(end - time.monotonic(), 0.0))
         if self._thread.is_alive():
-            _logger.error("the last entries of the experts' loads were not written to %r in time", self._path)
+            _logger.error(
+                "the last entries of the experts' loads were not written to %r within %g seconds%s",
+                self._path,
+                seconds,
+                "" if self._appends else "; a .jsonl file is appended to, which takes less time",
+            )
 
     def _run(self) -> None:
         try:

@@ -12,12 +12,13 @@ __all__ = ["register"]
 @cache
 def register() -> Any:
     """Put every replacement layer in vLLM's registry, once a process. What is returned keeps operators defined, and is cached for that."""
-    from vllm_ascend.layers import activation, linear, moe, rotary, routing, tower, vocab
+    from vllm_ascend.layers import activation, linear, moe, rotary, routing, tower, transformers_moe, vocab
 
     activation.register()
     linear.register()
     rotary.register()
     routing.register()
     tower.register()
+    transformers_moe.register()
     vocab.register()
     return moe.register()

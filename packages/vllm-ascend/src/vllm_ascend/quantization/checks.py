@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold of the tensors of a quantised layer once they are loaded, and the values that they start with. Whether they were loaded, `loader.py` finds."""
+"""What must hold of the tensors of a quantised layer once they are loaded, and the values that they start with. `loader.py` checks that they were loaded."""
 
 from __future__ import annotations
 

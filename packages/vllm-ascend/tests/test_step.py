@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the linear layers are told of a step: whether prompts are computed in it, from either attention's description of it."""
+
+import pytest
+import torch
+from vllm_ascend.attention.mla_step import AscendMLAMetadata
+from vllm_ascend.attention.step import AscendAttentionMetadata
+from vllm_ascend.parallel import has_prompts
+
+
+def paged(ends: list[int]) -> AscendAttentionMetadata:
+    """A step of requests with these cumulative numbers of new tokens."""
+    table, mask = torch.zeros(len(ends), 1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int8)
+    return AscendAttentionMetadata(
+        num_actual_tokens=ends[-1], query_ends=ends, kv_lengths=ends, block_table=table, mask=mask, causal=True
+    )
+
+
+def latent(tokens: int, *, decodes: int, prefills: int) -> AscendMLAMetadata:
+    """A step of `tokens` new tokens, of requests in the absorbed and in the plain form."""
+    return AscendMLAMetadata(
+        num_actual_tokens=tokens, num_decode_tokens=tokens, num_decodes=decodes, num_prefills=prefills, decode=None, prefill=None
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (paged([1, 2, 3]), False),
+        (paged([1]), False),
+        (paged([1, 2, 4]), True),
+        (paged([7]), True),
+        (latent(3, decodes=3, prefills=0), False),
+        (latent(5, decodes=3, prefills=0), True),
+        (latent(30, decodes=1, prefills=1), True),
+    ],
+)
+def test_a_step_has_prompts_where_a_request_has_more_than_one_new_token(step, expected):
+    assert has_prompts({"model.layers.0.self_attn.attn": step}) is expected
+
+
+@pytest.mark.parametrize("nothing", [None, {}, [{}]])
+def test_a_step_without_requests_has_none(nothing):
+    assert not has_prompts(nothing)
