@@ -16,6 +16,7 @@ from ascend_sim.build import native_sources, package_folder
 from ascend_sim.contracts import contracts, rules
 from ascend_sim.contracts.page import page
 from contract_cases import all_cases
+from rank_processes import run_ranks
 
 ROOT = Path(__file__).parents[3]
 WORKER = Path(__file__).with_name("contract_worker.py")
@@ -111,22 +112,9 @@ def between_processes(tmp_path_factory) -> dict[int, list[dict]]:
     for world in sorted({ranks for one in CASES.values() for ranks in (one.break_ranks, one.edge_ranks)} - {1}):
         folder = tmp_path_factory.mktemp(f"world{world}")
         results = [folder / f"{rank}.json" for rank in range(world)]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", str(WORKER), f"file://{folder}/store", str(result)],
-                env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank, result in enumerate(results)
-        ]
-        try:
-            said = [process.communicate(timeout=1800)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert [process.returncode for process in processes] == [0] * world, "\n".join(said)
+        run_ranks(
+            WORKER, world, lambda rank, results=results: [f"file://{results[rank].parent}/store", str(results[rank])]
+        )
         found[world] = [json.loads(result.read_text()) for result in results]
     return found
 

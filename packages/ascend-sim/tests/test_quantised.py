@@ -162,6 +162,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path, llama):
     (fused / "config.json").write_text("{}")
     index = {"weight_map": {"model.layers.0.mlp.experts.gate_up_proj": "model.safetensors"}}
     (fused / "model.safetensors.index.json").write_text(json.dumps(index))
+    (fused / "model.safetensors").touch()
     with pytest.raises(ValueError, match=r"experts in one tensor, model.layers.0.mlp.experts.gate_up_proj"):
         checkpoints.quantise(fused, tmp_path / "nothing")
 

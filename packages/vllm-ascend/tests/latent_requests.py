@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 from attention_bounds import attend, causal
-from paged_steps import description
+from paged_steps import description, paged
 
 __all__ = ["BLOCK", "LATENT", "ROPE", "LatentRequests"]
 
@@ -39,14 +39,8 @@ class LatentRequests:
         self.random = torch.Generator().manual_seed(1)
         self.lengths, self.heads, self.nope, self.value = lengths, heads, nope, value
         self.totals = [new + old for new, old in zip(lengths, context, strict=True)]
-        blocks = [-(-total // BLOCK) for total in self.totals]
-        free = (torch.randperm(sum(blocks), generator=self.random) + 1).split(blocks)
-        table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
-        for request, mine in enumerate(free):
-            table[request, : len(mine)] = mine
-        positions = [torch.arange(total) for total in self.totals]
-        self.slots = [mine[at // BLOCK] * BLOCK + at % BLOCK for mine, at in zip(free, positions, strict=True)]
-        self.cache = torch.full((sum(blocks) + 1, BLOCK, LATENT + ROPE), torch.nan).bfloat16().npu()
+        table, self.slots, blocks = paged(self.totals, BLOCK, self.random)
+        self.cache = torch.full((blocks, BLOCK, LATENT + ROPE), torch.nan).bfloat16().npu()
         self.weight = self.selection()
         weight = self.weight.flatten(1).npu()
         self.impl = AscendMLAImpl(
@@ -54,7 +48,8 @@ class LatentRequests:
             qk_nope_head_dim=nope, qk_rope_head_dim=ROPE, v_head_dim=value, kv_b_proj=lambda rows: (rows @ weight, None),
         )  # fmt: skip
         self.builder = AscendMLAMetadataBuilder(None, [], config(nope, value), torch.device("npu"))
-        self.step = self.builder.build(0, description(lengths, self.totals, table))
+        self.described = description(lengths, self.totals, table)
+        self.step = self.builder.build(0, self.described)
         self.latents = [self.tensor(total, LATENT) for total in self.totals]
         self.rotated = [self.tensor(total, ROPE) for total in self.totals]
         self.query = [self.tensor(length, heads, nope + ROPE) for length in lengths]
@@ -83,14 +78,27 @@ class LatentRequests:
             results.append(attend(query, keys, values, SCALE, unseen, products=LATENT + ROPE, parts=count))
         return [torch.cat(part) for part in zip(*results, strict=True)]
 
+    def take(self, *, plain):
+        """Let requests of more than 16 tokens take the plain form, or none."""
+        self.builder.plain = plain
+        self.step = self.builder.build(0, self.described)
+
     def run(self):
-        """Write all latents, and attend as vLLM's layer does: one form after the other. `[T, N, V]` on the host."""
+        """Write all latents, and attend. `[T, N, V]` on the host."""
+        self.write()
+        return self.attend()
+
+    def write(self):
+        """Write all latents and rotated keys to the cache."""
         from vllm.forward_context import override_forward_context
 
         metadata = {"layer": SimpleNamespace(num_actual_tokens=sum(self.totals))}
         latents, rotated, slots = (torch.cat(part).npu() for part in (self.latents, self.rotated, self.slots))
         with override_forward_context(SimpleNamespace(attn_metadata=metadata)):
             self.impl.do_kv_cache_update(latents, rotated.unsqueeze(1), self.cache, slots, "auto", None)
+
+    def attend(self):
+        """What vLLM's layer does: one form after the other. `[T, N, V]` on the host."""
         query, cut = torch.cat(self.query).npu(), self.step.num_decode_tokens
         out = torch.zeros(len(query), self.heads * self.value).bfloat16().npu()
         if self.step.num_prefills:

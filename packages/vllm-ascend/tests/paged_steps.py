@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-__all__ = ["Step", "description"]
+__all__ = ["Step", "description", "paged"]
 
 
 def description(lengths, totals, table):
@@ -19,6 +19,21 @@ def description(lengths, totals, table):
         num_reqs=len(lengths), num_actual_tokens=sum(lengths), max_query_len=max(lengths), max_seq_len=max(totals),
         block_table_tensor=table.npu(), slot_mapping=None,
     )  # fmt: skip
+
+
+def paged(totals, block, random):
+    """Blocks of any order for requests of so many tokens: the table int32 `[requests, blocks]`, the slots of each request's tokens, and the blocks in all.
+
+    The first block is nobody's, as in vLLM.
+    """
+    blocks = [-(-total // block) for total in totals]
+    free = (torch.randperm(sum(blocks), generator=random) + 1).split(blocks)
+    table = torch.zeros(len(totals), max(blocks), dtype=torch.int32)
+    for request, mine in enumerate(free):
+        table[request, : len(mine)] = mine
+    positions = [torch.arange(total) for total in totals]
+    slots = [mine[at // block] * block + at % block for mine, at in zip(free, positions, strict=True)]
+    return table, slots, sum(blocks) + 1
 
 
 class Step:
@@ -35,16 +50,10 @@ class Step:
         self.random = torch.Generator().manual_seed(1)
         self.lengths, self.dtype = lengths, dtype
         self.totals = [new + old for new, old in zip(lengths, context, strict=True)]
-        blocks = [-(-total // block) for total in self.totals]
-        free = (torch.randperm(sum(blocks), generator=self.random) + 1).split(blocks)
-        table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
-        for request, mine in enumerate(free):
-            table[request, : len(mine)] = mine
-        positions = [torch.arange(total) for total in self.totals]
-        self.slots = [mine[at // block] * block + at % block for mine, at in zip(free, positions, strict=True)]
+        table, self.slots, blocks = paged(self.totals, block, self.random)
         spec = FullAttentionSpec(block_size=block, num_kv_heads=kv_heads, head_size=size, head_size_v=size, dtype=dtype)
         width = AscendAttentionBackend.customize_spec(spec).page_size_bytes // (2 * block * dtype.itemsize)
-        memory = torch.full((2, sum(blocks) + 1, block, width), torch.nan).to(dtype).npu()
+        memory = torch.full((2, blocks, block, width), torch.nan).to(dtype).npu()
         self.cache = memory.transpose(0, 1)  # [blocks, 2, block_size, Nkv * D], as vLLM gives it
         self.impl = AscendAttentionImpl(heads, size, size**-0.5, kv_heads, sliding_window=window)
         config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=None))

@@ -55,6 +55,45 @@ def operators(worker):
     return {name: count.calls for name, count in counters.snapshot().operators.items() if name.startswith("npu::")}
 
 
+def all_operators(worker):
+    """Calls of each operator so far, in one worker."""
+    from ascend_sim import counters
+
+    return {name: count.calls for name, count in counters.snapshot().operators.items()}
+
+
+def watch_copies(worker):
+    """Let the runner of one worker note the copies of its steps that come from host memory which is not pinned: the host waits for them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    runner = worker.model_runner
+    runner.blocking_copies = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            name = str(function)
+            if name.startswith(("aten.copy_.", "aten._to_copy.", "aten.to.")) and result.device.type == "npu":
+                source = args[1] if name.startswith("aten.copy_.") else args[0]
+                if source.device.type == "cpu" and source.numel() and not source.is_pinned():
+                    runner.blocking_copies.append(f"{name} of {tuple(source.shape)}")
+            return result
+
+    def watched(method):
+        def run(*args, **kwargs):
+            with Watch():
+                return method(*args, **kwargs)
+
+        return run
+
+    runner.execute_model, runner.sample_tokens = watched(runner.execute_model), watched(runner.sample_tokens)
+
+
+def blocking_copies(worker):
+    """What `watch_copies` has let the runner note."""
+    return getattr(worker.model_runner, "blocking_copies", None)
+
+
 def linear_layers(worker):
     """Path -> (op, ranks that share the weight, bytes of weight and bias on this one) of the linear layers in one worker."""
     from vllm_ascend.layers.linear import WithOp
@@ -141,11 +180,14 @@ def main(job_file, result_file):
     for engine in job:
         llm = start(engine.get("rendezvous"), disable_log_stats=False, **engine["engine"])
         inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
-        runs, collectives, refusals = [], [], []
+        runs, collectives, refusals, calls = [], [], [], [llm.collective_rpc(all_operators) if inspected else None]
         for run in engine["runs"]:
             refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
+            if run.get("watch"):
+                llm.collective_rpc(watch_copies)
             runs.append(generate(llm, run))
             collectives.append(llm.collective_rpc(traffic) if inspected else None)
+            calls.append(llm.collective_rpc(all_operators) if inspected else None)
         results.append(
             {
                 "runs": runs,
@@ -153,6 +195,8 @@ def main(job_file, result_file):
                 "loads": [llm.collective_rpc(load, args=(folder,)) for folder in engine.get("load", ())],
                 "preemptions": preemptions(llm),
                 "collectives": collectives,
+                "calls": calls,  # before the first run, and after each
+                "blocking": llm.collective_rpc(blocking_copies) if inspected else None,
                 "layers": llm.collective_rpc(linear_layers) if inspected else None,
                 "experts": llm.collective_rpc(experts) if engine.get("experts") else None,
                 "operators": llm.collective_rpc(operators) if inspected else None,

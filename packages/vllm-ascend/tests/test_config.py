@@ -136,7 +136,6 @@ BROKEN_RULES = [
     ({"flashcomm2_parallel_size": 3}, over(tp=4), "flashcomm2_parallel_size"),
     ({"flashcomm2_parallel_size": 4}, over(tp=4), "flashcomm2_parallel_size"),
     ({"flashcomm2_parallel_size": 2}, over(tp=4, kv_role="consumer"), "'flashcomm2_parallel_size' (2) cannot be used on a decode-only node"),
-    ({"flashcomm2_parallel_size": 2, **fine(oproj=2)}, over(tp=4, dp=2, model=MOE), "cannot be used with finegrained_tp_config.oproj_tensor_parallel_size (2)"),
     ({"enable_matmul_allreduce": True, "flashcomm2_parallel_size": 1}, over(tp=2), "(True) cannot be used with flashcomm2_parallel_size"),
     ({"enable_matmul_allreduce": True}, over(tp=3), "needs tensor_parallel_size (3) to be one of (1, 2, 4, 8)"),
     ({"layer_sharding": ["o_proj"]}, over(tp=2), "option 'layer_sharding' (['o_proj']) needs flashcomm2_parallel_size"),
@@ -166,6 +165,14 @@ def test_a_broken_rule_is_named(given, deployment, message):
             {"enable_flashcomm1": True, "enable_matmul_allreduce": True},
             over(tp=2, speculative=True),
             ["cannot be used with speculative decoding", "cannot be used with enable_flashcomm1 (True)"],
+        ),
+        (
+            {"flashcomm2_parallel_size": 2, **fine(oproj=2)},
+            over(tp=4, dp=2, model=MOE),
+            [
+                "(2) cannot be used with finegrained_tp_config.oproj_tensor_parallel_size (2)",
+                "with tensor_parallel_size (4), which must be 1",
+            ],
         ),
         (
             fine(lmhead=3, mlp=5, oproj=6),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from ascend_linear import state
 from ascend_moe import choose, routing
-from ascend_sim.contracts import Rule
+from ascend_sim.contracts import KernelRule
 from ascend_sim.contracts import rules as contract_rules
 from vllm_ascend import rules
 from vllm_ascend.quantization import moe
@@ -13,7 +13,7 @@ from vllm_ascend.quantization import moe
 RULES = contract_rules()
 
 
-def rule(id: str) -> Rule:
+def rule(id: str) -> KernelRule:
     """An enforced rule."""
     assert RULES[id].enforced
     return RULES[id]

@@ -186,6 +186,36 @@ def test_variables_of_the_public_plugin(monkeypatch):
         AscendConfig.of({}, envs.retired_variables())
 
 
+ALLOCATOR = """
+import os, vllm_ascend
+vllm_ascend.register()
+import torch
+try:
+    torch.zeros(1, device="npu")
+    print("initialised", os.environ.get("PYTORCH_NPU_ALLOC_CONF"))
+except Exception as error:
+    print("failed", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "None"),  # with both variables torch_npu raises
+    ],
+)
+def test_the_allocator_has_segments_that_grow_unless_the_user_says_otherwise(given, found):
+    """torch_npu has read the setting if it warns that the driver, here the simulator, has no such segments, or uses them."""
+    code = ALLOCATOR + "print(torch.npu.memory_snapshot()[0]['is_expandable'])"
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | given
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800, env=environment)
+    assert f"initialised {found}" in done.stdout, done.stdout + done.stderr
+    grows = "True" in done.stdout.splitlines() or "expandable_segments setting failure" in done.stderr
+    assert grows == (not given)
+
+
 def test_slot_mapping_follows_the_block_table():
     import torch
     from vllm_ascend.compat import compute_slot_mapping

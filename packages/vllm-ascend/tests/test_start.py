@@ -44,14 +44,19 @@ ENCODER = {  # heads of 40, which are filled up to 64
     "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 480, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 40,
     "position_embedding_type": "absolute", "pad_token_id": 0,
 }  # fmt: skip
+MODERN = {
+    "architectures": ["ModernBertModel"], "model_type": "modernbert", "num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 512, "head_dim": 64,
+    "global_attn_every_n_layers": 2, "local_attention": 16, "pad_token_id": 0,
+}  # fmt: skip
 # What differs from DENSE; arguments of vLLM; the environment; what the one finding has.
 ALONE = {
     "float8 cache": ({}, {"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype ('fp8') must be 'auto' or the model's dtype, 'bfloat16'"),
     "int8 cache": ({}, {"kv_cache_dtype": "int8_per_token_head"}, {}, "kv_cache_dtype ('int8_per_token_head') must be"),
     "float16 cache": ({}, {"kv_cache_dtype": "float16"}, {}, "kv_cache_dtype ('float16') must be"),
-    "block": ({}, {"block_size": 8}, {}, "block_size (8) must be a multiple of 128, which is the default"),
-    "small block": ({}, {"block_size": 16}, {}, "block_size (16) must be a multiple of 128"),
-    "uneven block": ({}, {"block_size": 192}, {}, "block_size (192) must be a multiple of 128"),
+    "block": ({}, {"block_size": 8}, {}, "block_size (8) must be one of 128, 256, 384, 512; 128 is the default"),
+    "small block": ({}, {"block_size": 16}, {}, "block_size (16) must be one of 128, 256"),
+    "uneven block": ({}, {"block_size": 192}, {}, "block_size (192) must be one of 128, 256"),
+    "large block": ({}, {"block_size": 1024}, {}, "block_size (1024) must be one of 128, 256"),
     "float16": ({}, {"dtype": "float16"}, {}, "dtype ('float16') is not one that the NPU's attention kernels take; give --dtype bfloat16"),
     "tokens": ({}, {"max_num_batched_tokens": 65537}, {}, "max_num_batched_tokens (65537) must be at most 65536"),
     "requests": ({**LATENT, "num_attention_heads": 16}, {"max_num_seqs": 4097, "max_num_batched_tokens": 8192}, {}, "max_num_seqs (4097) must be at most 4096"),
@@ -87,6 +92,7 @@ ALONE = {
     "buffer size": ({}, {}, {"HCCL_BUFFSIZE": "lots"}, "environment variable HCCL_BUFFSIZE='lots': must be a whole number of MB above 0"),
     "option": ({}, {"additional_config": {"enable_flashcomm1": True}}, {}, "option 'enable_flashcomm1' (True) needs tensor_parallel_size > 1, got 1"),
     "encoder's head size": ({**ENCODER, "hidden_size": 12 * 264, "head_dim": 264}, {}, {}, "the model's heads are 264 wide: the kernel takes at most 256"),
+    "encoder that is not split": (MODERN, {"tensor_parallel_size": 2}, {}, "tensor_parallel_size (2) must be 1 for ModernBertModel"),
     "MLA heads": (LATENT, {}, {}, "multi-head latent attention with 20 heads over tensor_parallel_size 1: the NPU's kernel takes 1, 2, 4,"),
     "MLA rank": ({**LATENT, "num_attention_heads": 16, "kv_lora_rank": 256}, {}, {}, "kv_lora_rank of this model is 256: the NPU's kernel for multi-head latent attention takes 512 only"),
     "MLA connector": ({**LATENT, "num_attention_heads": 16}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with multi-head latent attention"),
@@ -95,13 +101,14 @@ ALONE = {
 }  # fmt: skip
 GOOD = {
     "as it is": ({}, {}, {}),
-    "its own cache": ({}, {"kv_cache_dtype": "bfloat16", "block_size": 1024, "attention_backend": "ASCEND_ATTN"}, {}),
+    "its own cache": ({}, {"kv_cache_dtype": "bfloat16", "block_size": 512, "attention_backend": "ASCEND_ATTN"}, {}),
     "padded heads": ({"head_dim": 24}, {"block_size": 384}, {}),
     "a checkpoint in float16": ({"torch_dtype": "float16"}, {}, {}),
     "heads over ranks": ({"num_attention_heads": 128, "num_key_value_heads": 1}, {"tensor_parallel_size": 2}, {}),
     "MLA prompts": ({**LATENT, "num_attention_heads": 16}, {"max_num_batched_tokens": 65536, "max_num_seqs": 96}, {}),
     "replicated KV heads": ({"num_key_value_heads": 2}, {"tensor_parallel_size": 4}, {}),
     "encoder": (ENCODER, {"attention_backend": "ASCEND_ATTN", "tensor_parallel_size": 2}, {}),
+    "ModernBERT on one rank": (MODERN, {}, {}),
     "automatic backend": ({}, {"attention_backend": "auto"}, {}),
     "MLA": ({**LATENT, "num_attention_heads": 16}, {"attention_backend": "ASCEND_MLA", "block_size": 1024, "tensor_parallel_size": 2}, {}),
     "copied weights": ({}, {"cpu_offload_gb": 1}, {"VLLM_WEIGHT_OFFLOADING_DISABLE_UVA": "1"}),

@@ -4,8 +4,7 @@
 import pytest
 import torch
 from vllm_ascend.attention.mla_step import AscendMLAMetadata
-from vllm_ascend.attention.step import AscendAttentionMetadata
-from vllm_ascend.parallel import has_prompts
+from vllm_ascend.attention.step import AscendAttentionMetadata, has_prompts
 
 
 def paged(ends: list[int]) -> AscendAttentionMetadata:

@@ -154,12 +154,12 @@ def padded_heads(tmp_path_factory, hugging_face):
 
 
 def test_padded_heads(padded_heads, run_engines):
-    """In chunks of 32 tokens; and with blocks of 1024 tokens, which vLLM cuts into those that the kernel takes."""
+    """In chunks of 32 tokens; and with blocks of 512 tokens."""
     sampling = {**GREEDY, "detokenize": False}
     engine = {**SMALL, "max_model_len": 256, "max_num_batched_tokens": 32, "skip_tokenizer_init": True}
     jobs = [
         {
-            "engine": {"model": str(folder), **engine, **({"block_size": 1024} if name == "qwen3" else {})},
+            "engine": {"model": str(folder), **engine, **({"block_size": 512} if name == "qwen3" else {})},
             "runs": [{"prompts": prompts, "sampling": sampling}],
         }
         for name, (folder, prompts, _) in padded_heads.items()

@@ -156,6 +156,14 @@ def test_what_is_refused_on_one_rank_is_refused(folder):
     assert set(words(folder, "Llama").values()) == {"refused", "-"}
 
 
+def test_what_was_not_run_is_said(folder):
+    found = verdict.cells(ENTRIES["Qwen3Moe"], folder, {}, ["one"])
+    assert {column: word for column, (word, _) in found.items()} == GOOD | dict.fromkeys(
+        ("tp", "ep", "bfloat16"), "not run"
+    )
+    assert page.counts({"a": {"cells": found}}) == {"all": 1, "refused": 0, "partly": 1, "good": 0, "other": 0}
+
+
 def test_the_page_names_reasons(folder):
     change(folder, "tp", lambda said: said.update(tp={"failed": "RuntimeError: a | b\nc"}))
     entry = ENTRIES["Qwen3Moe"]
@@ -165,4 +173,7 @@ def test_the_page_names_reasons(folder):
     )
     assert "| Qwen3Moe | Qwen3MoeForCausalLM | text | equal | equal | equal | failed | equal | as near |  |" in said
     assert "* **Qwen3Moe**: TP 2: failed, RuntimeError: a \\| b c" in said
-    assert "**0 of 1 are equal in every way, 0 are refused at the start, 1 are neither.**" in said
+    assert (
+        "**Of 1, 0 are equal in every way, 0 are in all that was run (`not run` marks the rest), 0 are refused at the start, 1 are neither.**"
+        in said
+    )

@@ -206,7 +206,10 @@ def _by_operators(logits_TE: Tensor, spec: RoutingSpec, bias: Tensor | None) -> 
 def _normalised(weights_TK: Tensor, spec: RoutingSpec) -> Tensor:
     """The weights of chosen experts, renormalised and scaled as the spec says."""
     if spec.renormalise:
-        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + _EPSILON)
+        total_T1 = weights_TK.sum(dim=-1, keepdim=True)
+        if spec.scoring != "softmax":  # whose largest score is at least 1 / E, beside which the epsilon is nothing
+            total_T1 = total_T1 + _EPSILON
+        weights_TK = weights_TK / total_T1
     if spec.routed_scaling_factor != 1.0:
         weights_TK = weights_TK * spec.routed_scaling_factor
     return weights_TK

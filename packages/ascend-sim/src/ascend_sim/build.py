@@ -65,13 +65,8 @@ def installed(package: str) -> str:
 def digest(sources: Sequence[Path], options: Sequence[str]) -> str:
     """What a cache entry is made of, but for the compiler: these sources and options, on this host."""
     state = hashlib.sha256()
-    for part in (
-        "manifest",
-        installed("torch"),
-        installed("torch-npu"),
-        processor(),
-        *options,
-    ):  # the first is how entries are kept
+    form = "manifest"  # how entries are kept
+    for part in (form, installed("torch"), installed("torch-npu"), processor(), *options):
         state.update(part.encode() + b"\0")
     for source in sources:
         state.update(source.read_bytes() + b"\0")

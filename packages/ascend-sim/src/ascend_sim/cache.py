@@ -146,13 +146,8 @@ def is_whole(final: Path) -> bool:
             _check_trusted(file, stat.S_ISREG)
             if file.stat().st_size != size or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
                 return False
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # absent, or a manifest that is damaged too
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        # Absent, or a manifest that is damaged too.
         return False
     return True
 

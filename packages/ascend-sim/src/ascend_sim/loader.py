@@ -63,9 +63,8 @@ def find_cann() -> Path | None:
     roots = [os.environ.get(name) for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")]
     folders = [Path(root, sub) for root in [*roots, *CANN_FOLDERS] if root for sub in ("lib64", "runtime/lib64")]
     folders += [Path(entry) for entry in os.environ.get("LD_LIBRARY_PATH", "").split(":") if entry]
-    return next(
-        (folder for folder in folders if os.path.exists(folder / "libascendcl.so")), None
-    )  # False where it cannot be seen
+    # os.path.exists is False where a folder cannot be looked into.
+    return next((folder for folder in folders if os.path.exists(folder / "libascendcl.so")), None)
 
 
 def decide() -> Decision:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,11 +14,14 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vllm_ascend import doctor as diagnosis
 
 if TYPE_CHECKING:
+    from vllm_ascend.doctor import Report
     from vllm_ascend.explain import Explained
+    from vllm_ascend.probe.expected import Result
 
 __all__ = ["app", "main"]
 
@@ -30,12 +34,70 @@ def _root() -> None:
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Say whether vLLM will serve on an NPU here, and why not. Exit status 1 when it will not."""
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Run every kernel on the first device and compare it with its meaning.")
+    ] = False,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", help="Write what to attach to an issue: versions, environment, kernels.")
+    ] = None,
+    silence: Annotated[
+        float, typer.Option(help="Seconds after which a kernel that has not answered is given up.", min=1)
+    ] = 300,
+) -> None:
+    """Say whether vLLM will serve on an NPU here, and why not. Exit status 1 when it will not, or when a kernel is not as it should be."""
     report = diagnosis.examine()
+    if not as_json:
+        _print_report(report)
+    results = _probe(silence, quiet=as_json) if probe and report.active else None
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2))
-        raise typer.Exit(0 if report.active else 1)
+        kernels = {} if results is None else {"kernels": [asdict(result) for result in results]}
+        typer.echo(json.dumps(report.as_dict() | kernels, indent=2))
+    if report_file is not None:
+        _write_report(report_file, report, results)
+    good = report.active and all(result.is_good for result in results or ())
+    raise typer.Exit(0 if good else 1)
+
+
+def _probe(silence: float, *, quiet: bool) -> list[Result]:
+    """Run the kernels, and print the table row by row unless `quiet`."""
+    from vllm_ascend.doctor_report import summary
+    from vllm_ascend.probe.run import run_all
+
+    colours = {"equal": "green", "within bound": "green", "not run": "yellow"}
+    console = Console()
+    results: list[Result] = []
+    try:
+        for result in run_all(silence):
+            results.append(result)
+            if quiet:
+                continue
+            line = Text(f"{result.verdict:12} ", style=colours.get(result.verdict, "red"))
+            line.append(f"{result.kernel} ({result.shape})" if result.shape else result.kernel, style="default")
+            if result.detail:
+                line.append(f": {result.detail}", style="dim")
+            console.print(line, soft_wrap=True)
+    except RuntimeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    if not quiet:
+        console.print(f"kernels: {summary(results)}")
+    return results
+
+
+def _write_report(path: Path, report: Report, results: list[Result] | None) -> None:
+    from vllm_ascend import envs
+    from vllm_ascend.doctor_report import text, write
+
+    try:
+        write(path, text(report, envs.for_report(), results))
+    except OSError as error:
+        typer.echo(f"error: the report cannot be written to {path}: {error.strerror or error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _print_report(report: Report) -> None:
     table = Table("what", "version", title="vllm-ascend doctor", title_justify="left")
     for name, found in report.versions.items():
         table.add_row(name, found)
@@ -50,7 +112,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         console.print(report.reason, markup=False, highlight=False, soft_wrap=True)
     if report.not_installed:
         console.print(report.not_installed, markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(0 if report.active else 1)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -22,6 +22,7 @@ __all__ = [
     "declare_torchvision_operators",
     "name_missing_libraries",
     "register_slot_mapping",
+    "replace_fused_topk",
     "replace_grouped_topk",
     "replace_model_loader",
     "shard_of",
@@ -69,6 +70,17 @@ def replace_grouped_topk(grouped_topk: Callable[..., tuple[torch.Tensor, torch.T
     from vllm.model_executor.layers.fused_moe.router import grouped_topk_router
 
     grouped_topk_router.grouped_topk = grouped_topk
+
+
+def replace_fused_topk(fused_topk: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+    """Let vLLM's router of ungrouped experts choose with `fused_topk`.
+
+    Reason: its own function has a compiled operator write into tensors that it has made; what the NPU's kernel returns would be copied there.
+    Retired by: the router going through a CustomOp.
+    """
+    from vllm.model_executor.layers.fused_moe.router import fused_topk_router
+
+    fused_topk_router.fused_topk = fused_topk
 
 
 def replace_model_loader(in_tree: type, ours: type) -> None:
@@ -191,10 +203,8 @@ def _loads(folders: Iterable[Path]) -> bool:
     try:
         for library in libraries:
             torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    except (
-        OSError,
-        RuntimeError,
-    ):  # a library that it is linked to is absent, such as CUDA's; it was built for another torch
+    except (OSError, RuntimeError):
+        # A library that it is linked to is absent, such as CUDA's, or it was built for another torch.
         return False
     return bool(libraries)
 

@@ -8,10 +8,10 @@ import importlib.util
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vllm_ascend import multimodal
+from vllm_ascend import cann, multimodal
+from vllm_ascend.installed import installed
 
 __all__ = ["Report", "examine", "inactive_because", "log_inactive"]
 
@@ -41,14 +41,6 @@ class Simulator:
     active: bool = False
     reason: str = ""
     problem: str = ""
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def inactive_because() -> str | None:
@@ -115,6 +107,7 @@ class Report:
         devices: names of the visible NPUs.
         not_installed: which libraries of multimodal models are not installed, with the remedy; empty where all are.
         simulated: whether ascend-sim stands in for CANN.
+        notes: sentences about what may not work, and what to do about it.
     """
 
     active: bool
@@ -123,6 +116,7 @@ class Report:
     devices: list[str] = field(default_factory=list)
     not_installed: str = ""
     simulated: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -151,9 +145,10 @@ def examine() -> Report:
         devices = [torch.npu.get_device_name(index) for index in range(torch.npu.device_count())]
     simulated = _simulator().active and not reason
     versions["CANN"] = "missing" if reason else "simulated" if simulated else _cann_version()
+    older = None if reason else cann.older_than_needed(versions["torch-npu"])
     return Report(
         active=not reason, reason=reason or "", versions=versions, devices=devices,
-        not_installed=multimodal.what_is_missing() or "", simulated=simulated,
+        not_installed=multimodal.what_is_missing() or "", simulated=simulated, notes=[older] if older else [],
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from ascend_comm.hccl import DEFAULT_BUFFER_MB
 
 __all__ = [
+    "for_report",
     "hccl_buffsize_mb",
     "offloads_without_unified_memory",
     "retired_variables",
@@ -33,11 +34,25 @@ RETIRED: Mapping[str, tuple[str, str]] = {
     "VLLM_ASCEND_BALANCE_SCHEDULING": ("0", "enable_balance_scheduling"),
 }
 
+_REPORTED = (
+    "ASCEND_", "HCCL_", "HCCN_", "NPU_", "PYTORCH_", "TASK_QUEUE_", "TORCH_", "VLLM_", "CPU_AFFINITY_", "LD_LIBRARY_PATH", "OMP_NUM_THREADS",
+)  # fmt: skip
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "AUTH", "URL", "HEADER", "COOKIE")
+
+# Segments that grow: without them the KV cache and the activations of steps of many sizes split the device's memory into pieces too small for either.
+ALLOCATOR = "expandable_segments:True"
+ALLOCATOR_VARIABLES = frozenset({"PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"})
+
 
 def set_defaults_for_vllm() -> None:
-    """Set what vLLM reads before it asks the platform: worker processes are spawned, and the V1 model runner is used."""
+    """Set what vLLM reads before it asks the platform (worker processes are spawned, and the V1 model runner is used), and the allocator of torch_npu.
+
+    torch_npu reads the allocator's settings when it initialises the first device of a process, from one of two variables; with both it raises.
+    """
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    if not os.environ.keys() & ALLOCATOR_VARIABLES:
+        os.environ["PYTORCH_NPU_ALLOC_CONF"] = ALLOCATOR
 
 
 def wants_v2_model_runner() -> bool:
@@ -65,6 +80,15 @@ def hccl_buffsize_mb() -> int:
     if not said.isdecimal() or int(said) == 0:
         raise ValueError(f"environment variable HCCL_BUFFSIZE={said!r}: must be a whole number of MB above 0")
     return int(said)
+
+
+def for_report() -> dict[str, str]:
+    """Variables of CANN, HCCL, torch_npu and vLLM that are set. The value of one that may hold a secret is left out."""
+    return {
+        name: "(set; its value is not shown)" if any(word in name for word in _SECRET) else value
+        for name, value in os.environ.items()
+        if name.startswith(_REPORTED)
+    }
 
 
 def retired_variables() -> dict[str, str]:

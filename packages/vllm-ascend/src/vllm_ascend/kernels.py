@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -14,15 +15,19 @@ __all__ = [
     "add_rms_norm",
     "apply_rotary",
     "attention",
+    "attention_of_any_size",
     "causal_mask",
     "gather_kv",
+    "kernel_head_size",
     "latent_attention",
     "merge_attention",
     "prompt_latent_attention",
     "rms_norm",
     "rotary_mul",
     "scatter_kv",
+    "split_columns",
     "swiglu",
+    "widened",
 ]
 
 SPARSE_NONE = 0  # no mask: every query sees every key
@@ -54,6 +59,16 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) ->
 def swiglu(x: Tensor) -> Tensor:
     """`silu(x[..., :I]) * x[..., I:]`; x `[..., 2I]`."""
     return _npu().npu_swiglu(x)  # type: ignore[no-any-return]
+
+
+def split_columns(x: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Copies of consecutive columns of x `[..., sum of widths]`, each contiguous, in one kernel.
+
+    Views of them would not do: attention, the rotary embedding and the write to the cache read contiguous tensors, and would need a copy each.
+    """
+    parts = [x.new_empty((*x.shape[:-1], width)) for width in widths]
+    torch.split_with_sizes_copy(x, list(widths), dim=-1, out=parts)
+    return parts
 
 
 def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,6 +123,17 @@ HEAD_SIZES = (64, 128, 192, 256)
 """Widths of heads that `attention` takes in TND layout."""
 
 
+def kernel_head_size(size: int) -> int:
+    """The smallest head size that `attention` takes and that holds `size`; 0 where there is none."""
+    return next((taken for taken in HEAD_SIZES if taken >= size), 0)
+
+
+def widened(rows: Tensor, size: int) -> Tensor:
+    """Heads `[T, N, D]` with zeros up to `size`, which add nothing to a score and give columns of zeros in the result."""
+    missing = size - rows.shape[-1]
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """Fused attention in TND layout. Returns `[T, N, D]`.
 
@@ -129,14 +155,13 @@ def attention_of_any_size(query: Tensor, key: Tensor, value: Tensor, **options: 
         ValueError: larger heads.
     """
     size = query.shape[-1]
-    taken = next((taken for taken in HEAD_SIZES if taken >= size), None)
-    if taken is None:
+    taken = kernel_head_size(size)
+    if not taken:
         raise ValueError(
             f"heads are {size} wide: the attention kernel takes {', '.join(map(str, HEAD_SIZES))}, and so smaller ones"
         )
-    if taken > size:
-        query, key, value = (torch.nn.functional.pad(x, (0, taken - size)) for x in (query, key, value))
-    return attention(query.contiguous(), key.contiguous(), value.contiguous(), **options)[..., :size]
+    query, key, value = (widened(rows, taken) for rows in (query, key, value))
+    return attention(query, key, value, **options)[..., :size]
 
 
 def latent_attention(

@@ -46,10 +46,8 @@ class AscendModelLoader(DefaultModelLoader):
         if self.enable_weights_track is False:
             super().load_weights(model, model_config)
             return
-        own, self.enable_weights_track = (
-            self.enable_weights_track,
-            False,
-        )  # this check is stricter, and names the missing tensors
+        own = self.enable_weights_track
+        self.enable_weights_track = False  # this check is stricter, and names the missing tensors
         try:
             with LoadRecord(dict(_expected(model))) as record:
                 super().load_weights(model, model_config)

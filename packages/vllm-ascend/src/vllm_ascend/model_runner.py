@@ -2,7 +2,8 @@
 """vLLM's V1 model runner on an NPU, and the order in which a step joins collectives.
 
 Ranks that share a group must join their collectives in one order, whatever each of them has to do: in a step with requests (`execute_model`), in
-the step without any that a data parallel rank runs while another is busy (`_dummy_run`), and in the profiling run. The order is
+the step without any that a data parallel rank runs while another is busy (`_dummy_run`), and in the profiling run, after which all run the same steps to
+warm the kernels up (`warmup.py`). The order is
 
     1. the model's forward pass, with embedding, o_proj, dense MLPs and experts, layer by layer;
     2. the logits, where this is the last pipeline stage of a model that generates;
@@ -14,6 +15,7 @@ Sampling comes after that and joins no collective of data parallel ranks. A feat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from vllm_ascend import compat, loader, parallel
 from vllm_ascend.attention import mla
 from vllm_ascend.eplb.record import LoadRecorder
 from vllm_ascend.layers import linear, moe, sequence
+from vllm_ascend.step_inputs import StepInputs
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -37,6 +40,8 @@ class AscendModelRunner(GPUModelRunner):
     """The GPU runner, with NPU streams and events, and with one order of collectives in all kinds of steps."""
 
     load_recorder: LoadRecorder | None = None
+    warm_up: Callable[[], None] | None = None
+    """Runs steps through the worker before memory is counted."""
     splits_hidden_states: bool
     """Whether a layer of the model takes and gives hidden states of a part of the tokens on each TP rank."""
 
@@ -44,6 +49,7 @@ class AscendModelRunner(GPUModelRunner):
         """Build vLLM's runner on `device`."""
         compat.alias_cuda_streams()
         super().__init__(vllm_config, device)
+        self.step_inputs = StepInputs(self)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then give the linear ops its weights and put FlashComm1's hooks on it."""
@@ -54,6 +60,18 @@ class AscendModelRunner(GPUModelRunner):
         mla.reserve_workspace(model)
         self.load_recorder = moe.load_recorder(model)
         self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())
+
+    def profile_run(self, randomize_inputs: bool = False) -> None:
+        """The largest step, as vLLM runs it to measure memory; then `warm_up` over a small KV cache, whose lasting costs are measured with it."""
+        super().profile_run(randomize_inputs=randomize_inputs)
+        if self.warm_up is not None:
+            self.warm_up()
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: Any) -> Any:
+        """Prepare a step on the host; with embeddings in the place of prompts as vLLM does it, on the device."""
+        if self.enable_prompt_embeds:
+            return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        return self.step_inputs.prepare(scheduler_output, num_scheduled_tokens)
 
     def reload_weights(
         self, weights_iterator: Any = None, weights_path: str | None = None, is_checkpoint_format: bool = True

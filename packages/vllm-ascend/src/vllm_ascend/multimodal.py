@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+
+from vllm_ascend.installed import installed
 
 __all__ = ["PARTS", "REMEDY", "missing", "what_is_missing"]
 
@@ -18,7 +19,7 @@ REMEDY = "in a clone of the repository, `uv pip install './packages/vllm-ascend[
 
 def missing() -> dict[str, list[str]]:
     """Of each part the distributions that are not installed; a part that is whole is left out."""
-    absent = {part: [name for name in names if not _installed(name)] for part, names in PARTS.items()}
+    absent = {part: [name for name in names if installed(name) is None] for part, names in PARTS.items()}
     return {part: names for part, names in absent.items() if names}
 
 
@@ -29,11 +30,3 @@ def what_is_missing() -> str | None:
         return None
     parts = "; ".join(f"for {part}: {', '.join(names)}" for part, names in absent.items())
     return f"libraries of multimodal models are not installed ({parts}); {REMEDY}"
-
-
-def _installed(name: str) -> bool:
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True

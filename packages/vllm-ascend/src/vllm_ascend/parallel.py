@@ -15,13 +15,13 @@ from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_tp_g
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from vllm_ascend import envs, experts, rules
-from vllm_ascend.attention.step import AscendAttentionMetadata
+from vllm_ascend.attention.step import has_prompts
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.experts import ExpertGroups, MoeContext
 
-__all__ = ["Parallel", "close", "current", "forward_context", "has_prompts", "most_tokens", "start", "step"]
+__all__ = ["Parallel", "close", "current", "forward_context", "most_tokens", "start", "step"]
 
 _STEP, _MOST_TOKENS = "ascend_step", "ascend_most_tokens"  # keys in the forward context
 _UNSPLIT = StepState()
@@ -164,16 +164,6 @@ def forward_context(
         _STEP: _current.plan(num_tokens, counts, prefill=has_prompts(attn_metadata)),
         _MOST_TOKENS: max(counts or (num_tokens,)),
     }
-
-
-def has_prompts(attn_metadata: object) -> bool:
-    """Whether some request of the step has more than one new token."""
-    if not isinstance(attn_metadata, dict) or not attn_metadata:
-        return False
-    step: Any = next(iter(attn_metadata.values()))
-    counted = isinstance(step, AscendAttentionMetadata)
-    requests = len(step.query_ends) if counted else step.num_decodes + step.num_prefills  # the second: latent attention
-    return bool(step.num_actual_tokens > requests)
 
 
 def step() -> StepState:

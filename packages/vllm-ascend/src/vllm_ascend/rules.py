@@ -89,7 +89,9 @@ def _broken_in_libraries(config: AscendConfig, deployment: Deployment) -> Iterat
             planned_env(config, deployment)
         except InvalidValueError as error:
             yield error.phrased()
-            changed = next((left for name in error.fields if (left := _without(config, name)) != config), None)
+            changed = next(
+                (left for name in (error.field, *error.others) if (left := _without(config, name)) != config), None
+            )
             if changed is None:  # no option is at fault
                 return
             config = changed

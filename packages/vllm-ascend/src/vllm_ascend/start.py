@@ -158,6 +158,12 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
     if model.is_attention_free or model.is_hybrid:
         yield f"{model.architectures[0]} has layers of linear attention or a state space, which have no kernels in vllm-ascend"
     yield from _beyond_the_rotary_table(model)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if model.hf_text_config.model_type == "modernbert" and ranks > 1:
+        yield (
+            f"tensor_parallel_size ({ranks}) must be 1 for {model.architectures[0]}: vLLM's implementation of ModernBERT takes its queries, keys and "
+            "values apart as one rank has them"
+        )
 
 
 def _beyond_the_rotary_table(model: Any) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_ascend import layers, loader, parallel
+from vllm_ascend import layers, loader, parallel, warmup
 from vllm_ascend.attention import probe
 from vllm_ascend.attention.limits import Attention
 from vllm_ascend.layers import linear
@@ -27,6 +28,8 @@ __all__ = ["AscendWorker"]
 
 class AscendWorker(Worker):
     """One process, one NPU."""
+
+    model_runner: AscendModelRunner
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Replace vLLM's layers and loader by ours before a model is built."""
@@ -73,7 +76,9 @@ class AscendWorker(Worker):
 
     def _make_model_runner(self) -> AscendModelRunner:
         assert self.device is not None  # init_device has set it
-        return AscendModelRunner(self.vllm_config, self.device)
+        runner = AscendModelRunner(self.vllm_config, self.device)
+        runner.warm_up = partial(warmup.warm_up, self)
+        return runner
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
         return nullcontext()
@@ -84,7 +89,7 @@ class AscendWorker(Worker):
         super().start_weight_update()
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Nothing is compiled; the profiling run has already warmed the kernels up."""
+        """Nothing is compiled, and the kernels were warmed up where memory was profiled (`warmup.py`)."""
         set_random_seed(self.model_config.seed)
         return CompilationTimes(language_model=0.0, encoder=0.0)
 

@@ -28,6 +28,7 @@ class Entry:
         known: why a result is not equal and whose that is, where it has been found out; a sentence for the page.
         engine: more arguments of the engine.
         make: for entries with a processor: a function that returns the processor and the config's arguments.
+        names: how the published checkpoints begin a tensor's name, by how transformers' `save_pretrained` does, where it differs.
         mark: what stands for a picture, a video or a sound in a prompt.
     """
 
@@ -42,3 +43,4 @@ class Entry:
     engine: dict[str, Any] = field(default_factory=dict)
     make: Callable[[], tuple[Any, dict[str, Any]]] | None = None
     mark: str = ""
+    names: dict[str, str] = field(default_factory=dict)

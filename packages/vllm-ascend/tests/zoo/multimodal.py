@@ -219,12 +219,12 @@ def qwen2_audio():
 
     names = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
     tokens = tokenizer(names)
-    sounds = transformers.WhisperFeatureExtractor(sampling_rate=16000, feature_size=16, chunk_length=2, n_fft=400)
+    sounds = transformers.WhisperFeatureExtractor(sampling_rate=16000, feature_size=16)
     processor = transformers.Qwen2AudioProcessor(
         feature_extractor=sounds, tokenizer=tokens, chat_template=tokens.chat_template
     )
     audio = {
-        "num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 256, "d_model": 128, "max_source_positions": 100,
+        "num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 256, "d_model": 128, "max_source_positions": 1500,
     }  # fmt: skip
     config = {
         "text_config": {"model_type": "qwen2", **TEXT_MODEL}, "audio_config": audio, "audio_token_index": ids_of(tokens, "<|AUDIO|>")[0],
@@ -232,10 +232,10 @@ def qwen2_audio():
     return processor, config
 
 
-def entry(name, make, mark, *, task="images", model=None, engine=None, known=""):
+def entry(name, make, mark, *, task="images", model=None, engine=None, names=None):
     limits = {"images": {"image": 3}, "video": {"video": 2}, "audio": {"audio": 2}}[task]
     return Entry(
-        name=name, task=task, config=f"{(model or name)}Config", model=f"{model or name}ForConditionalGeneration", make=make, mark=mark, known=known,
+        name=name, task=task, config=f"{(model or name)}Config", model=f"{model or name}ForConditionalGeneration", make=make, mark=mark, names=names or {},
         engine={"limit_mm_per_prompt": limits, "skip_tokenizer_init": False, "max_model_len": 512, **(engine or {})},
     )  # fmt: skip
 
@@ -249,10 +249,16 @@ MULTIMODAL = [
     entry("Qwen2_5_VL, video", qwen2_5_vl, QWEN_VIDEO, task="video", model="Qwen2_5_VL"),
     entry("Qwen3VL", qwen3_vl, QWEN_IMAGE),
     entry("InternVL", internvl, "<IMG_CONTEXT>"),
-    entry("Llava", llava, "<image>", known="transformers 5.19 saves it under names that vLLM does not load."),
+    entry("Llava", llava, "<image>", names={"vision_tower.": "vision_tower.vision_model."}),
     entry("Idefics3", idefics3, "<image>"),
     entry("SmolVLM", smolvlm, "<image>"),
     entry("Mistral3", mistral3, "[IMG]"),
     entry("Gemma3, images", gemma3, "<start_of_image>", model="Gemma3"),
-    entry("Qwen2Audio", qwen2_audio, "<|audio_bos|> <|AUDIO|> <|audio_eos|>", task="audio"),
+    entry(
+        "Qwen2Audio",
+        qwen2_audio,
+        "<|audio_bos|> <|AUDIO|> <|audio_eos|>",
+        task="audio",
+        names={"language_model.model.model.": "language_model.model."},
+    ),
 ]

@@ -25,14 +25,17 @@ of a whole forward pass of transformers for every token.
 | strict bfloat16 | log-probabilities of the prompts' tokens where kernels refuse what their documentation does | `as near`: as near to float32 as transformers' bfloat16 is, by the bound of `tests/rounding.py` |
 | tower | attention of what reads pictures, videos or sounds | `kernel`: all of it is the NPU's kernel; `torch`: transformers' own class calls torch's |
 
-`refused` models are refused at the start, with the reason below. **{good} of {all} are equal in every way, {refused} are refused at the start, {other} are neither.**
+`refused` models are refused at the start, with the reason below. **Of {all}, {good} are equal in every way, {partly} are in all that was run (`not run` marks the rest), {refused} are refused at the start, {other} are neither.**
 """
 
 
 def counts(models):
-    refused = sum(result["cells"]["float32"][0] == "refused" for result in models.values())
-    good = sum(is_good(result) for result in models.values())
-    return {"all": len(models), "refused": refused, "good": good - refused, "other": len(models) - good}
+    good = [result for result in models.values() if is_good(result)]
+    refused = sum(result["cells"]["float32"][0] == "refused" for result in good)
+    partly = sum(["not run", ""] in result["cells"].values() for result in good)
+    return {
+        "all": len(models), "refused": refused, "partly": partly, "good": len(good) - refused - partly, "other": len(models) - len(good),
+    }  # fmt: skip
 
 
 def row(name, result):

@@ -118,6 +118,17 @@ def in_bfloat16(folder, entry, requests, inputs):
     return {"requests": prompts, "exact": exact.tolist(), "errors": errors.tolist()}
 
 
+def rename(file, names):
+    """Give the tensors of a checkpoint's file the names that published checkpoints have."""
+    from safetensors.torch import load_file, save_file
+
+    renamed = {}
+    for name, tensor in load_file(file).items():
+        old = next((old for old in names if name.startswith(old)), "")
+        renamed[names.get(old, "") + name.removeprefix(old)] = tensor
+    save_file(renamed, file, metadata={"format": "pt"})
+
+
 def checkpoint(entry, folder):
     """Write the entry's checkpoint, and its processor if it has one. Returns the model, the engine's requests, and of each what the model takes."""
     if entry.make is None:
@@ -130,6 +141,8 @@ def checkpoint(entry, folder):
         requests, inputs = media_requests(entry, processor, folder)
     model = build(entry, sizes, specials)
     model.save_pretrained(folder)
+    if entry.names:
+        rename(folder / "model.safetensors", entry.names)
     return model, requests, inputs
 
 

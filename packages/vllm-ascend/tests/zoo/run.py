@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve the zoo's architectures and write what came out: python run.py [--results FILE] [--page FILE] [--folder FOLDER] [NAME ...].
+"""Serve the zoo's architectures and write what came out: python run.py [--results FILE] [--page FILE] [--folder FOLDER] [NAME ...]
+[--kinds KIND ...].
 
 Two architectures run at a time, each run in a process of its own, forked from one that has imported vLLM. A NAME stands for the entry of that name, or
 for every entry whose name begins with it. The exit status is 1 where a result is neither equal, nor refused at the start, nor explained by the entry.
@@ -29,11 +30,10 @@ STRICT = {"ASCEND_SIM_STRICT": "1"}
 class Visit:
     """One entry on its way through its runs."""
 
-    def __init__(self, entry, folder, servers):
-        self.entry, self.folder, self.servers = entry, folder, servers
+    def __init__(self, entry, folder, servers, kinds=KINDS):
+        self.entry, self.folder, self.servers, self.kinds = entry, folder, servers, kinds
         self.ended, self.seconds = {}, {}
-        kinds = [kind for kind in KINDS if kind != "ep" or entry.experts]
-        self.left = ["reference", *kinds]
+        self.left = ["reference", *(kind for kind in kinds if kind != "ep" or entry.experts)]
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.next()
@@ -72,7 +72,7 @@ class Visit:
             "task": self.entry.task,
             "model": self.entry.model,
             "entry": verdict.digest(self.entry),
-            "cells": verdict.cells(self.entry, self.folder, self.ended),
+            "cells": verdict.cells(self.entry, self.folder, self.ended, self.kinds),
         }
 
 
@@ -84,13 +84,13 @@ def chosen(names):
     return [entry for name, entry in ENTRIES.items() if not names or name in names or name.startswith(begin_so)]
 
 
-def visit_all(entries, folder, servers, done):
+def visit_all(entries, folder, servers, done, kinds=KINDS):
     """Visit the entries, `SIDE_BY_SIDE` at a time; `done(entry, visit)` after each."""
     waiting, running = list(entries), []
     while waiting or running:
         while waiting and len(running) < SIDE_BY_SIDE:
             entry = waiting.pop(0)
-            running.append(Visit(entry, folder / entry.name.replace(" ", "_").replace(",", ""), servers))
+            running.append(Visit(entry, folder / entry.name.replace(" ", "_").replace(",", ""), servers, kinds))
         for visit in list(running):
             if not visit.step():
                 running.remove(visit)
@@ -104,6 +104,7 @@ def main():
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--page", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and what the runs said")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="runs to make; default: all")
     options = parser.parse_args()
     entries = chosen(options.names)
     kept = json.loads(options.results.read_text())["models"] if options.results.exists() else {}
@@ -121,7 +122,7 @@ def main():
     servers = EngineServers(options.folder)
     options.folder.mkdir(parents=True, exist_ok=True)
     try:
-        visit_all(entries, options.folder, servers, done)
+        visit_all(entries, options.folder, servers, done, options.kinds)
     finally:
         servers.close()
     if options.page:

@@ -166,7 +166,7 @@ TEXT = [
     text("SeedOss", head_dim=64),
     text("MiniCPM3", **{**LATENT, "kv_lora_rank": 96, "qk_rope_head_dim": 32}),
     moe("DeepseekV2", **LATENT, **GROUPED, topk_method="group_limited_greedy"),
-    moe("DeepseekV3", **LATENT, **GROUPED, topk_method="noaux_tc"),
+    moe("DeepseekV3", **LATENT, **GROUPED, topk_method="noaux_tc", scoring_func="sigmoid"),
     moe("Dots1", **{**GROUPED, "n_group": 1}, head_dim=64),
     moe(
         "Llama4",

@@ -8,6 +8,8 @@ import re
 
 from rounding import excess
 
+from zoo.trial import KINDS
+
 COLUMNS = {
     "float32": "whole prompts and decoding, float32",
     "cache": "the same again, from the prefix cache",
@@ -17,7 +19,7 @@ COLUMNS = {
     "bfloat16": "bfloat16 in strict mode",
     "tower": "whether a tower's attention is the NPU's kernel",
 }
-GOOD = ("equal", "as near", "kernel", "-")
+GOOD = ("equal", "as near", "kernel", "-", "not run")
 BLOCK_TOKENS = 128
 
 
@@ -25,6 +27,7 @@ def digest(entry):
     """Changes with everything that an entry says about the model and the runs."""
     made = inspect.getsource(entry.make) if entry.make else ""
     said = (entry.config, entry.model, entry.sizes, entry.ranks, entry.engine, entry.mark, made)
+    said += (entry.names,) if entry.names else ()
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
@@ -113,13 +116,14 @@ def refused(folder):
     return json.loads(file.read_text())["one"].get("refused") if file.exists() else None
 
 
-def cells(entry, folder, ended):
+def cells(entry, folder, ended, kinds=KINDS):
     """Column -> [word, detail].
 
     Args:
         entry: the entry.
         folder: where its runs wrote.
         ended: kind of run -> how its process ended, where it did not end well.
+        kinds: the kinds of runs that were to be made.
     """
     if "reference" in ended:
         return {column: ["no reference", ended["reference"]] for column in COLUMNS}
@@ -128,6 +132,9 @@ def cells(entry, folder, ended):
     for column, (kind, engine, judge) in CELLS.items():
         if (kind == "ep" and not entry.experts) or (column == "tower" and entry.make is None):
             found[column] = ["-", ""]
+            continue
+        if kind not in kinds and not refused(folder):
+            found[column] = ["not run", ""]
             continue
         file = folder / f"{'one' if refused(folder) else kind}.json"
         engine = "one" if refused(folder) else engine

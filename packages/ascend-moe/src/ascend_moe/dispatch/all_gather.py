@@ -37,7 +37,9 @@ class AllGatherDispatcher(Dispatcher):
     ) -> Dispatched:
         """See `Dispatcher`. A is T * K; how many of these rows are written is known on the device only."""
         check_routed(x, weights, ids, mask)
-        local = self._slots.sort(x, weights, without_padding(ids, mask, self._num_slots), quantise=quantise)
+        local = self._slots.sort(
+            x, weights, without_padding(ids, mask, self._num_slots), padded=mask is not None, quantise=quantise
+        )
         return _Gathered(rows=local.rows, counts=local.counts, scales=local.scales, local=local)
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:

@@ -25,6 +25,7 @@ class LocalRows:
         scales: float32 `[A]` where the rows are int8, else None.
         index: int32 `[T * K]`, for each token and each of its experts the row, -1 where that expert is on another rank.
         weights: float32 `[T, K]`.
+        complete: whether it is known that every id was a slot of this rank, so that index has no -1 and all rows are written.
     """
 
     rows: Tensor
@@ -32,6 +33,7 @@ class LocalRows:
     scales: Tensor | None
     index: Tensor
     weights: Tensor
+    complete: bool
 
 
 class LocalSlots:
@@ -50,6 +52,7 @@ class LocalSlots:
         ids: Tensor,
         *,
         rows: int | None = None,
+        padded: bool = True,
         quantise: bool = False,
         scales: Tensor | None = None,
     ) -> LocalRows:
@@ -60,6 +63,7 @@ class LocalSlots:
             weights: float32 `[T, K]`.
             ids: int32 `[T, K]` in 0..S; S, which no rank has, for padding.
             rows: A, at least the number of copies. None: T * K, which is always enough.
+            padded: whether an id may be S.
             quantise: return int8 rows with scales.
             scales: float32 `[T]` where x is int8 already.
         """
@@ -67,7 +71,7 @@ class LocalSlots:
             counts = torch.zeros(self._last - self._first, dtype=torch.int64, device=x.device)
             if quantise:
                 x, scales = kernels.dynamic_quant(x)
-            return LocalRows(rows=x, counts=counts, scales=scales, index=ids.flatten(), weights=weights)
+            return LocalRows(rows=x, counts=counts, scales=scales, index=ids.flatten(), weights=weights, complete=True)
         routed = kernels.init_routing(
             x,
             ids,
@@ -85,6 +89,7 @@ class LocalSlots:
             scales=routed.scales if has_scales else None,
             index=routed.row_index,
             weights=weights,
+            complete=not padded and rows is None and self._last - self._first == self._num_slots,
         )
 
     def sum(self, rows: Tensor, sorted_rows: LocalRows) -> Tensor:
@@ -93,10 +98,12 @@ class LocalSlots:
         For an expert on another rank the last row is used with weight 0. That row has not been written then, and 0 times
         its contents might be NaN, so it is set to zeros first.
         """
+        weights, index = sorted_rows.weights, sorted_rows.index
         if not len(rows):
-            return rows.new_zeros(len(sorted_rows.weights), rows.shape[1])
-        last = len(rows) - 1
-        rows[last:].masked_fill_(sorted_rows.counts.sum() <= last, 0.0)
-        elsewhere = sorted_rows.index < 0
-        weights = sorted_rows.weights.masked_fill(elsewhere.view_as(sorted_rows.weights), 0.0)
-        return kernels.unpermute(rows, sorted_rows.index.masked_fill(elsewhere, last), weights.to(rows.dtype))
+            return rows.new_zeros(len(weights), rows.shape[1])
+        if not sorted_rows.complete:
+            elsewhere = index < 0
+            rows[-1:].masked_fill_(elsewhere.any(), 0.0)
+            weights = weights.masked_fill(elsewhere.view_as(weights), 0.0)
+            index = index.remainder(len(rows))  # -1 becomes the last row, and no other index changes
+        return kernels.unpermute(rows, index, weights.to(rows.dtype))

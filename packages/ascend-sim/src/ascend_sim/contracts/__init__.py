@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ABOUT", "CHIPS", "FOLDER", "VERDICTS", "Contract", "Rule", "Source", "contract", "contracts", "rules"]
+__all__ = ["ABOUT", "CHIPS", "FOLDER", "VERDICTS", "Contract", "KernelRule", "Source", "contract", "contracts", "rules"]
 
 FOLDER = Path(__file__).parent
 ABOUT = ("dtype", "rank", "shape", "range", "alignment", "layout", "contiguity", "chip", "combination")
@@ -44,7 +44,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class KernelRule:
     """One rule of an operator.
 
     Args:
@@ -102,7 +102,7 @@ class Contract:
 
     operator: str
     called_by: tuple[str, ...]
-    rules: tuple[Rule, ...]
+    rules: tuple[KernelRule, ...]
 
     def __post_init__(self) -> None:
         """Check the ids."""
@@ -128,7 +128,7 @@ def contract(operator: str, folder: Path = FOLDER) -> Contract:
     return _read(path)
 
 
-def rules(folder: Path = FOLDER) -> dict[str, Rule]:
+def rules(folder: Path = FOLDER) -> dict[str, KernelRule]:
     """The rules of all operators by id."""
     return {rule.id: rule for one in contracts(folder) for rule in one.rules}
 
@@ -146,17 +146,19 @@ def _read(path: Path) -> Contract:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _rule(number: int, table: Mapping[str, Any]) -> Rule:
+def _rule(number: int, table: Mapping[str, Any]) -> KernelRule:
     name = table.get("id", f"rule {number}")
     try:
-        _known("a rule", table, {field.name for field in fields(Rule)}, {"id", "about", "rule", "verdict", "source"})
+        _known(
+            "a rule", table, {field.name for field in fields(KernelRule)}, {"id", "about", "rule", "verdict", "source"}
+        )
         source = table["source"]
         _known("source", source, {field.name for field in fields(Source)}, set())
         values: dict[str, Any] = {"source": Source(**{key: _words(source, key) for key in source})}
         readers = {"multiple": _number, "least": _number, "most": _number, "chips": _list, "allowed": _list}
         for key in table.keys() - {"source"}:
             values[key] = readers.get(key, _words)(table, key)
-        return Rule(**values)
+        return KernelRule(**values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}: {error}") from error
 

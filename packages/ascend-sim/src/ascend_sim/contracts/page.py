@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from ascend_sim.contracts import CHIPS, VERDICTS, Contract, Rule
+from ascend_sim.contracts import CHIPS, VERDICTS, Contract, KernelRule
 
 __all__ = ["page"]
 
@@ -55,12 +55,12 @@ def _modules(one: Contract) -> str:
     return ", ".join(f"`{module}`" for module in one.called_by)
 
 
-def _counts(rules: Sequence[Rule]) -> list[str]:
+def _counts(rules: Sequence[KernelRule]) -> list[str]:
     found = Counter(rule.verdict for rule in rules)
     return [str(len(rules)), *(str(found[verdict]) for verdict in VERDICTS)]
 
 
-def _numbers(rule: Rule) -> str:
+def _numbers(rule: KernelRule) -> str:
     parts = []
     if rule.allowed:
         parts.append(", ".join(map(str, rule.allowed)))
@@ -70,7 +70,7 @@ def _numbers(rule: Rule) -> str:
     return "; ".join(parts)
 
 
-def _source(rule: Rule) -> str:
+def _source(rule: KernelRule) -> str:
     if rule.source.seen:
         return f"seen: {rule.source.seen}"
     if rule.source.meta:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionLayer, AttentionType
@@ -62,28 +60,16 @@ class AscendEncoderAttentionImpl(AscendAttentionImpl):
         if step is None:
             return output.zero_()
         tokens = step.num_actual_tokens
-        result = kernels.attention(
-            self._padded(query[:tokens]),
-            self._padded(key[:tokens]),
-            self._padded(value[:tokens]),
+        result = kernels.attention_of_any_size(
+            query[:tokens],
+            key[:tokens],
+            value[:tokens],
             num_heads=self.num_heads,
             num_key_value_heads=self.num_kv_heads,
             scale=self.scale,
             actual_seq_lengths=step.query_ends,
             actual_seq_lengths_kv=step.query_ends,
-            **self._window(step),
+            **self._masking(step.mask, causal=False),
         )
-        output[:tokens].copy_(result[..., : self.head_size])
+        output[:tokens].copy_(result)
         return output
-
-    def _window(self, step: AscendAttentionMetadata) -> dict[str, Any]:
-        """The kernel's mask: none, or a band that reaches equally far to both sides."""
-        if self.sliding_window is None:
-            return {"sparse_mode": kernels.SPARSE_NONE}
-        reach = self.sliding_window - 1
-        return {
-            "sparse_mode": kernels.SPARSE_BAND,
-            "atten_mask": step.mask,
-            "pre_tokens": reach,
-            "next_tokens": reach,
-        }

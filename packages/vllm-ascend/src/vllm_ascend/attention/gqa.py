@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import (
@@ -53,7 +52,7 @@ class AscendAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
-        """What the attention kernel takes of requests with several query tokens; vLLM cuts larger blocks into these."""
+        """What the attention kernel takes of requests with several query tokens. Larger blocks cannot be cut: keys and values lie apart."""
         return list(BLOCK_SIZES)
 
     @classmethod
@@ -141,18 +140,14 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
             if value:
                 raise ValueError(f"the NPU attention kernel has no {name} (got {value!r})")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
-        self.padding = kernel_head_size(head_size) - head_size
-        if self.padding < 0:
+        self.kernel_size = kernel_head_size(head_size)
+        if not self.kernel_size:
             raise ValueError(f"the NPU attention kernel takes no heads of {head_size} numbers")
         self.num_kv_heads = num_kv_heads or num_heads
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
-
-    def _padded(self, rows: Tensor) -> Tensor:
-        """`[T, heads, D]` with zeros up to the kernel's head size, which add nothing to a score and give columns of zeros in the result."""
-        return pad(rows, (0, self.padding)) if self.padding else rows
 
     def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's cache `[blocks, 2, block_size, Nkv*D]`, D being the kernel's head size, as keys and values, each `[blocks, block_size, Nkv*D]` and contiguous."""
@@ -165,12 +160,10 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
         tokens = tokens_of_step()
         if not tokens:
             return
-        size = self.head_size + self.padding
-        shape = (kv_cache.shape[0], kv_cache.shape[2], self.num_kv_heads, size)
+        shape = (kv_cache.shape[0], kv_cache.shape[2], self.num_kv_heads, self.kernel_size)
         keys, values = (cache.view(shape) for cache in self._caches(kv_cache))
-        kernels.scatter_kv(
-            self._padded(key[:tokens]), self._padded(value[:tokens]), keys, values, slot_mapping[:tokens]
-        )
+        key, value = (kernels.widened(rows[:tokens], self.kernel_size) for rows in (key, value))
+        kernels.scatter_kv(key, value, keys, values, slot_mapping[:tokens])
 
     def forward(
         self,
@@ -191,7 +184,7 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
         tokens = step.num_actual_tokens
         keys, values = self._caches(kv_cache)
         result = kernels.attention(
-            self._padded(query[:tokens]),
+            kernels.widened(query[:tokens], self.kernel_size),
             keys,
             values,
             num_heads=self.num_heads,
@@ -201,21 +194,25 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
             block_size=kv_cache.shape[2],
             actual_seq_lengths=step.query_ends,
             actual_seq_lengths_kv=step.kv_lengths,
-            **self._masking(step),
+            **self._masking(step.mask, causal=step.causal),
         )
-        output[:tokens].copy_(result[..., : self.head_size].reshape(output[:tokens].shape))
+        if tokens == output.shape[0] and self.kernel_size == self.head_size:
+            output.set_(result.view(output.shape))  # type: ignore[call-overload]  # the tensor takes the result's memory: no copy
+        else:
+            output[:tokens].copy_(result[..., : self.head_size].reshape(output[:tokens].shape))
         return output
 
-    def _masking(self, step: AscendAttentionMetadata) -> dict[str, Any]:
+    def _masking(self, mask: Tensor, *, causal: bool) -> dict[str, Any]:
+        """The kernel's mask: a band within the window, the causal triangle, or none."""
         if self.sliding_window is not None:
             # The band of mode 4: a query sees `pre_tokens` keys before its own and `next_tokens` after it.
             reach = self.sliding_window - 1
             return {
                 "sparse_mode": kernels.SPARSE_BAND,
-                "atten_mask": step.mask,
+                "atten_mask": mask,
                 "pre_tokens": reach,
-                "next_tokens": 0 if step.causal else reach,
+                "next_tokens": 0 if causal else reach,
             }
-        if step.causal:
-            return {"sparse_mode": kernels.SPARSE_CAUSAL, "atten_mask": step.mask}
+        if causal:
+            return {"sparse_mode": kernels.SPARSE_CAUSAL, "atten_mask": mask}
         return {"sparse_mode": kernels.SPARSE_NONE}

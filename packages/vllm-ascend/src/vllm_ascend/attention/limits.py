@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ascend.kernels import HEAD_SIZES
+from vllm_ascend.kernels import HEAD_SIZES, kernel_head_size
 from vllm_ascend.moe_layers import ConfigReader
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 # Each number is that of a rule in ascend-sim's contracts of these kernels; tests/test_attention_limits.py compares them.
 _LARGE_HEAD_SIZE = 256
 BLOCK_SIZES = (128, 256, 384, 512)
-"""Tokens of a block of the cache that the kernel takes of requests with several query tokens. vLLM cuts larger blocks into these."""
+"""Tokens of a block of the cache that the kernel takes of requests with several query tokens."""
 LATENT_BLOCK_SIZE = 128
 LATENT_QUERIES = 16
 """Query tokens of a request that the kernel takes in the absorbed form of latent attention."""
@@ -142,11 +142,6 @@ def _missing(model: Any) -> Iterator[str]:
         yield f"cross-attention of encoder-decoder models ({architectures[0]})"
 
 
-def kernel_head_size(size: int) -> int:
-    """The smallest head size that the kernel takes and that holds `size`; 0 where there is none."""
-    return next((taken for taken in HEAD_SIZES if taken >= size), 0)
-
-
 def has_plain_form(qk_nope_head_dim: int, v_head_dim: int) -> bool:
     """Whether prompts of a model with latent attention take the plain form; with wider heads they take the absorbed one, in pieces."""
     return max(qk_nope_head_dim, v_head_dim) <= PLAIN_SIZE
@@ -194,8 +189,11 @@ def broken(attention: Attention) -> Iterator[str]:
         yield (
             f"kv_cache_dtype ({attention.cache_dtype!r}) must be 'auto' or the model's dtype, {attention.dtype!r}: keys and values are kept as they are"
         )
-    if attention.block_size % BLOCK_SIZES[0]:
-        yield f"block_size ({attention.block_size}) must be a multiple of {BLOCK_SIZES[0]}, which is the default"
+    block, default = attention.block_size, BLOCK_SIZES[0]
+    if attention.latent is not None and block % default:  # vLLM cuts blocks of latents into those of the kernel
+        yield f"block_size ({block}) must be a multiple of {default}, which is the default"
+    if attention.latent is None and block and block not in BLOCK_SIZES:
+        yield f"block_size ({block}) must be one of {', '.join(map(str, BLOCK_SIZES))}; {default} is the default"
     tokens, requests = (_MOST_TOKENS, _MOST_REQUESTS) if attention.latent is None else (_MOST_LATENT_TOKENS, _MOST_LATENT_REQUESTS)  # fmt: skip
     if attention.tokens > tokens:
         yield f"max_num_batched_tokens ({attention.tokens}) must be at most {tokens}: the attention kernel's tokens of a step"

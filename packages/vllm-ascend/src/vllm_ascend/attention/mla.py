@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.v1.attention.backend import AttentionBackend, AttentionLayer, MLAAttentionImpl, MultipleOf
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
@@ -187,7 +186,10 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         """The plain form: query `[T, N, 128 + 64]`, latents `[T, 512]` and rotated keys `[T, 1, 64]` of the new tokens -> output `[T, N * 128]`, written."""
         step = attn_metadata.prefill
         assert step is not None
-        queries = (_widened(q[..., : self.key_size]).contiguous(), q[..., self.key_size :].contiguous())
+        queries = (
+            kernels.widened(q[..., : self.key_size], PLAIN_SIZE).contiguous(),
+            q[..., self.key_size :].contiguous(),
+        )
         key, value = self._projected(kv_c_normed)
         out, lse = kernels.prompt_latent_attention(
             queries,
@@ -228,13 +230,8 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
     def _projected(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents `[S, 512]` -> keys without their rotary part and values, `[S, N, 128]` each."""
         both = self.kv_b_proj(latents)[0].view(-1, self.num_heads, self.key_size + self.value_size)
-        return _widened(both[..., : self.key_size]), _widened(both[..., self.key_size :])
-
-
-def _widened(rows: Tensor) -> Tensor:
-    """`[T, N, D]` with zeros up to the width of the plain form, which change no score and give columns of zeros in the result."""
-    missing = PLAIN_SIZE - rows.shape[-1]
-    return pad(rows, (0, missing)) if missing else rows
+        key, value = both[..., : self.key_size], both[..., self.key_size :]
+        return kernels.widened(key, PLAIN_SIZE), kernels.widened(value, PLAIN_SIZE)
 
 
 def reserve_workspace(model: nn.Module) -> None:

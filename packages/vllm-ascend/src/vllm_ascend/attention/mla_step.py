@@ -97,6 +97,11 @@ class AscendMLAMetadata(AttentionMetadata):
     decode: Absorbed | None
     prefill: Plain | None
 
+    @property
+    def num_requests(self) -> int:
+        """Requests of the step."""
+        return self.num_decodes + self.num_prefills
+
 
 def tiles(query_ends: list[int], kv_lengths: list[int]) -> tuple[list[int], list[int], list[int]]:
     """Cut requests into pieces of at most 16 query tokens, each of which ends where its last token's keys end.

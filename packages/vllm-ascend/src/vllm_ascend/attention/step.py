@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
-__all__ = ["AscendAttentionMetadata", "describe", "tokens_of_step"]
+__all__ = ["AscendAttentionMetadata", "describe", "has_prompts", "tokens_of_step"]
 
 
 @dataclass(slots=True)
@@ -32,6 +32,11 @@ class AscendAttentionMetadata(AttentionMetadata):
     block_table: Tensor
     mask: Tensor
     causal: bool
+
+    @property
+    def num_requests(self) -> int:
+        """Requests of the step."""
+        return len(self.query_ends)
 
 
 def describe(step: CommonAttentionMetadata, mask: Tensor) -> AscendAttentionMetadata:
@@ -60,9 +65,19 @@ def tokens_of_step() -> int:
 
     vLLM gives padding tokens slots of -1, and so every token of a step without requests. The cache kernels take no such slot.
     """
-    metadata = get_forward_context().attn_metadata
-    if not metadata:
-        return 0
-    layers = metadata if isinstance(metadata, dict) else metadata[0]
-    one: Any = next(iter(layers.values()))
-    return int(one.num_actual_tokens)
+    step = _of_one_layer(get_forward_context().attn_metadata)
+    return 0 if step is None else int(step.num_actual_tokens)
+
+
+def has_prompts(attn_metadata: object) -> bool:
+    """Whether some request of the step has more than one new token; `attn_metadata` as vLLM's forward context has it."""
+    step = _of_one_layer(attn_metadata)
+    return step is not None and step.num_actual_tokens > step.num_requests
+
+
+def _of_one_layer(attn_metadata: Any) -> Any:
+    """The description of the step by one of the layers, for in what it is read here they are alike; of the first of several microbatches. None without requests."""
+    if not attn_metadata:
+        return None
+    layers = attn_metadata if isinstance(attn_metadata, dict) else attn_metadata[0]
+    return next(iter(layers.values()), None)

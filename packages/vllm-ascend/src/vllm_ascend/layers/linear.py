@@ -39,7 +39,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
-from vllm_ascend import compat, parallel
+from vllm_ascend import compat, kernels, parallel
 from vllm_ascend.layers.select import select
 
 __all__ = [
@@ -170,8 +170,38 @@ class AscendMergedColumnParallelLinear(_Column, MergedColumnParallelLinear):
     """`MergedColumnParallelLinear` with an op."""
 
 
+class FusedProjection(Tensor):
+    """Query, key and value side by side `[T, N*D + 2*Nkv*D]`, whose `split` and `chunk` along the last axis copy, in one kernel.
+
+    The models split it at once, and every kernel that reads a part needs it contiguous: three views would be copied one by one.
+    In all else it is a tensor as any other; what operators return of it is a plain one.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch.nn.Parameter does
+
+    def split(self, split_size: Any, dim: int = 0) -> Any:
+        """As `Tensor.split`; copies if `dim` is the last axis."""
+        if dim not in (-1, self.dim() - 1):
+            return super().split(split_size, dim)  # type: ignore[no-untyped-call]
+        width = self.shape[-1]
+        if isinstance(split_size, int):
+            split_size = [min(split_size, width - start) for start in range(0, width, split_size)]
+        return tuple(kernels.split_columns(self.as_subclass(Tensor), split_size))
+
+    def chunk(self, chunks: int, dim: int = 0) -> Any:
+        """As `Tensor.chunk`; copies if `dim` is the last axis."""
+        return self.split(-(-self.shape[dim] // chunks), dim)
+
+
 class AscendQKVParallelLinear(_Column, QKVParallelLinear):
     """`QKVParallelLinear` with an op."""
+
+    def forward(self, input_: Tensor) -> Any:
+        """As `WithOp.forward`; the output is a `FusedProjection`."""
+        result = super().forward(input_)
+        if isinstance(result, tuple):
+            return result[0].as_subclass(FusedProjection), *result[1:]
+        return result.as_subclass(FusedProjection)
 
 
 class AscendRowParallelLinear(WithOp, RowParallelLinear):

@@ -17,7 +17,6 @@ from ascend_moe import (
     to_physical,
 )
 from torch import Tensor, nn
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
@@ -25,6 +24,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_ascend import parallel
+from vllm_ascend.attention.step import tokens_of_step
 from vllm_ascend.eplb.record import LoadRecorder
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "HasExperts",
     "activation_of",
     "check_ours",
+    "clear_loads",
     "load_recorder",
     "register",
 ]
@@ -181,8 +182,7 @@ class AscendRoutedExperts(RoutedExperts):
 
     def _real(self, x: Tensor) -> Tensor:
         """bool `[N]`: tokens of requests; not those of a step without any, nor padding."""
-        metadata = cast("dict[str, Any] | None", get_forward_context().attn_metadata)  # no microbatches here
-        real = next(iter(metadata.values())).num_tokens if metadata else 0  # of one layer; they all count alike
+        real = tokens_of_step()
         if self.moe_config.is_sequence_parallel:
             real -= self._over.tp.rank_in_group * len(x)
         return torch.arange(len(x), device=x.device) < real
@@ -282,6 +282,13 @@ def load_recorder(model: nn.Module) -> LoadRecorder | None:
         groups.ep,
         writes=groups.tp.rank_in_group == 0 and groups.dp.rank_in_group == 0,
     )
+
+
+def clear_loads(model: nn.Module) -> None:
+    """Set what the MoE layers have counted of the load of their slots to 0."""
+    for module in model.modules():
+        if isinstance(module, AscendRoutedExperts) and module.load is not None:
+            module.load.zero_()
 
 
 def topk_softmax(

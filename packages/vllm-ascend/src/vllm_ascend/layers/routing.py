@@ -1,14 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing among groups of experts (DeepSeek-V2 and -V3, GLM4-MoE) by ascend-moe."""
+"""Routing by ascend-moe: among all experts (Mixtral, Qwen3-MoE), and among groups of them (DeepSeek-V2 and -V3, GLM4-MoE)."""
 
 from __future__ import annotations
 
 from ascend_moe import RoutingSpec, select_experts
-from torch import Tensor
+from torch import Tensor, dtype
 
 from vllm_ascend import compat
 
-__all__ = ["grouped_topk", "register"]
+__all__ = ["fused_topk", "grouped_topk", "register"]
+
+
+def fused_topk(
+    hidden_states: Tensor,
+    gating_output: Tensor,
+    topk: int,
+    renormalize: bool,
+    indices_type: dtype | None = None,
+    scoring_func: str = "softmax",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """vLLM's function of this name.
+
+    Args:
+        hidden_states: not used.
+        gating_output: the router's logits `[T, E]`.
+        topk: experts per token K.
+        renormalize: divide a token's weights by their sum.
+        indices_type: of the ids; None: int32.
+        scoring_func: "softmax" or "sigmoid".
+
+    Returns:
+        weights float32 `[T, K]`, logical ids `[T, K]`, and the ids again, where vLLM has what no caller reads.
+
+    Raises:
+        ValueError: another scoring function, or more experts per token than experts.
+    """
+    spec = RoutingSpec(top_k=topk, scoring=scoring_func, renormalise=renormalize)  # type: ignore[arg-type]  # the spec checks it
+    weights, ids = select_experts(gating_output, spec)
+    ids = ids if indices_type is None else ids.to(indices_type)
+    return weights, ids, ids
 
 
 def grouped_topk(
@@ -55,5 +85,6 @@ def grouped_topk(
 
 
 def register() -> None:
-    """Let vLLM's router of grouped experts call this."""
+    """Let vLLM's routers call these."""
+    compat.replace_fused_topk(fused_topk)
     compat.replace_grouped_topk(grouped_topk)

@@ -123,9 +123,8 @@ def choose_by_folder(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     if model is None:  # of a config that vLLM makes without a model
         return  # type: ignore[unreachable]  # vLLM's type does not say that
-    if (
-        model.is_submodel_config
-    ):  # the language model of a multimodal one, whose whole was looked at; its names are vLLM's by now
+    if model.is_submodel_config:
+        # The language model of a multimodal one, whose whole was looked at; its names are vLLM's by now.
         return
     if model.quantization is None and has_description(model.model, model.hf_config):
         model.quantization = METHOD

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt and a decoding step before the first request, as a scheduler would order them.
+
+vLLM's profiling run has no attention metadata: it runs neither attention nor the write to the cache, and its sampler has logits without a step. What a
+kernel costs at its first call (loading it, its workspace, the connections and buffers of an HCCL group) would be paid by the first request,
+from memory that the KV cache has taken by then. These steps go through the worker's own `execute_model` and `sample_tokens`, so
+that pipeline stages hand hidden states and tokens on, and data parallel replicas count tokens together, as in any other step. All
+ranks run the same steps, at the same place of their start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from vllm import SamplingParams
+from vllm.config import set_current_vllm_config
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+from vllm_ascend.layers import moe
+
+if TYPE_CHECKING:
+    from vllm_ascend.model_runner import AscendModelRunner
+    from vllm_ascend.worker import AscendWorker
+
+__all__ = ["warm_up"]
+
+logger = init_logger(__name__)
+
+PROMPT = 8  # tokens: with the one decoded after them they fit one block of any size
+REQUEST = "ascend-warm-up"
+
+
+@contextmanager
+def _small_cache(runner: AscendModelRunner) -> Iterator[None]:
+    """Give the layers a KV cache of one block for each group, and the one that vLLM keeps free, while the real one has no size yet."""
+    config, cache = runner.vllm_config, runner.cache_config
+    groups = get_kv_cache_groups(config, runner.get_kv_cache_spec())
+    asked, cache.num_gpu_blocks_override = cache.num_gpu_blocks_override, 1 + len(groups)
+    try:
+        small = get_kv_cache_config_from_groups(config, groups, available_memory=0)
+    finally:
+        cache.num_gpu_blocks_override = asked
+    try:
+        with set_current_vllm_config(config):
+            runner.initialize_kv_cache(small, is_profiling=True)
+        yield
+    finally:
+        runner._cleanup_profiling_kv_cache()
+
+
+def warm_up(worker: AscendWorker) -> None:
+    """Run the steps, and leave no trace of them in the runner. Collective over all ranks of all replicas.
+
+    Pooling models and encoder-decoder models are left out: the first have tasks of their own in the place of a sampler, and the prompt of the others is
+    nothing without what the encoder makes of an input.
+    """
+    runner = worker.model_runner
+    tokens = min(PROMPT, runner.max_num_tokens, runner.max_model_len - 1)
+    if runner.is_pooling_model or runner.model_config.is_encoder_decoder or tokens < 1:
+        return
+    with _small_cache(runner), _uncounted(runner):
+        _step(worker, _prompt(runner, tokens))
+        _step(worker, _decoding(tokens))
+        end = SchedulerOutput.make_empty()
+        end.finished_req_ids = {REQUEST}
+        worker.execute_model(end)
+    logger.info_once("Ran a prompt of %d tokens and a decoding step to warm the kernels up.", tokens)
+
+
+def _step(worker: AscendWorker, step: SchedulerOutput) -> None:
+    """One step to its end: the host waits for what is sampled."""
+    output: Any = worker.execute_model(step)
+    if output is None:
+        output = worker.sample_tokens(None)
+    if hasattr(output, "get_output"):  # asynchronous scheduling
+        output.get_output()
+
+
+def _prompt(runner: AscendModelRunner, tokens: int) -> SchedulerOutput:
+    groups = runner.kv_cache_config.kv_cache_groups
+    request = NewRequestData(
+        req_id=REQUEST,
+        prompt_token_ids=[0] * tokens,
+        mm_features=[],
+        sampling_params=SamplingParams(temperature=0, max_tokens=2),
+        pooling_params=None,
+        block_ids=tuple([1 + index] for index in range(len(groups))),
+        num_computed_tokens=0,
+        lora_request=None,
+    )
+    step = SchedulerOutput.make_empty()
+    step.scheduled_new_reqs = [request]
+    return _of_tokens(step, tokens)
+
+
+def _decoding(tokens: int) -> SchedulerOutput:
+    """The step after a prompt of `tokens` tokens; its token is that which the runner has sampled."""
+    cached = CachedRequestData.make_empty()
+    cached.req_ids, cached.new_block_ids = [REQUEST], [None]
+    cached.num_computed_tokens, cached.num_output_tokens = [tokens], [1]
+    step = SchedulerOutput.make_empty()
+    step.scheduled_cached_reqs = cached
+    return _of_tokens(step, 1)
+
+
+def _of_tokens(step: SchedulerOutput, tokens: int) -> SchedulerOutput:
+    step.num_scheduled_tokens, step.total_num_scheduled_tokens = {REQUEST: tokens}, tokens
+    return step
+
+
+@contextmanager
+def _uncounted(runner: AscendModelRunner) -> Iterator[None]:
+    """Let no step in the block count towards the load of experts."""
+    recorder, runner.load_recorder = runner.load_recorder, None
+    try:
+        yield
+    finally:
+        runner.load_recorder = recorder
+        moe.clear_loads(runner.get_model())
