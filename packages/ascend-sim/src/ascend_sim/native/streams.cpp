@@ -318,8 +318,13 @@ class LateCollective final : public c10::OperatorKernel {
     const size_t base = stack->size() - op.schema().arguments().size();
     const IValue first = (*stack)[base];
     const aclrtStream own = own_stream(*stack, base);
+    Tensors operands;  // kept until the handle has been waited for, as HCCL keeps them
     for (size_t i = base; i < stack->size(); ++i)
-      (*stack)[i] = each_tensor((*stack)[i], [](const at::Tensor& t) { return on_npu(t) ? to_npu(cpu_alias(t), t.device()) : t; });
+      (*stack)[i] = each_tensor((*stack)[i], [&](const at::Tensor& t) {
+        if (!on_npu(t)) return t;
+        operands.push_back(shared(t));
+        return to_npu(cpu_alias(t), t.device());
+      });
     Tensors to, from;
     if (!sends_) {
       each_tensor(first, [&](const at::Tensor& t) { return to.push_back(shared(t)), t; });
@@ -330,7 +335,7 @@ class LateCollective final : public c10::OperatorKernel {
     auto work = stack->back().toCustomClass<c10d::Work>();
     if (!stays_)
       for (const at::Tensor& t : to) poison_part(t);
-    const uint64_t position = enqueue(own, [work, to, from] {
+    const uint64_t position = enqueue(own, [work, operands, to, from] {
       work->wait();
       for (size_t i = 0; i < to.size(); ++i) write(to[i], from[i]);
     });
