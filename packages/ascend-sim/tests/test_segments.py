@@ -80,8 +80,8 @@ def test_memory_is_counted_as_it_is_mapped(growing):
 
 
 def test_out_of_memory_reads_as_with_ordinary_segments(growing, ordinary):
-    # 300 MiB and their padding, up to the next 2 MiB.
-    begin = r"NPU out of memory\. Tried to allocate 302\.00 MiB \(NPU 0; 256\.00 MiB total capacity; 48\.\d\d MiB already allocated; "
+    # 300 MiB and their padding, up to the next 2 MiB; what the allocator cuts off a block depends on the kind of segment.
+    begin = r"NPU out of memory\. Tried to allocate 302\.00 MiB \(NPU 0; 256\.00 MiB total capacity; 4[89]\.00 MiB already allocated; "
     for found, _ in (growing, ordinary):
         assert re.match(begin, found["refused"]), found["refused"]
     assert re.sub(r"\d+\.\d\d", "", growing[0]["refused"]) == re.sub(r"\d+\.\d\d", "", ordinary[0]["refused"])
