@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * What the files of the stub of CANN's runtime have in common. */
-#ifndef ASCEND_SIM_RUNTIME_H
-#define ASCEND_SIM_RUNTIME_H
+#pragma once
 #include <stddef.h>
 
 #include "streams.h"
@@ -14,5 +13,3 @@ size_t ascend_sim_device_bytes(void);
 
 /* The device of this thread. */
 int32_t ascend_sim_device(void);
-
-#endif
