@@ -127,6 +127,14 @@ def experts(worker):
     ]
 
 
+def rebalances(worker):
+    """What dynamic EPLB has done in one worker; None where it is off."""
+    from dataclasses import asdict
+
+    rebalancer = worker.model_runner.rebalancer
+    return None if rebalancer is None else asdict(rebalancer.status)
+
+
 def load(worker, folder):
     """What is said when one worker loads the checkpoint in another folder into a second model of the same config; None if it loads."""
     from copy import copy
@@ -188,6 +196,10 @@ def main(job_file, result_file):
             runs.append(generate(llm, run))
             collectives.append(llm.collective_rpc(traffic) if inspected else None)
             calls.append(llm.collective_rpc(all_operators) if inspected else None)
+        # Plans come when they come. All data parallel ranks end a run in the same step, so they go on equally long.
+        wanted = engine.get("rebalances", 0)
+        while wanted and llm.collective_rpc(rebalances)[0]["rebalances"] < wanted:
+            runs.append(generate(llm, engine["runs"][-1]))
         results.append(
             {
                 "runs": runs,
@@ -199,6 +211,7 @@ def main(job_file, result_file):
                 "blocking": llm.collective_rpc(blocking_copies) if inspected else None,
                 "layers": llm.collective_rpc(linear_layers) if inspected else None,
                 "experts": llm.collective_rpc(experts) if engine.get("experts") else None,
+                "rebalances": llm.collective_rpc(rebalances) if inspected else None,
                 "operators": llm.collective_rpc(operators) if inspected else None,
             }
         )

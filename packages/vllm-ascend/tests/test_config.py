@@ -78,7 +78,6 @@ WRONG_VALUES = [
     ({"x" * 10**6: deep()}, "unknown option 'xxx"),
     ({"flashcomm2_parallel_size": 2**31}, "(2147483648) must be a whole number, 0 or more and at most 2147483647"),
     ({"flashcomm2_parallel_size": 10**5000}, "option 'flashcomm2_parallel_size' (a very long int) must be a whole number"),
-    ({"dynamic_eplb": True}, "option 'eplb_config.dynamic_eplb' (True) of the public plugin is not supported by this one"),
     ({"dynamic_eplb": False}, "unknown option 'dynamic_eplb' (False); it belongs at 'eplb_config.dynamic_eplb'"),
     ({"num_iterations_eplb_update": 400}, "is not supported by this one; it is now eplb_config.expert_heat_collection_interval"),
     ({"mega_moe_max_tokens": {"enabled": False}}, "option 'mega_moe_max_tokens' ({'enabled': False}) of the public plugin is not supported"),
@@ -90,7 +89,6 @@ WRONG_VALUES = [
     ({"ascend_scheduler_config": {"enabled": True}}, "give vLLM's own options of the scheduler"),
     ({"scheduler_config": {"policy": "x"}}, "option 'scheduler_config' ({'policy': 'x'}) of the public plugin is not supported by this one; remove it, or set it to {}"),
     ({"enable_sparse_sfa_c8": True}, "of the public plugin is not supported by this one; remove it, or set it to False"),
-    ({"eplb_config": {"load_collection_phase": "decode"}}, "remove it, or set it to 'all'"),
     ({"dump_config_path": "x"}, "option 'dump_config_path' ('x') of the public plugin is not supported by this one; remove it"),
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from ascend_eplb import balancedness, checkpoint, load_placement, read_loads, spread
 
@@ -89,6 +90,35 @@ def test_redundant_experts_in_both_layouts_change_no_token(tiny, run_engines, so
         assert tokens(result) == expected, (layout, redundant)
         build = {"spread": spread, "checkpoint": checkpoint}[layout]
         assert_deployed(result, build(num_experts=8, ranks=2, redundant=redundant, layers=2), digests)
+
+
+MOVING = {
+    "dynamic_eplb": True, "eplb_policy_type": "random", "expert_heat_collection_interval": 2, "algorithm_execution_interval": 1,
+    "verify_moves": True,
+}  # fmt: skip
+
+
+def assert_moved(folder, record, result):
+    """The placement that was written at the end is not the first one, and every slot of every rank holds its expert."""
+    placement = load_placement(record, ranks=2, num_experts=8)
+    first = spread(num_experts=8, ranks=2, redundant=placement.redundant, layers=2)
+    assert not np.array_equal(placement.physical_to_logical, first.physical_to_logical)
+    assert_deployed(result, placement, experts_of(folder))
+    first, second = result["rebalances"]
+    assert first["rebalances"] == second["rebalances"] >= 5
+    assert first["moves"] == second["moves"] > 0
+
+
+def test_experts_that_move_while_requests_run_change_no_token(tiny, run_engines, tmp_path):
+    """Over TP ranks, with redundant experts; a plan at every chance, and a checksum of every slot after every change."""
+    folder, prompts, expected = tiny
+    engine = ENGINE | {"model": str(folder), "skip_tokenizer_init": True}
+    record = tmp_path / "map.json"
+    job = run(engine, prompts, num_redundant_experts=2, expert_map_record_path=str(record), **MOVING)
+    (result,) = run_engines([job | {"runs": job["runs"] * 2, "rebalances": 5}], **INSPECT)
+    for answers in result["runs"]:
+        assert [output["tokens"] for output in answers] == expected
+    assert_moved(folder, record, result)
 
 
 def test_a_planned_map_of_recorded_load_changes_no_text(models, smollm2, prompts, greedy, run_replicas, tmp_path):

@@ -284,8 +284,29 @@ def test_what_does_not_fit_is_refused(eplb, change, message):
         ({"expert_map_path": 3}, "'eplb_config.expert_map_path' (3) must be a text"),
         ({"num_redundant_experts": -1}, "a whole number, 0 or more"),
         ({"redundant": 2}, "unknown option 'redundant' (2); did you mean num_redundant_experts"),
-        ({"dynamic_eplb": True}, "'eplb_config.dynamic_eplb' (True) of the public plugin is not supported by this one"),
-        ({"eplb_heat_collection_stage": "decode"}, "set it to 'all'"),
+        ({"dynamic_eplb": 1}, "'eplb_config.dynamic_eplb' (1) must be true or false"),
+        ({"algorithm_execution_interval": 0}, "algorithm_execution_interval' (0) must be 1 or more"),
+        ({"load_window": 0}, "load_window' (0) must be 1 or more"),
+        ({"move_buffer_experts": 0}, "move_buffer_experts' (0) must be 1 or more"),
+        (
+            {"eplb_policy_type": 4},
+            "eplb_policy_type' ('4') must be one of incremental, balanced, swift, deepseek, random, or a number",
+        ),
+        ({"eplb_policy_type": "flash"}, "0 (random), 1 (deepseek), 2 (swift), 3 (balanced)"),
+        ({"eplb_policy_type": True}, "eplb_policy_type' (True) must be a text"),
+        (
+            {"eplb_heat_collection_stage": "decoding"},
+            "eplb_heat_collection_stage' ('decoding') must be one of all, prefill, decode",
+        ),
+        ({"load_collection_phase": "none"}, "load_collection_phase' ('none') must be one of all, prefill, decode"),
+        (
+            {"load_collection_phase": "decode", "eplb_heat_collection_stage": "prefill"},
+            "load_collection_phase' ('decode') is an older name of eplb_heat_collection_stage, which is 'prefill'; give one of them",
+        ),
+        ({"load_weighting": "last"}, "load_weighting' ('last') must be one of mean, decayed, peak"),
+        ({"move_budget": 0}, "move_budget' (0) must be above 0 and at most 1"),
+        ({"move_budget": 2}, "a number from 0 to 1"),
+        ({"expert_map_record_path": "map.yaml"}, "expert_map_record_path' ('map.yaml') must end in .json"),
     ],
 )
 def test_values_that_no_model_could_have(eplb, message):
@@ -295,7 +316,65 @@ def test_values_that_no_model_could_have(eplb, message):
 
 def test_what_asks_for_nothing_is_accepted():
     asked = {"dynamic_eplb": False, "expert_map_path": None, "eplb_policy_type": 1, "num_redundant_experts": 0}
-    assert AscendConfig.of({"eplb_config": asked}) == AscendConfig()
+    assert AscendConfig.of({"eplb_config": asked}).eplb_config.in_force == EplbConfig()
+    check(config(**asked), replace(DEPLOYMENT, model=Model()))
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"), [(0, "random"), (1, "deepseek"), (2, "swift"), (3, "balanced"), ("incremental", "incremental")]
+)
+def test_policies_have_names_and_public_numbers(given, policy):
+    assert config(eplb_policy_type=given).eplb_config.eplb_policy_type == policy
+
+
+def test_both_names_of_the_stage_are_read():
+    assert EplbConfig().stage == "all"
+    assert (
+        EplbConfig(load_collection_phase="decode").stage
+        == EplbConfig(eplb_heat_collection_stage="decode").stage
+        == "decode"
+    )
+
+
+@pytest.mark.parametrize(
+    ("eplb", "change", "message"),
+    [
+        ({}, {"model": Model()}, "'eplb_config' ({'dynamic_eplb': True}) needs a MoE model"),
+        ({}, {"expert_parallel": False}, "'eplb_config.dynamic_eplb' (True) needs enable_expert_parallel"),
+        ({}, {"topology": Topology(1)}, "'eplb_config.dynamic_eplb' (True) needs several ranks that share the experts, got 1"),
+        ({}, {"topology": Topology(8, 2, 2, 1, 2)}, "'eplb_config.dynamic_eplb' (True) needs pipeline_parallel_size 1, got 2"),
+        ({"expert_load_record_path": "load.npz"}, {}, "(True) cannot be used with expert_load_record_path ('load.npz')"),
+        ({"expert_map_record_path": "/nowhere/map.json"}, {}, "('/nowhere/map.json') must lie in a folder that exists"),
+        ({"dynamic_eplb": False, "expert_map_record_path": "map.json"}, {}, "expert_map_record_path' ('map.json') needs dynamic_eplb"),
+    ],
+)  # fmt: skip
+def test_what_dynamic_balancing_needs(eplb, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(config(**{"dynamic_eplb": True, **eplb}), replace(DEPLOYMENT, **change))
+    check(config(dynamic_eplb=True), DEPLOYMENT)
+
+
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_a_layer_that_has_moved_has_maps_of_the_same_shapes(redundant):
+    """So that they can be changed where they lie."""
+    first = spread(num_experts=8, ranks=4, redundant=redundant, layers=2)
+    options = EplbConfig(dynamic_eplb=True)
+    here = ExpertPlacement(first, options=options, decoder_layers=0, rank=1, tp_size=1, replica=0)
+    before = here.layer(0, 8)
+    ids = np.random.default_rng(0).permutation(8).astype(np.int32)[first.physical_to_logical[:1]]
+    after = here.moved(Placement(ids, 8))
+    assert after.placed == Placement(ids, 8)
+    assert not np.array_equal(after.expert_map, before.expert_map)
+    for name in ("expert_map", "log2phy", "routing_table"):
+        one, other = getattr(before, name), getattr(after, name)
+        assert (one is None) == (other is None)
+        assert one is None or one.shape == other.shape
+    assert after.log2phy is not None
+    fresh = ExpertPlacement(Placement(ids, 8), options=options, decoder_layers=0, rank=1, tp_size=1, replica=0).layer(
+        0, 8
+    )
+    for name in ("expert_map", "log2phy", "routing_table"):
+        assert np.array_equal(getattr(after, name), getattr(fresh, name))
 
 
 def test_the_file_and_the_option_must_agree(tmp_path):

@@ -141,14 +141,6 @@ def test_register_says_why_it_is_inactive():
         },
         {"xlite_graph_config": {"enabled": False, "full_mode": True}, "dynamic_spec_config": {"enabled": False}},
         {"torchair_graph_config": {"enabled": False}, "ascend_scheduler_config": {"enabled": False}},
-        {
-            "eplb_config": {
-                "dynamic_eplb": False,
-                "algorithm_execution_interval": 50,
-                "eplb_policy_type": 2,
-                "load_collection_phase": "all",
-            }
-        },
     ],
 )
 def test_options_that_ask_for_nothing_new(config):

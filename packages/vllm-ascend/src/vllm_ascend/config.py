@@ -10,18 +10,19 @@ key has three kinds of answer here (unknown, known of the public plugin and with
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from ascend_linear.state import FLASHCOMM1_DENSE_THRESHOLD
 
+from vllm_ascend.eplb.options import LAYOUTS, POLICY_NUMBERS, EplbConfig
 from vllm_ascend.findings import found_by, refuse, shown
 from vllm_ascend.public_options import INERT, KNOWN, OF_VLLM, REMEDIES, changes_nothing
 
 __all__ = ["LAYOUTS", "AscendConfig", "EplbConfig", "FinegrainedTP", "PrefetchRatio", "WeightPrefetch"]
 
-LAYOUTS = ("spread", "checkpoint")
+_POLICY = "eplb_config.eplb_policy_type"  # a name, or a number that stands for one
 _LARGEST_NUMBER = 2**31 - 1
 _LONGEST_NAME = 100  # of a key that is compared with those that exist
 _Options = TypeVar("_Options")
@@ -81,42 +82,6 @@ class WeightPrefetch:
 
     enabled: bool = False
     prefetch_ratio: PrefetchRatio = field(default_factory=PrefetchRatio)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EplbConfig:
-    """`eplb_config`: on which rank each expert lies. Nothing moves while the engine runs.
-
-    Args:
-        expert_map_path: a placement file in any format of ascend-eplb; "": `layout` says where experts lie.
-        num_redundant_experts: slots beyond one for each expert, in each layer; with a file, what the file has, or 0.
-        layout: "spread" or "checkpoint" (an option of this plugin alone); see ascend-eplb.
-        expert_load_record_path: where rank 0 writes how many tokens each expert got, .jsonl, .npz, .npy or .json; "": nowhere (of this plugin alone).
-        expert_heat_collection_interval: steps that one entry of that file sums up.
-    """
-
-    expert_map_path: str = ""
-    num_redundant_experts: int = 0
-    layout: str = "spread"
-    expert_load_record_path: str = ""
-    expert_heat_collection_interval: int = 400
-
-    def __post_init__(self) -> None:
-        """Check what needs neither the model nor the ranks."""
-        refuse(self._broken_rules())
-
-    def _broken_rules(self) -> Iterator[str]:
-        path = "option 'eplb_config."
-        if self.layout not in LAYOUTS:
-            yield f"{path}layout' ({shown(self.layout)}) must be one of {', '.join(LAYOUTS)}"
-        elif self.expert_map_path and self.layout != LAYOUTS[0]:
-            yield f"{path}layout' ({self.layout!r}) cannot be used with expert_map_path: the file says where experts lie"
-        if self.expert_heat_collection_interval < 1:
-            yield f"{path}expert_heat_collection_interval' ({self.expert_heat_collection_interval}) must be 1 or more"
-        if self.expert_load_record_path and not self.expert_load_record_path.endswith(
-            (".jsonl", ".npz", ".npy", ".json")
-        ):
-            yield f"{path}expert_load_record_path' ({self.expert_load_record_path!r}) must end in .jsonl, .npz, .npy or .json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +169,8 @@ def _read(options: type[_Options], given: object, path: str, findings: list[str]
         elif key not in _names(options):
             findings.append(_unknown(key, value, path))
         elif value is not None:
+            if f"{path}{key}" == _POLICY and type(value) is int:
+                value = POLICY_NUMBERS.get(value, str(value))
             read[key] = _read_value(getattr(defaults, key), value, f"{path}{key}", findings)
     found = found_by(lambda: options(**read))
     findings += found

@@ -11,8 +11,9 @@ from ascend_comm import CommGroup
 from ascend_eplb import Placement
 from ascend_moe import CommMethod, DispatchConfig, MoeComm, MoeEnv, Soc, choose_method, make_comm, mc2_buffer_bytes
 
-from vllm_ascend.config import EplbConfig
 from vllm_ascend.deployment import Deployment
+from vllm_ascend.eplb.observe import CountedRows
+from vllm_ascend.eplb.options import EplbConfig
 from vllm_ascend.eplb.placement import ExpertPlacement, LayerSlots
 
 __all__ = ["ExpertGroups", "LayerComm", "MoeContext", "broken", "dispatch_config", "uses_mc2"]
@@ -31,12 +32,14 @@ class ExpertGroups:
         tp: tensor parallel ranks.
         dp: data parallel ranks.
         mc2: a second group of the ranks of `ep`, for MC2's kernels alone; None: MC2 is not used.
+        moves: a further one, for experts that move; None: they do not.
     """
 
     ep: CommGroup
     tp: CommGroup
     dp: CommGroup
     mc2: CommGroup | None = None
+    moves: CommGroup | None = None
 
 
 def dispatch_config(
@@ -149,6 +152,8 @@ class MoeContext:
         self.options = options
         self.groups = groups
         self._config = config
+        self.counted = CountedRows(options.stage) if options.dynamic_eplb else None
+        """What counts the tokens of each expert; None where experts do not move."""
         self._comms: dict[tuple[Any, ...], LayerComm] = {}
         self._placement = ExpertPlacement(
             placement,
@@ -162,6 +167,10 @@ class MoeContext:
     def slots(self, decoder_layer: int, num_experts: int) -> LayerSlots:
         """Where the experts of a layer lie. ValueError: they do not divide over the ranks."""
         return self._placement.layer(decoder_layer, num_experts)
+
+    def moved(self, placed: Placement) -> LayerSlots:
+        """The slots of a layer that has got another placement while the engine runs."""
+        return self._placement.moved(placed)
 
     def comm(self, num_slots: int, *, sequence_parallel: bool, sums_later: bool) -> LayerComm:
         """How a layer communicates. Layers with equal arguments get one object; all ranks must ask in the same order."""

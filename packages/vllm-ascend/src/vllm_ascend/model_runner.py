@@ -26,8 +26,9 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ascend import compat, loader, parallel
 from vllm_ascend.attention import mla
+from vllm_ascend.eplb.rebalance import Rebalancer
 from vllm_ascend.eplb.record import LoadRecorder
-from vllm_ascend.layers import linear, moe, sequence
+from vllm_ascend.layers import linear, moe, moving, sequence
 from vllm_ascend.step_inputs import StepInputs
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class AscendModelRunner(GPUModelRunner):
     """The GPU runner, with NPU streams and events, and with one order of collectives in all kinds of steps."""
 
     load_recorder: LoadRecorder | None = None
+    rebalancer: Rebalancer | None = None
     warm_up: Callable[[], None] | None = None
     """Runs steps through the worker before memory is counted."""
     splits_hidden_states: bool
@@ -59,6 +61,9 @@ class AscendModelRunner(GPUModelRunner):
         sequence.attach(model)
         mla.reserve_workspace(model)
         self.load_recorder = moe.load_recorder(model)
+        self.rebalancer = moving.rebalancer(model)
+        if self.rebalancer is not None:
+            self.model_memory_usage += self.rebalancer.num_bytes  # so that the KV cache leaves room for its buffers
         self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())
 
     def profile_run(self, randomize_inputs: bool = False) -> None:
@@ -81,10 +86,11 @@ class AscendModelRunner(GPUModelRunner):
         Cached prefixes are of the old weights: `reset_prefix_cache` drops them.
 
         Raises:
-            ValueError: tensors that are missing; layer sharding, whose weights are not all on this rank; weights in the form of kernels for a model that
+            ValueError: tensors that are missing; layer sharding, whose weights are not all on this rank; experts that move; weights in the form of kernels for a model that
                 keeps more than they are.
         """
         linear.refuse_to_reload()
+        moving.refuse_to_reload()
         model = self.get_model()
         derives = self.model_config.quantization is not None or self.model_config.use_mla
         if not is_checkpoint_format and derives:
@@ -131,6 +137,8 @@ class AscendModelRunner(GPUModelRunner):
         """The last part of every step, on every rank: what all ranks do together after the forward pass and the logits."""
         if self.load_recorder is not None:
             self.load_recorder.step()
+        if self.rebalancer is not None:
+            self.rebalancer.step()
 
     def eplb_step(self, is_dummy: bool = False, is_profile: bool = False) -> None:
         """Nothing. vLLM calls this after the logits in a step with requests, and before them in a dummy step: `_end_step` is for such work.
@@ -169,4 +177,7 @@ class AscendModelRunner(GPUModelRunner):
         if self.load_recorder is not None:
             self.load_recorder.close()
             self.load_recorder = None
+        if self.rebalancer is not None:
+            self.rebalancer.close()
+            self.rebalancer = None
         super().shutdown()

@@ -120,7 +120,13 @@ def start(vllm_config: Any) -> Parallel:
     moe = None
     if placed is not None and dispatch is not None:
         ep = wrap(get_ep_group()) if deployment.expert_parallel else Solo()
-        over = ExpertGroups(ep=ep, tp=env.tp, dp=wrap(get_dp_group()), mc2=groups["mc2"] if mc2 else None)
+        over = ExpertGroups(
+            ep=ep,
+            tp=env.tp,
+            dp=wrap(get_dp_group()),
+            mc2=groups["mc2"] if mc2 else None,
+            moves=groups.get("dynamic_eplb"),
+        )
         moe = MoeContext(config.eplb_config, placed, deployment, over, dispatch)
     _current = Parallel(config, env, groups, max_num_seqs, moe)
     return _current

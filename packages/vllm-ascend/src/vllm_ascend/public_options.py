@@ -17,14 +17,8 @@ KNOWN: Mapping[str, tuple[Any, ...]] = {
     "multistream_overlap_shared_expert": (False,),
     "multistream_overlap_gate": (False,),
     "multistream_dsv4_dsa_overlap": (False,),
-    "eplb_config.dynamic_eplb": (False,),  # experts that move while the engine runs
-    "eplb_config.expert_map_record_path": (),
     "num_iterations_eplb_update": (),  # older names of the two intervals
     "num_wait_worker_iterations": (),
-    "eplb_config.algorithm_execution_interval": (30, 50),  # the defaults of its older and its present versions
-    "eplb_config.eplb_policy_type": (0, 1, 2),
-    "eplb_config.eplb_heat_collection_stage": ("all",),
-    "eplb_config.load_collection_phase": ("all",),
     "enable_fused_mc2": (0, False),
     "enable_prefill_mc2": (False,),
     "enable_mc2_hierarchy_comm": (False,),
@@ -59,13 +53,6 @@ REMEDIES: Mapping[str, str] = {
     "ascend_scheduler_config": (
         "older versions of the public plugin had it; remove it, and give vLLM's own options of the scheduler "
         "(--max-num-batched-tokens, --enable-chunked-prefill, --scheduling-policy)"
-    ),
-    "eplb_config.dynamic_eplb": (
-        "experts do not move while the engine runs; record the load with eplb_config.expert_load_record_path, and give the plan "
-        "made from it as eplb_config.expert_map_path"
-    ),
-    "eplb_config.expert_map_record_path": (
-        "it belongs to dynamic_eplb; eplb_config.expert_load_record_path records the load of the experts"
     ),
     "num_iterations_eplb_update": "it is now eplb_config.expert_heat_collection_interval",
     "num_wait_worker_iterations": "it is now eplb_config.algorithm_execution_interval, which belongs to eplb_config.dynamic_eplb",

@@ -127,6 +127,7 @@ def group_config(
         return GroupConfig(
             topology=deployment.topology,
             mc2=mc2,
+            dynamic_eplb=config.eplb_config.dynamic_eplb,
             otp=fine.oproj_tensor_parallel_size,
             lmhead_tp=fine.lmhead_tensor_parallel_size,
             embed_tp=fine.embedding_tensor_parallel_size,

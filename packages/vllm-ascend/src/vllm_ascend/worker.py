@@ -20,7 +20,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_ascend import layers, loader, parallel, warmup
 from vllm_ascend.attention import probe
 from vllm_ascend.attention.limits import Attention
-from vllm_ascend.layers import linear
+from vllm_ascend.layers import linear, moving
 from vllm_ascend.model_runner import AscendModelRunner
 
 __all__ = ["AscendWorker"]
@@ -86,6 +86,7 @@ class AscendWorker(Worker):
     def start_weight_update(self) -> None:
         """Begin to receive weights from a trainer. ValueError as of `AscendModelRunner.reload_weights`."""
         linear.refuse_to_reload()
+        moving.refuse_to_reload()
         super().start_weight_update()
 
     def compile_or_warm_up_model(self) -> CompilationTimes:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
-__all__ = ["AscendAttentionMetadata", "describe", "has_prompts", "tokens_of_step"]
+__all__ = ["AscendAttentionMetadata", "describe", "has_prompts", "query_ends_of_step", "tokens_of_step"]
 
 
 @dataclass(slots=True)
@@ -67,6 +67,15 @@ def tokens_of_step() -> int:
     """
     step = _of_one_layer(get_forward_context().attn_metadata)
     return 0 if step is None else int(step.num_actual_tokens)
+
+
+def query_ends_of_step() -> list[int]:
+    """Cumulative tokens of this step's requests, the same object for all layers; empty in a step without requests."""
+    step = _of_one_layer(get_forward_context().attn_metadata)
+    if step is None:
+        return []
+    ends: list[int] = step.query_ends
+    return ends
 
 
 def has_prompts(attn_metadata: object) -> bool:

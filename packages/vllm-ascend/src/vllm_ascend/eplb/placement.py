@@ -30,8 +30,8 @@ from ascend_eplb import (
 from ascend_eplb.placement import IntArray
 from ascend_eplb.ranges import as_ranges
 
-from vllm_ascend.config import EplbConfig
 from vllm_ascend.deployment import Deployment
+from vllm_ascend.eplb.options import EplbConfig
 from vllm_ascend.findings import found_by
 
 __all__ = ["ExpertPlacement", "LayerSlots", "broken", "placement_of"]
@@ -114,14 +114,15 @@ def _log_match(config: EplbConfig, match: LayerMatch) -> None:
 def _broken_rules(config: EplbConfig, deployment: Deployment) -> Iterator[str]:
     top, record = deployment.topology, config.expert_load_record_path
     if not deployment.model.moe.routed_experts:
-        if config != EplbConfig():
-            yield f"option 'eplb_config' ({_given(config)}) needs a MoE model"
+        if config.in_force != EplbConfig():
+            yield f"option 'eplb_config' ({_given(config.in_force)}) needs a MoE model"
         return
     for name in ("expert_map_path", "num_redundant_experts"):
         if (value := getattr(config, name)) and not deployment.expert_parallel:
             yield f"option 'eplb_config.{name}' ({value!r}) needs enable_expert_parallel"
     if deployment.expert_parallel and deployment.round_robin_experts:
         yield "expert_placement_strategy ('round_robin') is not supported; leave it at 'linear' and give 'eplb_config.expert_map_path'"
+    yield from _broken_dynamic_rules(config, deployment)
     if record and top.pipeline_parallel > 1:
         yield f"option 'eplb_config.expert_load_record_path' ({record!r}) needs pipeline_parallel_size 1, got {top.pipeline_parallel}"
     if record and config.expert_map_path and Path(record).resolve() == Path(config.expert_map_path).resolve():
@@ -131,6 +132,35 @@ def _broken_rules(config: EplbConfig, deployment: Deployment) -> Iterator[str]:
         )
     if record and not os.access(Path(record).parent, os.W_OK):
         yield f"option 'eplb_config.expert_load_record_path' ({record!r}) must lie in a folder that exists and can be written to"
+
+
+def _broken_dynamic_rules(config: EplbConfig, deployment: Deployment) -> Iterator[str]:
+    """What experts that move while the engine runs ask of the model and the ranks, and of the other options."""
+    top, option, record = (
+        deployment.topology,
+        "option 'eplb_config.dynamic_eplb' (True)",
+        config.expert_map_record_path,
+    )
+    if record and not config.dynamic_eplb:
+        yield (
+            f"option 'eplb_config.expert_map_record_path' ({record!r}) needs dynamic_eplb; expert_load_record_path records the load of the experts "
+            "without it"
+        )
+    if record and not os.access(Path(record).parent, os.W_OK):
+        yield f"option 'eplb_config.expert_map_record_path' ({record!r}) must lie in a folder that exists and can be written to"
+    if not config.dynamic_eplb:
+        return
+    if not deployment.expert_parallel:
+        yield f"{option} needs enable_expert_parallel"
+    elif deployment.expert_ranks == 1:
+        yield f"{option} needs several ranks that share the experts, got 1: raise tensor_parallel_size or data_parallel_size"
+    if top.pipeline_parallel > 1:
+        yield f"{option} needs pipeline_parallel_size 1, got {top.pipeline_parallel}: the stages would not change their placements in the same step"
+    if config.expert_load_record_path:
+        yield (
+            f"{option} cannot be used with expert_load_record_path ({config.expert_load_record_path!r}), which records slots of one placement; "
+            "leave one of the two out"
+        )
 
 
 def _given(config: EplbConfig) -> dict[str, object]:
@@ -213,12 +243,19 @@ class ExpertPlacement:
         one = build(num_experts=num_experts, ranks=ranks, redundant=redundant)
         return self._slots(one, self._nearest_replicas(one)[0])
 
+    def moved(self, one: Placement) -> LayerSlots:
+        """The slots of a layer that has got another placement while the engine runs."""
+        return self._slots(one, self._nearest_replicas(one)[0])
+
     def _nearest_replicas(self, placement: Placement) -> IntArray:
         even = np.ones((placement.layers, placement.num_experts))
         return np.asarray(log2phy_balanced(placement, even, self._cluster)[self._rank])
 
     def _slots(self, one: Placement, nearest: IntArray) -> LayerSlots:
-        is_identity = not one.redundant and np.array_equal(nearest, np.arange(one.num_experts))
+        # Tensors are there for good, and of one shape, where the placement may change in a running engine.
+        is_identity = not (self._options.dynamic_eplb or one.redundant) and np.array_equal(
+            nearest, np.arange(one.num_experts)
+        )
         return LayerSlots(
             placed=one,
             expert_map=expert_map(one, self._rank)[0],
@@ -227,5 +264,6 @@ class ExpertPlacement:
         )
 
     def _table(self, one: Placement) -> IntArray:
-        rows = min(math.lcm(*np.unique(one.replicas).tolist()), _MOST_TABLE_ROWS)
+        exact = math.lcm(*np.unique(one.replicas).tolist())
+        rows = _MOST_TABLE_ROWS if self._options.dynamic_eplb else min(exact, _MOST_TABLE_ROWS)
         return np.roll(routing_table(one, rows)[0], -self._replica, axis=0)

@@ -18,7 +18,7 @@ from ascend_comm import CommGroup
 from ascend_eplb import Placement, logical_load
 from torch import Tensor
 
-from vllm_ascend.config import EplbConfig
+from vllm_ascend.eplb.options import EplbConfig
 from vllm_ascend.eplb.writer import LoadWriter
 
 __all__ = ["LoadRecorder"]

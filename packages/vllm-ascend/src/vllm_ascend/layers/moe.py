@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -24,7 +25,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_ascend import parallel
-from vllm_ascend.attention.step import tokens_of_step
+from vllm_ascend.attention.step import query_ends_of_step, tokens_of_step
+from vllm_ascend.eplb.placement import LayerSlots
 from vllm_ascend.eplb.record import LoadRecorder
 
 __all__ = [
@@ -61,11 +63,13 @@ class AscendRoutedExperts(RoutedExperts):
     Attributes:
         slots: where the layer's experts lie.
         load: int64 `[K]`: tokens that each slot of this rank has received since the recorder set it to 0; None: no load is recorded.
+        heat: int32 `[E]`: tokens of this rank that chose each expert since the last interval of dynamic EPLB; None where experts do not move.
     """
 
     log2phy: Tensor | None
     routing_table: Tensor | None
     load: Tensor | None
+    heat: Tensor | None
     _expert_map: Tensor | None
 
     def __init__(self, layer_name: str, params_dtype: torch.dtype, moe_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -100,6 +104,10 @@ class AscendRoutedExperts(RoutedExperts):
         records = bool(shared.moe.options.expert_load_record_path)
         load = torch.zeros(self.local_num_experts, dtype=torch.int64, device=device) if records else None
         self.register_buffer("load", load, persistent=False)
+        self._counted = shared.moe.counted
+        moves = self._counted is not None
+        heat = torch.zeros(self.slots.placed.num_experts, dtype=torch.int32, device=device) if moves else None
+        self.register_buffer("heat", heat, persistent=False)
 
     def update_expert_map_info(self) -> None:
         """Set what vLLM derives from an equal share of the experts to what follows from this rank's slots."""
@@ -111,6 +119,31 @@ class AscendRoutedExperts(RoutedExperts):
     def _map_global_expert_id_to_local_expert_id(self, expert_id: int) -> int:
         """This rank's slot of an expert, or -1. vLLM's weight loader asks for it; a rank has one replica of an expert at most."""
         return int(self.slots.expert_map[expert_id])
+
+    def slot_tensors(self) -> dict[str, Tensor]:
+        """Everything that is kept for the experts of this rank, a row for each slot.
+
+        Raises:
+            ValueError: a parameter with a row for each slot that the experts' products do not read.
+        """
+        experts = cast(HasExperts, self.quant_method).experts(self)
+        tensors = {one.name: getattr(experts, one.name) for one in fields(cast(Any, experts))}
+        tensors = {name: values for name, values in tensors.items() if isinstance(values, Tensor)}
+        known = {values.data_ptr() for values in tensors.values()}
+        for name, values in self.named_parameters():
+            if values.dim() and len(values) == self.local_num_experts and values.data_ptr() not in known:
+                raise ValueError(
+                    f"{self.layer_name}: {name} cannot be moved with the experts; leave eplb_config.dynamic_eplb out"
+                )
+        return tensors
+
+    def place(self, slots: LayerSlots) -> None:
+        """Let tokens go to where experts lie now. The tensors stay where they are, so that captured graphs read the new values."""
+        self.slots = slots
+        maps = ((self._expert_map, slots.expert_map), (self.log2phy, slots.log2phy), (self.routing_table, slots.routing_table))  # fmt: skip
+        for tensor, values in maps:
+            if tensor is not None and values is not None:
+                tensor.copy_(torch.tensor(values).pin_memory(), non_blocking=True)
 
     def weight_loader(self, param: Any, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Load a weight with vLLM's loader. A model that loads all experts of a rank as one tensor (Llama 4) takes them in ascending order.
@@ -151,6 +184,8 @@ class AscendRoutedExperts(RoutedExperts):
         if self.apply_router_weight_on_input:  # vLLM has it for one expert a token alone
             x, weights = (x * weights).to(x.dtype), torch.ones_like(weights)
         comm, dp_tokens = self.comm_of_step(), parallel.step().dp_tokens
+        if self.heat is not None:
+            self._count(topk_ids)
         output = forward_selected(
             x,
             weights,
@@ -180,6 +215,13 @@ class AscendRoutedExperts(RoutedExperts):
             return dp_tokens
         ranks = self._over.tp.world_size
         return tuple(-(-tokens // ranks) for tokens in dp_tokens for _ in range(ranks))
+
+    def _count(self, ids: Tensor) -> None:
+        """Add the choices `[N, K]` of this rank's tokens to `heat`. Of TP ranks that have the same tokens, the first one counts."""
+        split, rank = self.moe_config.is_sequence_parallel, self._over.tp.rank_in_group
+        if self._counted is None or self.heat is None or (rank and not split):
+            return
+        self._counted.add(self.heat, ids, query_ends_of_step(), first=rank * len(ids) if split else 0)
 
     def _real(self, x: Tensor) -> Tensor:
         """bool `[N]`: tokens of requests; not those of a step without any, nor padding."""
