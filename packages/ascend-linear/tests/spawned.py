@@ -20,7 +20,9 @@ TIMEOUT = timedelta(minutes=10)
 
 # Without an NPU, real or simulated; with one that computes in float32 what hardware does in bfloat16; with a strict one.
 NO_NPU = {"ASCEND_SIM": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-RELAXED, STRICT = {"ASCEND_SIM_STRICT": "0"}, {"ASCEND_SIM_STRICT": "1"}
+# Both with lazy streams: whatever reads a result without having waited for it reads NaN, or what was there before.
+RELAXED = {"ASCEND_SIM_STRICT": "0", "ASCEND_SIM_STREAMS": "lazy"}
+STRICT = {"ASCEND_SIM_STRICT": "1", "ASCEND_SIM_STREAMS": "lazy"}
 
 
 def spawn(

@@ -34,6 +34,7 @@ from ascend_moe import (
     reduced,
     select_experts,
 )
+from ascend_moe.shared import start_on
 
 H, I, E = 64, 64, 8  # noqa: E741
 SIZES = ((2, 1, 2), (2, 2, 1), (4, 2, 2), (4, 4, 1), (8, 4, 2), (8, 1, 8))
@@ -297,6 +298,10 @@ def shared_experts(world: Any, sizes: tuple[int, int, int], method: CommMethod, 
             rank.check(rank.forward(traffic, shared=shared), traffic, SHARED)
         longest = -(-max(traffic.counts) // (1 if sequence else rank.tp))
         assert sum(passed) <= longest, "more than the own tokens"
+    x, made = torch.ones(3, H, device=world.device), []
+    wait = start_on(streams[1], lambda part: made.append(part @ weight) or made[-1], x)
+    assert made[0].isnan().all(), "lazy streams would show a missing wait"
+    assert torch.equal(wait(), x @ weight)
 
 
 def w8a8(world: Any, sizes: tuple[int, int, int], method: CommMethod, dtype: torch.dtype) -> None:

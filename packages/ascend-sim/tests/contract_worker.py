@@ -37,7 +37,7 @@ def main(init: str, result: str) -> None:
     together = dist.new_group(list(range(world)), backend="hccl")
     group = Group(
         name=together._get_backend(npu).get_hccl_comm_name(rank),
-        alone=singles[rank]._get_backend(npu).get_hccl_comm_name(0),
+        alone=singles[rank]._get_backend(npu).get_hccl_comm_name(rank),
         rank=rank,
         world=world,
     )

@@ -383,6 +383,12 @@ def backends_and_names():
     dist.all_gather_object(found, names)
     assert all(other == names for other in found)
     assert hccl.group_of(names[1]) is twin._get_backend(torch.device("npu"))
+    for wrong in (-1, (RANK + 1) % WORLD):
+        with pytest.raises(
+            ValueError, match=f"rank is {wrong}; it must be this process's rank in the whole job, {RANK} "
+        ):
+            backend.get_hccl_comm_name(wrong)
+    assert backend.get_hccl_comm_name(RANK + torch.npu.device_count()) == names[0]  # the same device, on another host
     dist.destroy_process_group(twin)
     with pytest.raises(RuntimeError, match=names[1]):
         hccl.group_of(names[1])

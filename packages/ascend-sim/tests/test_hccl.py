@@ -14,10 +14,15 @@ WORKER = Path(__file__).with_name("hccl_worker.py")
 CHECKS = re.findall(r"^@check\ndef (\w+)", WORKER.read_text(encoding="utf-8"), re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+@pytest.fixture(scope="module", params=["immediate", "lazy"])
+def outcomes(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hccl")
-    run_ranks(WORKER, WORLD, lambda rank: [str(folder / f"{rank}.json"), f"file://{folder}/store"])
+    run_ranks(
+        WORKER,
+        WORLD,
+        lambda rank: [str(folder / f"{rank}.json"), f"file://{folder}/store"],
+        ASCEND_SIM_STREAMS=request.param,
+    )
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(WORLD)]
 
 

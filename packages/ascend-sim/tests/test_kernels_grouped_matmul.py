@@ -6,6 +6,7 @@ import torch
 import torch_npu
 from ascend_sim import counters
 from sim_bounds import FUNCTION, assert_close, assert_quantised, bound, dot_bound, gamma
+from sim_memory import is_unwritten
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 strict_only = pytest.mark.skipif(not torch.ops.ascend_sim.strict(), reason="ASCEND_SIM_STRICT=0")
@@ -74,7 +75,8 @@ def test_floating(dtype, single, biased, name):
         options["bias"] = [bias] if single else list(bias)
     for group_list in lists(counts):
         (out,) = run(grouped_matmul, [x], [weight] if single else list(weight), **options, **group_list)
-        assert_close(out, expected, allowed)
+        assert_close(out[: sum(counts)], expected[: sum(counts)], allowed[: sum(counts)])
+        assert is_unwritten(out[sum(counts) :])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -120,10 +122,11 @@ def test_int8_to_int32_is_exact(name, biased):
     for group_list in lists(counts):
         options = {"split_item": 2, "group_type": 0, "output_dtype": torch.int32, **group_list}
         (out,) = run(grouped_matmul, [x], [weight], bias=None if bias is None else [bias], **options)
-        assert torch.equal(out.long(), expected)
+        assert torch.equal(out[: sum(counts)].long(), expected[: sum(counts)])
+        assert is_unwritten(out[sum(counts) :])
     swapped = weight.transpose(1, 2).contiguous().npu().transpose(1, 2)
     (out,) = grouped_matmul(on("npu", [x]), [swapped], **on_npu(options))
-    assert biased or torch.equal(out.cpu().long(), expected)
+    assert biased or torch.equal(out.cpu().long()[: sum(counts)], expected[: sum(counts)])
 
 
 def on_npu(options):
@@ -177,7 +180,10 @@ def test_grouped_matmul_swiglu_quant(name):
     for e, rows in enumerate(groups(counts)):
         dense = x[rows].double() @ weight[e].double() * weight_scale[e].double() * x_scale[rows, None].double()
         expected[rows], error[rows] = swiglu(dense, roundings=3)
-    assert_quantised(y, scale, expected, error)
+    used = sum(counts)
+    assert_quantised(y[:used], scale[:used], expected[:used], error[:used])
+    assert is_unwritten(y[used:])
+    assert is_unwritten(scale[used:])
 
 
 @pytest.mark.parametrize("left", [True, False])
@@ -195,7 +201,9 @@ def test_dequant_swiglu_quant(left, smooth):
         dense = x[rows].double() * weight_scale[e].double() * token_scale[rows, None].double()
         factor = quant_scale[e].double() if smooth else 1
         expected[rows], error[rows] = (part * factor for part in swiglu(dense, left, roundings=4))
-    assert_quantised(y, scale, expected, error)
+    assert_quantised(y[:7], scale[:7], expected[:7], error[:7])
+    assert is_unwritten(y[7:])
+    assert is_unwritten(scale[7:])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch_npu
 from sim_bounds import assert_close, assert_quantised, bound, gamma
+from sim_memory import is_unwritten
 
 strict_only = pytest.mark.skipif(not torch.ops.ascend_sim.strict(), reason="ASCEND_SIM_STRICT=0")
 relaxed_only = pytest.mark.skipif(torch.ops.ascend_sim.strict(), reason="float32 needs ASCEND_SIM_STRICT=0")
@@ -67,7 +68,8 @@ def test_init_routing(dtype, name):
     for i, (place, _) in enumerate(sorted_pairs):
         assert torch.equal(out[i], x[place // k])
         assert scales[i] == scale[place // k]
-    assert not out[len(sorted_pairs) :].any()
+    assert is_unwritten(out[len(sorted_pairs) :])
+    assert is_unwritten(scales[len(sorted_pairs) :])
     row_of = {place: i for i, (place, _) in enumerate(sorted_pairs)}
     assert rows.tolist() == [row_of.get(place, -1) for place in range(ids.numel())]
     assert counts.tolist() == [sum(e == expert for _, e in sorted_pairs) for expert in range(first, last)]
@@ -75,6 +77,7 @@ def test_init_routing(dtype, name):
         x, ids, experts, active_expert_range=[first, last], row_idx_type=1, expert_tokens_num_type=2
     )
     assert scattered[: len(sorted_pairs)].tolist() == [place for place, _ in sorted_pairs]
+    assert is_unwritten(scattered[len(sorted_pairs) :])
     present = [[first + e, n] for e, n in enumerate(counts.tolist()) if n]
     assert table.tolist() == present + [[0, 0]] * (experts - len(present))
 

@@ -24,10 +24,10 @@ from ascend_sim.messages import say
 __all__ = ["compiled", "compiler", "native", "runtime"]
 
 HERE = Path(__file__).parent
-RUNTIME = HERE / "runtime" / "cann.c"
+RUNTIME = HERE / "runtime"
 RUNTIME_OPTIONS = ("-shared", "-fPIC", "-O2")
 OBJECT_OPTIONS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp")
-LIBRARY_OPTIONS = ("-shared", "-ltorch_cpu", "-lc10", "-fopenmp")
+LIBRARY_OPTIONS = ("-shared", "-ltorch_cpu", "-lc10", "-ltorch_npu", "-fopenmp")
 
 
 def compiler() -> str:
@@ -115,26 +115,27 @@ def run(command: Sequence[str]) -> None:
         raise RuntimeError(f"ascend-sim: the compiler failed ({' '.join(command[:3])} ...):\n{said[-4000:]}")
 
 
+def acl_headers() -> Path:
+    """The headers of CANN that the torch_npu wheel carries."""
+    return package_folder("torch_npu") / "include" / "third_party" / "acl" / "inc"
+
+
+def runtime_sources() -> list[Path]:
+    """The C sources and headers of the stub of CANN."""
+    return sorted(path for path in RUNTIME.iterdir() if path.suffix in (".c", ".h"))
+
+
 def runtime(sonames: Sequence[str]) -> Path:
     """Folder that holds the stub of CANN (`libascendcl.so`) and one empty library for each of `sonames`, which depends on it."""
     with cache.entry(_runtime_name(sonames)) as (final, made):
         if made:
-            headers = package_folder("torch_npu") / "include" / "third_party" / "acl" / "inc"
             shared = [compiler(), *RUNTIME_OPTIONS]
             stub = made / "libascendcl.so"
-            run(
-                [
-                    *shared,
-                    "-x",
-                    "c",
-                    f"-I{headers}",
-                    "-Wl,-soname,libascendcl.so",
-                    "-o",
-                    str(stub),
-                    str(RUNTIME),
-                    "-lpthread",
-                ]
-            )
+            sources = [str(source) for source in runtime_sources() if source.suffix == ".c"]
+            # g++ takes -x for the next file alone.
+            in_c = [option for source in sources for option in ("-x", "c", source)]
+            run([*shared, f"-I{acl_headers()}", "-Wl,-soname,libascendcl.so", "-o", str(stub), *in_c,
+                 "-x", "none", "-lpthread"])  # fmt: skip
             for name in sonames:
                 run([*shared, "-x", "c", "/dev/null", "-x", "none", "-Wl,--no-as-needed", f"-Wl,-soname,{name}.so", "-Wl,-rpath,$ORIGIN",
                      "-o", str(made / f"{name}.so"), str(stub)])  # fmt: skip
@@ -142,17 +143,17 @@ def runtime(sonames: Sequence[str]) -> Path:
 
 
 def _runtime_name(sonames: Sequence[str]) -> str:
-    return name_of("runtime", [RUNTIME], [*RUNTIME_OPTIONS, *sonames])
+    return name_of("runtime", runtime_sources(), [*RUNTIME_OPTIONS, *sonames])
 
 
 def headers_of(source: Path) -> list[Path]:
-    """The headers of this folder that a source includes, directly or by another one."""
+    """The headers of this package that a source includes, directly or by another one."""
     found: dict[Path, None] = {}
     waiting = [source]
     while waiting:
         for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', waiting.pop().read_text(encoding="utf-8"), re.MULTILINE):
-            header = source.parent / name
-            if header not in found:
+            header = next((folder / name for folder in (source.parent, RUNTIME) if (folder / name).exists()), None)
+            if header and header not in found:
                 found[header] = None
                 waiting.append(header)
     return sorted(found)
@@ -162,16 +163,16 @@ def object_file(source: Path) -> Path:
     """The object file of one C++ source, compiled against the installed torch."""
     with cache.entry(name_of(f"object-{source.stem}", [source, *headers_of(source)], OBJECT_OPTIONS)) as (final, made):
         if made:
-            torch = package_folder("torch")
-            include = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
+            torch, npu = package_folder("torch") / "include", package_folder("torch_npu") / "include"
+            include = [f"-I{path}" for path in (torch, torch / "torch/csrc/api/include", npu, acl_headers(), RUNTIME)]
             run([compiler(), *OBJECT_OPTIONS, *include, "-c", str(source), "-o", str(made / "native.o")])
     return final / "native.o"
 
 
 def native_sources() -> tuple[list[Path], list[Path]]:
-    """The C++ sources and headers of the operators."""
+    """The C++ sources of the operators, and the headers that they include."""
     folder = HERE / "native"
-    return sorted(folder.glob("*.cpp")), sorted(folder.glob("*.h"))
+    return sorted(folder.glob("*.cpp")), sorted([*folder.glob("*.h"), *RUNTIME.glob("*.h")])
 
 
 def _native_name() -> str:
@@ -196,9 +197,9 @@ def native() -> Path:
         if made:
             say("ascend-sim: compiling the simulator's kernels, once (a minute or two) ...")
             sources, _ = native_sources()
-            torch = package_folder("torch")
+            libraries = [package_folder(name) / "lib" for name in ("torch", "torch_npu")]
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
                 objects = list(pool.map(object_file, sources))
-            run([compiler(), "-o", str(made / "libascend_sim.so"), *map(str, objects), f"-L{torch}/lib", f"-Wl,-rpath,{torch}/lib",
-                 *LIBRARY_OPTIONS])  # fmt: skip
+            found = [option for folder in libraries for option in (f"-L{folder}", f"-Wl,-rpath,{folder}")]
+            run([compiler(), "-o", str(made / "libascend_sim.so"), *map(str, objects), *found, *LIBRARY_OPTIONS])
     return final / "libascend_sim.so"

@@ -83,6 +83,7 @@ def status(as_json: AsJson = False) -> None:
             shown.add_row("devices", f"{facts['devices']} (ASCEND_SIM_DEVICES)")
             shown.add_row("memory", f"{facts['memory_bytes'] / 2**30:g} GiB each (ASCEND_SIM_MEMORY)")
             shown.add_row("mode", "strict: as hardware" if facts["strict"] else "relaxed (ASCEND_SIM_STRICT=0)")
+            shown.add_row("side streams", f"{facts['streams']} (ASCEND_SIM_STREAMS)")
         Console().print(shown)
     if not facts["active"]:
         raise typer.Exit(1)
@@ -109,7 +110,7 @@ def _facts() -> dict[str, Any]:
         return facts
     facts["soc"] = loader.soc_name()
     facts["devices"], facts["memory_bytes"] = loader.device_count(), loader.device_bytes()
-    facts["strict"] = loader.strict()
+    facts["strict"], facts["streams"] = loader.strict(), loader.streams()
     try:
         facts["compiled"] = None not in facts["versions"].values() and build.compiled(loader.SONAMES)
         if facts["compiled"]:

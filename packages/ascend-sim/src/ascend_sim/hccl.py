@@ -41,7 +41,21 @@ class SimulatedHCCL(dist.ProcessGroupGloo):
         self._comm_name = f"hccl_{options.group_id}_{'-'.join(map(str, self.global_ranks))}"
 
     def get_hccl_comm_name(self, rank: int, init_comm: bool = True) -> str:
-        """Name of this group's communicator; `rank` is accepted for torch_npu's sake, one process drives one device."""
+        """Name of this group's communicator.
+
+        Args:
+            rank: this process's rank in the whole job. torch_npu takes it modulo the number of devices, to find the device whose communicator
+                is meant; so must it be here.
+            init_comm: accepted for torch_npu's sake; the communicator exists since the group does.
+
+        Raises:
+            ValueError: `rank` is negative, or stands for another device than that of this process.
+        """
+        own, devices = self.global_ranks[self.rank()], torch.accelerator.device_count()
+        if rank < 0 or rank % devices != own % devices:
+            raise ValueError(
+                f"get_hccl_comm_name: rank is {rank}; it must be this process's rank in the whole job, {own} (torch.distributed.get_rank())"
+            )
         return self._comm_name
 
     def process_group(self) -> dist.ProcessGroup:
@@ -112,7 +126,7 @@ def group_of(comm_name: str) -> SimulatedHCCL:
     """The group whose communicator has this name; RuntimeError where this process is in no such group."""
     _forget_destroyed()
     for backend in _alive.values():
-        if backend.get_hccl_comm_name(0) == comm_name:
+        if backend._comm_name == comm_name:
             return backend
     raise RuntimeError(
         f"no HCCL communicator is named {comm_name!r} in this process; take the name from group.get_hccl_comm_name(rank)"

@@ -26,6 +26,7 @@ __all__ = [
     "device_count",
     "memory_bytes",
     "soc_name",
+    "streams",
     "strict",
     "torch_spec",
     "watched_spec",
@@ -86,7 +87,7 @@ def decide() -> Decision:
 def _wrong_variable() -> str:
     """What is wrong with one of the simulator's variables; "" where nothing is."""
     try:
-        strict(), soc_name(), device_count(), device_bytes()
+        strict(), soc_name(), device_count(), device_bytes(), streams()
     except ValueError as error:
         return str(error)
     return ""
@@ -134,6 +135,16 @@ def strict() -> bool:
     if text not in ("0", "1"):
         raise ValueError(f"ASCEND_SIM_STRICT is {text!r}; allowed: 1 (as hardware), 0 (relaxed)")
     return text == "1"
+
+
+def streams() -> str:
+    """When the work of side streams is done: ASCEND_SIM_STREAMS, or "immediate"."""
+    text = os.environ.get("ASCEND_SIM_STREAMS") or "immediate"
+    if text not in ("immediate", "lazy"):
+        raise ValueError(
+            f"ASCEND_SIM_STREAMS is {text!r}; allowed: immediate (when it is called), lazy (when something waits for it)"
+        )
+    return text
 
 
 def torch_spec(name: str) -> ModuleSpec | None:

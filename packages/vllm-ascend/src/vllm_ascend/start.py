@@ -98,7 +98,7 @@ def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
 def _wrong_with_the_host(parallel: Any, host: Host) -> Iterator[str]:
     for family, chip in _ABSENT_CHIPS.items():
         if host.chip.startswith(chip):
-            yield f"this host's chip, {host.chip}, is of the family {family}, which vllm-ascend does not support; Atlas A2 and A3 are supported"
+            yield f"this host's chip, {host.chip}, is of the family {family}, which vllm-ascend does not support; serve on an Atlas A2 (Ascend910B) or A3 (Ascend910_93)"
     if parallel.distributed_executor_backend not in (None, "mp", "uni") or parallel.nnodes > 1:
         return  # the ranks are not all on this host
     rank = parallel.data_parallel_rank_local  # None: this process starts all replicas of this host

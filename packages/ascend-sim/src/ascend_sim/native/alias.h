@@ -38,6 +38,10 @@ inline at::Tensor owning_alias(const at::Tensor& t) {
   return at::from_blob(t.data_ptr(), t.sizes(), t.strides(), [t](void*) {}, t.options().device(c10::kCPU));
 }
 
+// Write over all of an npu tensor's memory what no program can take for results (memory.cpp); nothing for tensors elsewhere.
+void poison(const at::Tensor& t);
+at::Tensor poisoned_on_cpu(at::IntArrayRef sizes, at::ScalarType type);
+
 // A new npu tensor with the numbers of a CPU tensor.
 at::Tensor to_npu(const at::Tensor& cpu, c10::Device device);
 

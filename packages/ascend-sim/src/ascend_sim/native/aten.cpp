@@ -16,18 +16,6 @@ namespace ascend_sim {
 using c10::IValue;
 using torch::jit::Stack;
 
-at::Tensor to_npu(const at::Tensor& given, c10::Device device) {
-  at::Tensor cpu = given;
-  if (cpu.is_conj()) cpu = cpu.resolve_conj();
-  if (cpu.is_neg()) cpu = cpu.resolve_neg();
-  if (cpu._is_zerotensor()) cpu = at::zeros(cpu.sizes(), cpu.options());  // it has no memory
-  const bool dense = cpu.is_non_overlapping_and_dense();
-  if (!dense) cpu = cpu.clone(at::MemoryFormat::Preserve);
-  at::Tensor out = at::empty_strided(cpu.sizes(), cpu.strides(), cpu.options().device(device).pinned_memory(false));
-  if (cpu.numel()) std::memcpy(out.data_ptr(), cpu.const_data_ptr(), cpu.numel() * cpu.element_size());
-  return out;
-}
-
 namespace {
 std::mutex tally_mutex;
 std::map<std::string, Tally>& tallies() {
@@ -389,9 +377,15 @@ const std::set<std::string>& kept() {
   static const std::set<std::string> names = {
       "aten::empty.memory_format", "aten::empty_strided", "aten::set_.source_Storage", "aten::set_.source_Storage_storage_offset",
       "aten::set_.source_Tensor", "aten::set_", "aten::as_strided", "aten::view", "aten::_reshape_alias", "aten::resize_", "aten::record_stream",
-      "aten::is_pinned", "aten::_pin_memory", "aten::unfold", "aten::view_as_real", "aten::view_as_complex", "aten::is_set_to",
-      "aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize", "aten::_to_copy", "aten::_local_scalar_dense"};
+      "aten::is_pinned", "aten::_pin_memory", "aten::unfold", "aten::view_as_real", "aten::view_as_complex", "aten::is_set_to"};
   return names;
+}
+
+// Kernels of their own, below.
+bool crosses_devices(const std::string& full_name) {
+  static const std::set<std::string> names = {"aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize", "aten::_to_copy",
+                                              "aten::_local_scalar_dense"};
+  return names.count(full_name) > 0;
 }
 
 std::string full_name(const c10::OperatorName& name) { return name.overload_name.empty() ? name.name : name.name + "." + name.overload_name; }
@@ -413,7 +407,7 @@ void install() {
                                   op->getComputedKernelForDispatchKey(c10::DispatchKey::AutogradCPU), composite))
                             : torch::CppFunction::makeFallthrough());
     const bool cpu = op->hasKernelForDispatchKey(c10::DispatchKey::CPU) && !composite;  // a composite needs no kernel where torch_npu has none
-    if (kept().count(full_name(name)) || !(npu || cpu)) continue;
+    if (kept().count(full_name(name)) || crosses_devices(full_name(name)) || !(npu || cpu)) continue;
     const std::string full = full_name(name);
     aten.impl(full.c_str(), full == "aten::mm" || full == "aten::matmul" || full == "aten::addmm"
                                 ? torch::CppFunction::makeFromBoxedFunctor(std::make_unique<MatmulKernel>(op->schema()))
@@ -461,14 +455,20 @@ at::Tensor alias_of(const at::Tensor& t) { return owning_alias(t); }
 
 void install_comm();
 void install_kernels();
+void install_memory();
+void install_streams(const std::set<std::string>& immediate);
 
 TORCH_LIBRARY(ascend_sim, m) {
   m.def("install() -> ()", [] {
     Silence silence;
     c10::WarningUtils::WarningHandlerGuard guard(&silence);
     install();
+    install_memory();
     install_kernels();
     install_comm();
+    auto immediate = kept();
+    immediate.insert({"aten::empty_like", "aten::new_empty_strided", "aten::empty_with_format", "aten::unsafe_empty_with_format"});
+    install_streams(immediate);
   });
   m.def("counts() -> (str[], int[], int[])", &counts);
   m.def("reset_counts() -> ()", &reset_counts);

@@ -123,7 +123,8 @@ void check_int8(const char* op, at::ScalarType weight, at::ScalarType out, const
 Tensors aliases(const char* op, const char* argument, at::TensorList list) {
   Tensors out;
   for (const at::Tensor& t : list) {
-    on_device(op, argument, t);
+    if (std::string_view(argument) == "weight") on_device_in_any_format(op, argument, t);
+    else on_device(op, argument, t);
     out.push_back(cpu_alias(t));
   }
   return out;
@@ -198,8 +199,8 @@ Tensors separate(Call& c, int64_t split_item, const std::optional<at::Tensor>& g
   return out;
 }
 
-// group_type 0: the rows of x in groups, one result. Rows after the last group belong to none: zero here. The documentation wants no such rows,
-// but production code has them (a range of active experts, the padded result of a dispatch).
+// group_type 0: the rows of x in groups, one result. Rows after the last group belong to none and are not written. The documentation wants no such
+// rows, but production code has them (a range of active experts, the padded result of a dispatch).
 Tensors grouped(Call& c, int64_t split_item, const std::optional<at::Tensor>& group_list, int64_t group_list_type, at::Device device) {
   RULE("npu_grouped_matmul.split-item", split_item == 2 || split_item == 3, c.op, ": split_item must be 2 or 3 with group_type 0, got ", split_item);
   TORCH_CHECK(c.x.size() == 1 || static_cast<int64_t>(c.x.size()) == c.experts(), c.op, ": x must hold one tensor or one for each of the ",
@@ -237,7 +238,6 @@ Tensors grouped(Call& c, int64_t split_item, const std::optional<at::Tensor>& gr
     const at::Tensor mine = c.x.size() == 1 ? c.x[0].slice(0, begin, ends[e]) : c.x[e];
     c.run(e, mine, row_scale.defined() ? row_scale.slice(0, begin, ends[e]) : row_scale, all.slice(0, begin, ends[e]));
   }
-  all.slice(0, ends.empty() ? 0 : ends.back()).zero_();
   return {out};
 }
 

@@ -35,8 +35,18 @@ inline at::Tensor dense(const at::Tensor& t) {
   return cpu_alias(t).contiguous();
 }
 
-inline void on_device(const char* op, const char* argument, const at::Tensor& t) {
+// Whether a tensor has the format FRACTAL_NZ (format.cpp).
+bool is_fractal(const at::Tensor& t);
+
+// An operand that may have the format FRACTAL_NZ: the weight of some products.
+inline void on_device_in_any_format(const char* op, const char* argument, const at::Tensor& t) {
   TORCH_CHECK(on_npu(t), op, ": ", argument, " must be on the npu, got ", t.defined() ? t.device().str() : "an undefined tensor");
+}
+
+inline void on_device(const char* op, const char* argument, const at::Tensor& t) {
+  on_device_in_any_format(op, argument, t);
+  TORCH_CHECK(!strict() || !is_fractal(t), op, ": ", argument, " must have the format ND, got FRACTAL_NZ; npu_format_cast(", argument,
+              ", 2) converts it (ASCEND_SIM_STRICT=0 allows it)");
 }
 
 // Run f(begin, end) over [0, count), on several cores where there is enough to do: `work` is about the element operations of one row.

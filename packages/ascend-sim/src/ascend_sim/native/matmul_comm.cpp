@@ -23,7 +23,7 @@ bool given(const Optional& t) { return t && t->defined(); }
 
 void check_operands(const char* op, const at::Tensor& x1, const at::Tensor& x2, const Optional& bias, c10::string_view reduce_op, int64_t turn) {
   on_device(op, "x1", x1);
-  on_device(op, "x2", x2);
+  on_device_in_any_format(op, "x2", x2);
   RULE(".x2-rank", x2.dim() == 2, op, ": x2 must have 2 dimensions, got ", x2.sizes());
   RULE(".k", x1.dim() >= 2 && x1.size(-1) == x2.size(0), op, ": x1 ", x1.sizes(), " does not fit x2 ", x2.sizes());
   RULE(".x2-dtype", x1.scalar_type() == x2.scalar_type(), op, ": x1 and x2 must have one data type, got ", x1.scalar_type(), " and ",

@@ -29,7 +29,7 @@ inline std::vector<int32_t> sorted_places(const at::Tensor& ids, int64_t first, 
   return places;
 }
 
-// Row i of `to` is row source(i) of `from`, for i < count; rows after them are zero.
+// Row i of `to` is row source(i) of `from`, for i < count; later rows are not written.
 template <class F>
 void gather_rows(const at::Tensor& from, const at::Tensor& to, int64_t count, const F& source) {
   if (to.numel() == 0) return;
@@ -39,7 +39,6 @@ void gather_rows(const at::Tensor& from, const at::Tensor& to, int64_t count, co
   parallel(count, bytes / 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) std::memcpy(write + i * bytes, read + source(i) * bytes, bytes);
   });
-  std::memset(write + count * bytes, 0, (to.size(0) - count) * bytes);
 }
 
 // Dynamic quantisation of one row (torch_npu/_op_plugin_docs.py: npu_dynamic_quant): returns scale = max |row| / 127, writes

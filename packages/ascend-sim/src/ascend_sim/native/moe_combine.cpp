@@ -59,6 +59,8 @@ void add_up(const std::vector<const char*>& row_of, const float* scales, const T
   parallel(tokens, 2 * k * size, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(size);
     for (int64_t t = begin; t < end; ++t) {
+      const auto first = row_of.begin() + t * k;
+      if (!shared && std::none_of(first, first + k, [](const char* row) { return row; })) continue;  // masked: not written
       for (int64_t d = 0; d < size; ++d) sum[d] = shared ? static_cast<float>(shared[t * size + d]) : 0.0f;
       for (int64_t j = t * k; j < (t + 1) * k; ++j) {
         if (!row_of[j]) continue;

@@ -147,13 +147,13 @@ Dispatched dispatch(const at::Tensor& x, const at::Tensor& expert_ids, c10::stri
   const at::Tensor received = all_to_all(l, rows, sent, sources(l, arrivals));
 
   const int64_t everyone = global_bs ? global_bs : batch * l.world, room = everyone * std::min(l.local, k);
-  auto vector = [&](int64_t count, at::ScalarType type) { return zeros({count}, x.options().dtype(type)); };
-  const Dispatched out = {zeros({room, size}, x.options().dtype(quantised ? at::kChar : x.scalar_type())),
+  auto vector = [&](int64_t count, at::ScalarType type) { return at::empty({count}, x.options().dtype(type)); };
+  const Dispatched out = {at::empty({room, size}, x.options().dtype(quantised ? at::kChar : x.scalar_type())),
                           vector(room, at::kFloat),
                           vector(std::max(batch * k, room * 128), at::kInt),
                           vector(l.local, at::kLong),
                           vector(l.world * l.local + (expert_scales ? everyone * 2 * k * (l.world / 8) : 0), at::kInt),
-                          vector(tp_world_size, at::kInt),
+                          zeros({tp_world_size}, x.options().dtype(at::kInt)),
                           vector(expert_scales ? room : 0, at::kFloat)};
   return unpacked(l, arrivals, received, out, quantised, expert_token_nums_type == 0);
 }

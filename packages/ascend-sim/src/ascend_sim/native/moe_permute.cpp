@@ -160,7 +160,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> re_routing(const at::
   to = static_cast<int32_t*>(source.data_ptr());
   at::Tensor out = at::empty(tokens.sizes(), tokens.options());
   gather_rows(from, out, rows, [&](int64_t i) { return to[i]; });
-  at::Tensor scales = zeros({rows}, tokens.options().dtype(at::kFloat));
+  at::Tensor scales = at::empty({rows}, tokens.options().dtype(at::kFloat));
   if (per_token_scales && per_token_scales->defined()) {
     on_device(op, "per_token_scales", *per_token_scales);
     TORCH_CHECK(per_token_scales->scalar_type() == at::kFloat && per_token_scales->dim() == 1 && per_token_scales->size(0) == rows, op,

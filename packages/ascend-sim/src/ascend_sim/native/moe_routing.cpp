@@ -48,11 +48,11 @@ at::Tensor token_numbers(const Routing& r, int64_t kind, int64_t experts, const 
   return out;
 }
 
-// gather (0): the row of pair i, or -1. scatter (1): the pair of row i; after the valid rows -1.
+// gather (0): the row of pair i, or -1. scatter (1): the pair of row i; later ones are not written.
 at::Tensor row_numbers(const Routing& r, int64_t kind, const at::TensorOptions& options, int64_t pairs) {
   at::Tensor out = at::empty({pairs}, options);
   int32_t* to = static_cast<int32_t*>(out.data_ptr());
-  std::fill(to, to + pairs, -1);
+  if (kind == 0) std::fill(to, to + pairs, -1);
   for (size_t i = 0; i < r.places.size(); ++i) (kind == 0 ? to[r.places[i]] : to[i]) = kind == 0 ? static_cast<int32_t>(i) : r.places[i];
   return out;
 }
@@ -115,7 +115,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> init_routing(
 
   const auto options = x.options();
   at::Tensor out = at::empty({r.rows, x.size(1)}, options.dtype(quant_mode == 1 ? at::kChar : x.scalar_type()));
-  at::Tensor scales = zeros({r.rows}, options.dtype(at::kFloat));
+  at::Tensor scales = at::empty({r.rows}, options.dtype(at::kFloat));
   float* s = static_cast<float*>(scales.data_ptr());
   if (quant_mode == -1) {
     gather_rows(tokens, out, r.valid, [&](int64_t i) { return r.places[i] / r.k; });
@@ -124,7 +124,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> init_routing(
       for (int64_t i = 0; i < r.valid; ++i) s[i] = static_cast<const float*>(given.const_data_ptr())[r.places[i] / r.k];
     }
   } else {
-    std::memset(out.data_ptr(), 0, out.nbytes());
     const at::Tensor given = scale && scale->defined() ? floats(*scale) : at::Tensor();
     by_type(op, x.scalar_type(), [&](auto tag) { quantise_rows<decltype(tag)>(r, tokens, given, static_cast<int8_t*>(out.data_ptr()), s); });
   }

@@ -230,7 +230,9 @@ at::Tensor quant_matmul(const at::Tensor& x1, const at::Tensor& x2, const at::Te
                         at::OptionalIntArrayRef group_sizes, const Optional& y_scale) {
   static Tally& mine = tally("npu::npu_quant_matmul");
   const char* op = "npu_quant_matmul";
-  for (const at::Tensor* t : {&x1, &x2, &scale}) on_device(op, t == &x1 ? "x1" : t == &x2 ? "x2" : "scale", *t);
+  on_device(op, "x1", x1);
+  on_device_in_any_format(op, "x2", x2);
+  on_device(op, "scale", scale);
   TORCH_CHECK(!x1_dtype && !x2_dtype && !pertoken_scale_dtype && !scale_dtype && !group_sizes && !given(y_scale), op,
               ": x1_dtype, x2_dtype, pertoken_scale_dtype, scale_dtype, group_sizes and y_scale are not simulated");
   RULE("npu_quant_matmul.dtype", x1.scalar_type() == at::kChar && x2.scalar_type() == at::kChar, op,

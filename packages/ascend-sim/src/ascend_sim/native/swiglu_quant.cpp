@@ -64,7 +64,7 @@ at::Tensor by_group(const char* op, const char* argument, const std::optional<at
   return floats(*given);
 }
 
-// torch_npu/_op_plugin_docs.py: npu_dequant_swiglu_quant. Rows after the last group are not computed; they are zero here.
+// torch_npu/_op_plugin_docs.py: npu_dequant_swiglu_quant. Rows after the last group are not written.
 std::tuple<at::Tensor, at::Tensor> dequant_swiglu_quant(
     const at::Tensor& x, const std::optional<at::Tensor>& weight_scale, const std::optional<at::Tensor>& activation_scale,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& quant_scale, const std::optional<at::Tensor>& quant_offset,
@@ -118,7 +118,7 @@ std::tuple<at::Tensor, at::Tensor> dequant_swiglu_quant(
     added = dense(*bias);
   }
   const at::Tensor from = dense(x);
-  at::Tensor y = zeros({rows, half}, x.options().dtype(at::kChar)), scale = zeros({rows}, x.options().dtype(at::kFloat));
+  at::Tensor y = at::empty({rows, half}, x.options().dtype(at::kChar)), scale = at::empty({rows}, x.options().dtype(at::kFloat));
   Stage stage{width, {activate_left, swiglu_mode == 1, static_cast<float>(clamp_limit), static_cast<float>(glu_alpha), static_cast<float>(glu_bias)}};
   stage.bias = added.defined() ? static_cast<const int32_t*>(added.const_data_ptr()) : nullptr;
   auto run = [&](auto tag) {
@@ -136,7 +136,7 @@ std::tuple<at::Tensor, at::Tensor> dequant_swiglu_quant(
   return {y, scale};
 }
 
-// torch_npu/_op_plugin_docs.py: npu_grouped_matmul_swiglu_quant. Rows after group_list[-1] are not computed; they are zero here.
+// torch_npu/_op_plugin_docs.py: npu_grouped_matmul_swiglu_quant. Rows after group_list[-1] are not written.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_matmul_swiglu_quant(const at::Tensor& x, const at::Tensor& weight,
                                                                            const at::Tensor& group_list, const at::Tensor& weight_scale,
                                                                            const at::Tensor& x_scale, const std::optional<at::Tensor>& bias,
@@ -144,7 +144,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_matmul_swiglu_quant(const
   static Tally& mine = tally("npu::npu_grouped_matmul_swiglu_quant");
   const char* op = "npu_grouped_matmul_swiglu_quant";
   on_device(op, "x", x);
-  on_device(op, "weight", weight);
+  on_device_in_any_format(op, "weight", weight);
   on_device(op, "x_scale", x_scale);
   TORCH_CHECK(!bias && !offset, op, ": bias and offset must be None");
   TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kChar, op, ": x must be int8 [m, k], got ", x.scalar_type(), " ", x.sizes());
@@ -159,7 +159,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_matmul_swiglu_quant(const
   at::AutoDispatchBelowADInplaceOrView below;
   const at::Tensor scales = by_group(op, "weight_scale", weight_scale, experts, columns), from = cpu_alias(x), with = cpu_alias(weight),
                    rows_scale = floats(x_scale);
-  at::Tensor y = zeros({rows, columns / 2}, x.options()), scale = zeros({rows}, x.options().dtype(at::kFloat));
+  at::Tensor y = at::empty({rows, columns / 2}, x.options()), scale = at::empty({rows}, x.options().dtype(at::kFloat));
   for (int64_t e = 0, begin = 0; e < experts; begin = ends[e++]) {
     if (ends[e] == begin) continue;
     Stage stage{columns, {}};

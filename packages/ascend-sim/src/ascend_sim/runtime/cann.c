@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A stub of CANN's runtime: just enough for the real torch_npu to load and run where there is no NPU.
-// "Device" memory is host memory with byte accounting; streams are immediate; events are time stamps.
+// "Device" memory is host memory with byte accounting; streams and events are in streams.c.
 // It is compiled against the CANN headers that the torch_npu wheel carries, so the compiler checks every signature.
 //
 //   ASCEND_SIM_DEVICES   number of devices (default 8)
@@ -16,28 +16,24 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "acl/acl.h"
 #include "acl/acl_op_compiler.h"
+#include "streams.h"
 
 #define MAX_DEVICES 64
 #define HEADER 512  // keeps what aclrtMalloc returns aligned to 512 bytes, as on hardware
-#define OUT_OF_MEMORY 207001
 #define UNSUPPORTED 207000
 #define INVALID_DEVICE 107001
 #define NO_KERNEL 500001
 
 typedef struct { size_t bytes; int32_t device; } Block;
-typedef struct { int32_t id; } Stream;
-typedef struct { struct timespec time; } Event;
 
 static atomic_size_t used[MAX_DEVICES];
-static atomic_int next_stream = 1;
 static _Thread_local int32_t current_device = 0;
 static char contexts[MAX_DEVICES];  // the address of entry i is the context of device i
-static _Thread_local char last_error[256];
+static _Thread_local char last_error[2048];
 
 static long long from_environment(const char *name, long long fallback) {
   const char *text = getenv(name);
@@ -64,10 +60,12 @@ static int32_t device_count(void) {
 
 static size_t device_bytes(void) { return (size_t)from_environment("ASCEND_SIM_MEMORY_BYTES", 4LL << 30); }
 
-static aclError fail(aclError code, const char *reason) {
+aclError ascend_sim_fail(aclError code, const char *reason) {
   snprintf(last_error, sizeof last_error, "ascend-sim: %s", reason);
   return code;
 }
+
+static aclError fail(aclError code, const char *reason) { return ascend_sim_fail(code, reason); }
 
 // ---- life, versions, names -----------------------------------------------------------------------------------------------------------
 
@@ -107,8 +105,6 @@ aclError aclrtSetDevice(int32_t device) {
 
 aclError aclrtGetDevice(int32_t *device) { *device = current_device; return ACL_SUCCESS; }
 aclError aclrtResetDevice(int32_t device) { (void)device; return ACL_SUCCESS; }
-aclError aclrtSynchronizeDevice(void) { return ACL_SUCCESS; }
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) { (void)timeout; return ACL_SUCCESS; }
 aclError aclrtGetCurrentContext(aclrtContext *context) { *context = &contexts[current_device]; return ACL_SUCCESS; }
 aclError aclrtSetCurrentContext(aclrtContext context) { current_device = (int32_t)((char *)context - contexts); return ACL_SUCCESS; }
 
@@ -245,8 +241,8 @@ aclError aclrtMemcpy(void *to, size_t capacity, const void *from, size_t bytes, 
 }
 
 aclError aclrtMemcpyAsync(void *to, size_t capacity, const void *from, size_t bytes, aclrtMemcpyKind kind, aclrtStream stream) {
-  (void)stream;
-  return aclrtMemcpy(to, capacity, from, bytes, kind);
+  const aclError error = aclrtSynchronizeStream(stream);
+  return error ? error : aclrtMemcpy(to, capacity, from, bytes, kind);
 }
 
 aclError aclrtMemcpyAsyncWithCondition(void *to, size_t capacity, const void *from, size_t bytes, aclrtMemcpyKind kind, aclrtStream stream) {
@@ -260,8 +256,8 @@ aclError aclrtMemset(void *pointer, size_t capacity, int32_t value, size_t bytes
 }
 
 aclError aclrtMemsetAsync(void *pointer, size_t capacity, int32_t value, size_t bytes, aclrtStream stream) {
-  (void)stream;
-  return aclrtMemset(pointer, capacity, value, bytes);
+  const aclError error = aclrtSynchronizeStream(stream);
+  return error ? error : aclrtMemset(pointer, capacity, value, bytes);
 }
 
 aclError aclrtPointerGetAttributes(const void *pointer, aclrtPtrAttributes *attributes) {
@@ -270,84 +266,7 @@ aclError aclrtPointerGetAttributes(const void *pointer, aclrtPtrAttributes *attr
   return ACL_SUCCESS;
 }
 
-// ---- streams and events: everything has already happened ------------------------------------------------------------------------------
-
-aclError aclrtCreateStream(aclrtStream *stream) {
-  Stream *made = malloc(sizeof *made);
-  if (!made) return fail(OUT_OF_MEMORY, "out of host memory");
-  made->id = atomic_fetch_add(&next_stream, 1);
-  *stream = made;
-  return ACL_SUCCESS;
-}
-
-aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t priority, uint32_t flag) {
-  (void)priority; (void)flag;
-  return aclrtCreateStream(stream);
-}
-
-aclError aclrtDestroyStream(aclrtStream stream) { free(stream); return ACL_SUCCESS; }
-aclError aclrtDestroyStreamForce(aclrtStream stream) { free(stream); return ACL_SUCCESS; }
-aclError aclrtSynchronizeStream(aclrtStream stream) { (void)stream; return ACL_SUCCESS; }
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout) { (void)stream; (void)timeout; return ACL_SUCCESS; }
-aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) { (void)stream; (void)event; return ACL_SUCCESS; }
-aclError aclrtStreamGetId(aclrtStream stream, int32_t *id) { *id = stream ? ((Stream *)stream)->id : 0; return ACL_SUCCESS; }
-aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status) { (void)stream; *status = ACL_STREAM_STATUS_COMPLETE; return ACL_SUCCESS; }
-aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) { (void)stream; (void)mode; return ACL_SUCCESS; }
-aclError aclrtSetStreamOverflowSwitch(aclrtStream stream, uint32_t flag) { (void)stream; (void)flag; return ACL_SUCCESS; }
-aclError aclrtGetStreamOverflowSwitch(aclrtStream stream, uint32_t *flag) { (void)stream; *flag = 0; return ACL_SUCCESS; }
-
-aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag) {
-  (void)flag;
-  *event = calloc(1, sizeof(Event));
-  return *event ? ACL_SUCCESS : fail(OUT_OF_MEMORY, "out of host memory");
-}
-
-aclError aclrtCreateEventWithFlag(aclrtEvent *event, uint32_t flag) { return aclrtCreateEventExWithFlag(event, flag); }
-aclError aclrtDestroyEvent(aclrtEvent event) { free(event); return ACL_SUCCESS; }
-aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) { (void)event; (void)stream; return ACL_SUCCESS; }
-aclError aclrtSynchronizeEvent(aclrtEvent event) { (void)event; return ACL_SUCCESS; }
-
-aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
-  (void)stream;
-  clock_gettime(CLOCK_MONOTONIC, &((Event *)event)->time);
-  return ACL_SUCCESS;
-}
-
-aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status) {
-  (void)event;
-  *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;
-  return ACL_SUCCESS;
-}
-
-aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus *status) {
-  (void)event;
-  *status = ACL_EVENT_WAIT_STATUS_COMPLETE;
-  return ACL_SUCCESS;
-}
-
-aclError aclrtEventElapsedTime(float *milliseconds, aclrtEvent start, aclrtEvent end) {
-  struct timespec a = ((Event *)start)->time, b = ((Event *)end)->time;
-  *milliseconds = (float)((b.tv_sec - a.tv_sec) * 1e3 + (b.tv_nsec - a.tv_nsec) / 1e6);
-  return ACL_SUCCESS;
-}
-
-aclError aclrtEventGetTimestamp(aclrtEvent event, uint64_t *timestamp) {
-  struct timespec at = ((Event *)event)->time;
-  *timestamp = (uint64_t)at.tv_sec * 1000000u + (uint64_t)at.tv_nsec / 1000u;
-  return ACL_SUCCESS;
-}
-
-aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void *argument) {
-  (void)stream;
-  function(argument);
-  return ACL_SUCCESS;
-}
-
-aclError aclrtLaunchCallback(aclrtCallback function, void *data, aclrtCallbackBlockType block, aclrtStream stream) {
-  (void)block; (void)stream;
-  function(data);
-  return ACL_SUCCESS;
-}
+// ---- reports of callbacks: streams.c calls them itself -----------------------------------------------------------------------------------
 
 aclError aclrtSubscribeReport(uint64_t thread, aclrtStream stream) { (void)thread; (void)stream; return ACL_SUCCESS; }
 aclError aclrtUnSubscribeReport(uint64_t thread, aclrtStream stream) { (void)thread; (void)stream; return ACL_SUCCESS; }
