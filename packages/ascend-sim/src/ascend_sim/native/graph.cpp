@@ -78,6 +78,7 @@ class Recorder final : public c10::OperatorKernel {
     }
     random_ |= draw.count(name_) > 0;
     collective_ = name_.starts_with("c10d::");
+    writes_ |= !name_.starts_with("aten::");  // torch_npu's schemas do not always say what is written
     reads_ = op.hasTag(at::Tag::data_dependent_output) || op.hasTag(at::Tag::dynamic_output_shape) || name_ == "aten::_local_scalar_dense";
     indexes_ = name_ == "aten::index" || name_ == "aten::index_put" || name_ == "aten::index_put_" || name_ == "aten::_index_put_impl_";
     copies_ = name_ == "aten::copy_" || name_ == "aten::_copy_from" || name_ == "aten::_to_copy" || name_ == "aten::_copy_from_and_resize";
@@ -166,6 +167,9 @@ class Recorder final : public c10::OperatorKernel {
     const Stack given(stack->begin() + base, stack->end());
     try {
       run(op, keys, stack);
+    } catch (const c10::Error& error) {
+      ascend_sim_graph_invalidate(stream, (name_ + ": " + error.what_without_backtrace()).c_str());
+      throw;
     } catch (const std::exception& error) {
       ascend_sim_graph_invalidate(stream, (name_ + ": " + error.what()).c_str());
       throw;
@@ -233,6 +237,8 @@ class Recorder final : public c10::OperatorKernel {
           for (size_t i = 0; i < list.size(); ++i) write(node.results[r][i], list[i]);
         }
       }
+    } catch (const c10::Error& error) {
+      return ascend_sim_fail(TASK_FAILED, ("the replay of a graph failed in " + node.recorder->name() + ": " + error.what_without_backtrace()).c_str());
     } catch (const std::exception& error) {
       return ascend_sim_fail(TASK_FAILED, ("the replay of a graph failed in " + node.recorder->name() + ": " + error.what()).c_str());
     }
@@ -286,7 +292,11 @@ void reset_counts() {
 
 void install_graph(const std::set<std::string>& immediate) {
   immediate_names = immediate;
-  ascend_sim_graph_before_first(install_recorder);
+  ascend_sim_graph_before_capture([] {
+    static const bool installed = (install_recorder(), true);
+    (void)installed;
+    ascend_sim_immediate(c10_npu::getDefaultNPUStream(c10_npu::getCurrentNPUStream().device_index()).stream(false));
+  });
 }
 
 TORCH_LIBRARY_FRAGMENT(ascend_sim, m) {

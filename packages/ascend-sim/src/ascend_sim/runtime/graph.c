@@ -2,7 +2,7 @@
 //
 // Graphs: what is captured from streams and replayed as one launch (aclmdlRI*). A graph is the list of what was asked of the stream where the
 // capture began, and of those that joined it by events, in the order in which the host asked; a replay does it again in that order. It stops
-// where it waits for an event from outside (ACL_EVENT_EXTERNAL), as the device does, and goes on when that is recorded. So an update of
+// where it waits for a word of memory (torch.npu.ExternalEvent is one), as the device does, and goes on when that is written. So an update of
 // operators may come before a replay or after it. What would wait for such a replay in vain is an error.
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -16,11 +16,16 @@
 #define lock ascend_sim_lock
 
 typedef struct {
-  enum { OPERATOR, WAIT, RESET, RECORD } kind;
+  uint64_t *at, value;
+} Word;
+
+typedef struct {
+  enum { OPERATOR, WAIT, WRITE } kind;
   aclError (*run)(void *);
   void (*drop)(void *);
   void *argument;
-  Event *event;
+  Word word;      // that is waited for, or written
+  uint32_t flag;  // how the word is compared
 } Node;
 
 struct Group {  // the operators between ..TaskGrpBegin and ..TaskGrpEnd
@@ -59,7 +64,7 @@ static Replay *waiting;
 static atomic_int active;  // captures, updates and replays that wait
 static atomic_ullong serials = 1;
 static atomic_llong replays, updates;
-static void (*before_first)(void);
+static void (*before_capture)(void);
 static _Thread_local aclmdlRICaptureMode thread_mode = ACL_MODEL_RI_CAPTURE_MODE_GLOBAL;
 
 static aclError fail(aclError code, const char *format, ...) {
@@ -76,7 +81,7 @@ int ascend_sim_late(aclrtStream stream) {
   return stream && !((Stream *)stream)->immediate && streams && !strcmp(streams, "lazy");
 }
 
-void ascend_sim_graph_before_first(void (*before)(void)) { before_first = before; }
+void ascend_sim_graph_before_capture(void (*before)(void)) { before_capture = before; }
 int ascend_sim_graph_active(void) { return atomic_load_explicit(&active, memory_order_relaxed); }
 
 void ascend_sim_graph_counts(int64_t *all_replays, int64_t *all_updates) {
@@ -175,14 +180,37 @@ void ascend_sim_graph_invalidate(aclrtStream stream, const char *reason) {
 
 // ---- replays -----------------------------------------------------------------------------------------------------------------------------
 
-// Whether an event from outside is there; the tasks of the stream that records it run one by one until it is.
-static int there(Event *event) {
-  while (!event->recorded && event->stream && event->stream->done < event->stream->queued) {
-    const uint64_t done = event->stream->done;
-    ascend_sim_run_until(event->stream, done + 1);
-    if (event->stream->done == done) break;
+static aclError write_late(void *argument) {
+  const Word *word = argument;
+  *word->at = word->value;
+  free(argument);
+  return ACL_SUCCESS;
+}
+
+static int holds(const Node *node) {
+  switch (node->flag) {
+    case 0: return (int64_t)(*node->word.at - node->word.value) >= 0;
+    case 1: return *node->word.at == node->word.value;
+    case 2: return (*node->word.at & node->word.value) != 0;
+    default: return ~(*node->word.at | node->word.value) != 0;
   }
-  return event->recorded;
+}
+
+// Whether a word of memory is what a graph waits for; tasks of other streams that write it run until it is.
+static int there(const Node *node) {
+  for (Stream *stream = ascend_sim_streams; stream && !holds(node); stream = stream->next) {
+    uint64_t position = stream->done;
+    for (const Task *task = stream->first; task; task = task->next) {
+      ++position;
+      if (task->run != write_late || ((const Word *)task->argument)->at != node->word.at) continue;
+      ascend_sim_run_until(stream, position);
+      if (holds(node)) break;
+      task = stream->first;
+      position = stream->done + 1;
+      if (!task) break;
+    }
+  }
+  return holds(node);
 }
 
 // Go on with a replay to its end, or to an event that is not there. With the lock held.
@@ -192,9 +220,8 @@ static void progress(Replay *replay) {
   replay->running = 1;
   for (; replay->at < graph->count; ++replay->at) {
     const Node *node = &graph->nodes[replay->at];
-    if (node->kind == WAIT && !there(node->event)) break;
-    if (node->kind == RESET) node->event->recorded = 0;
-    if (node->kind == RECORD) node->event->recorded = 1;
+    if (node->kind == WAIT && !there(node)) break;
+    if (node->kind == WRITE) *node->word.at = node->word.value;
     if (node->kind != OPERATOR || replay->error) continue;
     pthread_mutex_unlock(&lock);
     const aclError error = node->run(node->argument);
@@ -294,48 +321,17 @@ static aclError go_on(void) {
   return error;
 }
 
-static aclError record_late(void *event) {
-  pthread_mutex_lock(&lock);
-  ((Event *)event)->recorded = 1;
-  pthread_mutex_unlock(&lock);
-  return ACL_SUCCESS;
-}
-
-static aclError reset_late(void *event) {
-  pthread_mutex_lock(&lock);
-  ((Event *)event)->recorded = 0;
-  pthread_mutex_unlock(&lock);
-  return ACL_SUCCESS;
-}
-
-int ascend_sim_graph_record(Event *event, Stream *stream, aclError *error) {
-  *error = ACL_SUCCESS;
-  const int external = event->flag & ACL_EVENT_EXTERNAL;
-  if (stream && stream->capture) {
-    if (external) add(stream->capture, (Node){.kind = RECORD, .event = event});
-    event->capture = stream->capture->serial;
-    event->captured = stream->captured;
-    event->stream = stream;
-    return 1;
-  }
+int ascend_sim_graph_record(Event *event, Stream *stream) {
   event->capture = 0;
-  if (!external) return 0;
+  if (!stream || !stream->capture) return 0;
+  event->capture = stream->capture->serial;
+  event->captured = stream->captured;
   event->stream = stream;
-  if (ascend_sim_late(stream)) {
-    ascend_sim_append(stream, (Task){.run = record_late, .argument = event});
-  } else {
-    event->recorded = 1;
-    *error = go_on();
-  }
   return 1;
 }
 
 int ascend_sim_graph_wait(Stream *stream, Event *event, aclError *error) {
   *error = ACL_SUCCESS;
-  if (stream && stream->capture && event->flag & ACL_EVENT_EXTERNAL) {
-    add(stream->capture, (Node){.kind = WAIT, .event = event});
-    return 1;
-  }
   if (!stream) return 0;
   Graph *graph = captures;
   while (graph && graph->serial != event->capture) graph = graph->next;
@@ -351,12 +347,34 @@ int ascend_sim_graph_wait(Stream *stream, Event *event, aclError *error) {
   return 1;
 }
 
-int ascend_sim_graph_reset(Event *event, Stream *stream, aclError *error) {
-  *error = ACL_SUCCESS;
-  if (stream && stream->capture) add(stream->capture, (Node){.kind = RESET, .event = event});
-  else if (ascend_sim_late(stream)) ascend_sim_append(stream, (Task){.run = reset_late, .argument = event});
-  else event->recorded = 0;
-  return 1;
+aclError aclrtValueWrite(void *address, uint64_t value, uint32_t flag, aclrtStream handle) {
+  (void)flag;
+  Stream *stream = handle;
+  const Word word = {address, value};
+  aclError error = ACL_SUCCESS;
+  pthread_mutex_lock(&lock);
+  if (stream && stream->capture) {
+    add(stream->capture, (Node){.kind = WRITE, .word = word});
+  } else if (ascend_sim_late(stream)) {
+    Word *kept = malloc(sizeof *kept);
+    if (!kept) abort();
+    *kept = word;
+    ascend_sim_append(stream, (Task){.run = write_late, .argument = kept});
+  } else {
+    *word.at = word.value;
+    error = go_on();
+  }
+  pthread_mutex_unlock(&lock);
+  return error;
+}
+
+aclError aclrtValueWait(void *address, uint64_t value, uint32_t flag, aclrtStream handle) {
+  Stream *stream = handle;
+  if (!stream || !stream->capture) return fail(CAPTURE_REFUSED, "aclrtValueWait: waiting for a value is simulated in graphs only");
+  pthread_mutex_lock(&lock);
+  add(stream->capture, (Node){.kind = WAIT, .word = {address, value}, .flag = flag});
+  pthread_mutex_unlock(&lock);
+  return ACL_SUCCESS;
 }
 
 aclError ascend_sim_graph_host_waits(const char *function, Stream *stream, Event *event) {
@@ -383,11 +401,7 @@ aclError ascend_sim_graph_host_waits(const char *function, Stream *stream, Event
 
 aclError aclmdlRICaptureBegin(aclrtStream handle, aclmdlRICaptureMode mode) {
   Stream *stream = handle;
-  if (before_first) {
-    void (*const before)(void) = before_first;
-    before_first = NULL;
-    before();
-  }
+  if (before_capture) before_capture();
   if (!stream || stream->immediate) return fail(CAPTURE_REFUSED, "the default stream cannot be captured; use torch.npu.stream(torch.npu.Stream())");
   if (stream->capture) return fail(CAPTURE_REFUSED, "this stream is being captured already");
   aclError error = aclrtSynchronizeStream(handle);

@@ -9,8 +9,8 @@
 extern "C" {
 #endif
 
-/* Call `before` once, when the first capture begins. */
-void ascend_sim_graph_before_first(void (*before)(void));
+/* Call `before` whenever a capture begins. It tells ascend_sim_immediate which stream is the default one. */
+void ascend_sim_graph_before_capture(void (*before)(void));
 
 /* Whether a capture, an update or a replay that waits is under way anywhere in the process: nothing below need be asked where not. */
 int ascend_sim_graph_active(void);

@@ -43,11 +43,11 @@ typedef struct {
   Stream *stream;
   uint64_t position;
   uint32_t flag;
-  int recorded; /* of an event from outside of graphs (ACL_EVENT_EXTERNAL): since it was last reset */
   uint64_t capture, captured; /* the graph in whose capture it was recorded, 0 for none, and how many operators the stream had in it by then */
 } Event;
 
 extern pthread_mutex_t ascend_sim_lock;
+extern Stream *ascend_sim_streams; /* all that were ever made: events and tasks may name one that is destroyed */
 
 /* The three below: with the lock held. */
 
@@ -56,10 +56,9 @@ aclError ascend_sim_run_until(Stream *stream, uint64_t position);
 
 uint64_t ascend_sim_append(Stream *stream, Task task);
 
-/* What graph.c makes of calls that streams.c gets. Each returns whether the call has been dealt with, by `error`. */
-int ascend_sim_graph_record(Event *event, Stream *stream, aclError *error);
+/* What graph.c makes of calls that streams.c gets: with the lock held. Each returns whether it has dealt with the call. */
+int ascend_sim_graph_record(Event *event, Stream *stream);
 int ascend_sim_graph_wait(Stream *stream, Event *event, aclError *error);
-int ascend_sim_graph_reset(Event *event, Stream *stream, aclError *error);
 
 /* An error where the host would wait during a capture: for `stream` or `event`, or for the device where both are NULL. */
 aclError ascend_sim_graph_host_waits(const char *function, Stream *stream, Event *event);

@@ -10,10 +10,11 @@
 #include <time.h>
 
 #include "acl/acl.h"
+#include "graph.h"
 #include "state.h"
 
 static atomic_int next_id = 1;
-static Stream *streams;  // all that were ever made: events and tasks may name one that is destroyed
+Stream *ascend_sim_streams;
 pthread_mutex_t ascend_sim_lock = PTHREAD_MUTEX_INITIALIZER;
 #define lock ascend_sim_lock
 static pthread_cond_t moved = PTHREAD_COND_INITIALIZER;
@@ -63,7 +64,7 @@ uint64_t ascend_sim_append(Stream *stream, Task task) {
 
 static aclError wait_for(Stream *waiting, Stream *stream, uint64_t position) {
   if (!stream || stream->done >= position || stream == waiting) return ACL_SUCCESS;
-  if (!waiting || waiting->immediate) return ascend_sim_run_until(stream, position);
+  if (!ascend_sim_late(waiting)) return ascend_sim_run_until(stream, position);
   ascend_sim_append(waiting, (Task){.on = stream, .position = position});
   return ACL_SUCCESS;
 }
@@ -93,8 +94,8 @@ aclError aclrtCreateStream(aclrtStream *stream) {
   if (!made) return ascend_sim_fail(OUT_OF_MEMORY, "out of host memory");
   made->id = atomic_fetch_add(&next_id, 1);
   pthread_mutex_lock(&lock);
-  made->next = streams;
-  streams = made;
+  made->next = ascend_sim_streams;
+  ascend_sim_streams = made;
   pthread_mutex_unlock(&lock);
   *stream = made;
   return ACL_SUCCESS;
@@ -118,7 +119,7 @@ aclError aclrtSynchronizeDevice(void) {  // of all devices: a process drives one
   aclError result = ascend_sim_graph_host_waits("aclrtSynchronizeDevice", NULL, NULL);
   if (result) return result;
   pthread_mutex_lock(&lock);
-  for (Stream *stream = streams; stream; stream = stream->next) {
+  for (Stream *stream = ascend_sim_streams; stream; stream = stream->next) {
     const aclError error = run_all(stream);
     if (error && !result) result = error;
   }
@@ -178,26 +179,18 @@ aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag) {
 
 aclError aclrtCreateEventWithFlag(aclrtEvent *event, uint32_t flag) { return aclrtCreateEventExWithFlag(event, flag); }
 aclError aclrtDestroyEvent(aclrtEvent event) { free(event); return ACL_SUCCESS; }
-
-aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) {
-  aclError error;
-  pthread_mutex_lock(&lock);
-  ascend_sim_graph_reset(event, stream, &error);
-  pthread_mutex_unlock(&lock);
-  return error;
-}
+aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) { (void)event; (void)stream; return ACL_SUCCESS; }
 
 aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
   Event *mark = event;
-  aclError error;
   pthread_mutex_lock(&lock);
-  if (!ascend_sim_graph_record(mark, stream, &error)) {
+  if (!ascend_sim_graph_record(mark, stream)) {
     mark->stream = stream;
     mark->position = stream ? mark->stream->queued : 0;
   }
   pthread_mutex_unlock(&lock);
   clock_gettime(CLOCK_MONOTONIC, &mark->time);
-  return error;
+  return ACL_SUCCESS;
 }
 
 aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
