@@ -211,7 +211,9 @@ def test_streams_join_by_events():
 def test_graphed_callables_and_their_gradients():
     layer = torch.nn.Linear(8, 8, device="npu")
     sample = torch.randn(4, 8, device="npu", requires_grad=True)
-    graphed = torch.npu.make_graphed_callables(lambda x: torch.relu(torch.nn.functional.linear(x, layer.weight.detach())), (sample,))
+    graphed = torch.npu.make_graphed_callables(
+        lambda x: torch.relu(torch.nn.functional.linear(x, layer.weight.detach())), (sample,)
+    )
     x = torch.randn(4, 8, device="npu", requires_grad=True)
     y = x.detach().clone().requires_grad_()
     graphed(x).sum().backward()

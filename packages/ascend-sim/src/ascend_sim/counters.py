@@ -18,7 +18,17 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-__all__ = ["Counting", "GraphCount", "OperatorCount", "Snapshot", "TrafficCount", "counting", "reset", "snapshot", "table"]
+__all__ = [
+    "Counting",
+    "GraphCount",
+    "OperatorCount",
+    "Snapshot",
+    "TrafficCount",
+    "counting",
+    "reset",
+    "snapshot",
+    "table",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +77,7 @@ class GraphCount:
 
     def __sub__(self, earlier: GraphCount) -> GraphCount:
         """What came after `earlier`."""
-        return GraphCount(
-            self.replays - earlier.replays, self.updates - earlier.updates, self.calls - earlier.calls
-        )
+        return GraphCount(self.replays - earlier.replays, self.updates - earlier.updates, self.calls - earlier.calls)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,8 @@ struct Operator {
   std::vector<std::vector<at::Tensor>> results;  // for each of them its tensors
 };
 
+using Update = std::pair<std::shared_ptr<Operator>, Stack>;  // its new arguments
+
 class Recorder final : public c10::OperatorKernel {
  public:
   explicit Recorder(const c10::OperatorHandle& op)
@@ -90,10 +92,10 @@ class Recorder final : public c10::OperatorKernel {
     if (inside || !ascend_sim_graph_active()) return inner_.callBoxed(op, keys, stack);
     const aclrtStream stream = c10_npu::getCurrentNPUStream().stream(false);
     switch (ascend_sim_graph_place(stream)) {
-      case ASCEND_SIM_RUNS: check(ascend_sim_graph_settle(stream)); return inner_.callBoxed(op, keys, stack);
-      case ASCEND_SIM_CAPTURED: return capture(stream, op, keys, stack);
-      case ASCEND_SIM_UPDATES: return update(stream, op, keys, stack);
-      case ASCEND_SIM_STRAYS: refuse(stream, " runs on a stream that has not joined the capture: let it wait for an event of the stream where the capture began");
+      case PLACE_RUNS: check(ascend_sim_graph_settle(stream)); return inner_.callBoxed(op, keys, stack);
+      case PLACE_CAPTURED: return capture(stream, op, keys, stack);
+      case PLACE_UPDATES: return update(stream, op, keys, stack);
+      case PLACE_STRAYS: refuse(stream, " runs on a stream that has not joined the capture: let it wait for an event of the stream where the capture began");
     }
   }
 
@@ -162,7 +164,7 @@ class Recorder final : public c10::OperatorKernel {
 
   void capture(aclrtStream stream, const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) const {
     const size_t base = stack->size() - op.schema().arguments().size();
-    if (host_only_) return inner_.callBoxed(op, keys, stack);
+    if (host_only_) return run(op, keys, stack);
     check_rules(stream, *stack, base);
     const Stack given(stack->begin() + base, stack->end());
     try {
@@ -175,19 +177,20 @@ class Recorder final : public c10::OperatorKernel {
       throw;
     }
     if (!writes_ && !collective_ && only_views(given, *stack, base)) return;
-    auto* node = new Operator{this, op, keys, {}, {}};
+    auto node = std::make_shared<Operator>(Operator{this, op, keys, {}, {}});
     for (const IValue& value : given) node->arguments.push_back(each_tensor(value, unowned));
     for (size_t r = base; r < stack->size() && !collective_; ++r) node->results.push_back(tensors_of((*stack)[r]));
-    ascend_sim_graph_add(stream, replay, drop, node);
+    ascend_sim_graph_add(stream, replay, drop, new std::shared_ptr<Operator>(node));
   }
 
   void update(aclrtStream stream, const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) const {
-    if (host_only_) return inner_.callBoxed(op, keys, stack);
+    if (host_only_) return run(op, keys, stack);
     const size_t count = op.schema().arguments().size(), base = stack->size() - count;
-    auto* node = static_cast<Operator*>(ascend_sim_graph_next(stream));
-    TORCH_CHECK(node, name_, ": the task group that is updated has no more operators");
+    const auto* found = static_cast<std::shared_ptr<Operator>*>(ascend_sim_graph_next(stream));
+    TORCH_CHECK(found, name_, ": the task group that is updated has no more operators");
+    const auto node = *found;  // kept until the update has run, for the graph may be gone by then
     TORCH_CHECK(node->op == op, name_, ": the task group that is updated has ", node->recorder->name(), " here");
-    auto* fresh = new std::pair<Operator*, Stack>(node, {});
+    auto* fresh = new Update(node, {});
     for (size_t i = base; i < stack->size(); ++i) fresh->second.push_back(each_tensor((*stack)[i], unowned));
     stack->resize(base);
     for (const auto& result : node->results) {
@@ -199,7 +202,7 @@ class Recorder final : public c10::OperatorKernel {
   }
 
   static aclError put(void* argument) {
-    const std::unique_ptr<std::pair<Operator*, Stack>> fresh(static_cast<std::pair<Operator*, Stack>*>(argument));
+    const std::unique_ptr<Update> fresh(static_cast<Update*>(argument));
     fresh->first->arguments = std::move(fresh->second);
     return ACL_SUCCESS;
   }
@@ -225,7 +228,7 @@ class Recorder final : public c10::OperatorKernel {
   }
 
   static aclError replay(void* argument) {
-    const Operator& node = *static_cast<const Operator*>(argument);
+    const Operator& node = **static_cast<const std::shared_ptr<Operator>*>(argument);
     const int64_t before = calls_of_thread;
     try {
       Stack stack = node.arguments;
@@ -246,7 +249,7 @@ class Recorder final : public c10::OperatorKernel {
     return ACL_SUCCESS;
   }
 
-  static void drop(void* argument) { delete static_cast<Operator*>(argument); }
+  static void drop(void* argument) { delete static_cast<std::shared_ptr<Operator>*>(argument); }
 
   c10::SafeKernelFunction inner_;
   std::string name_;

@@ -134,13 +134,13 @@ static void invalidate(Graph *graph, const char *reason) {
 
 enum AscendSimPlace ascend_sim_graph_place(aclrtStream handle) {
   Stream *stream = handle;
-  if (!stream) return ASCEND_SIM_RUNS;
-  if (stream->capture) return ASCEND_SIM_CAPTURED;
-  if (stream->updating) return ASCEND_SIM_UPDATES;
-  enum AscendSimPlace place = ASCEND_SIM_RUNS;
+  if (!stream) return PLACE_RUNS;
+  if (stream->capture) return PLACE_CAPTURED;
+  if (stream->updating) return PLACE_UPDATES;
+  enum AscendSimPlace place = PLACE_RUNS;
   pthread_mutex_lock(&lock);
   for (Graph *graph = captures; graph; graph = graph->next)
-    if (pthread_equal(graph->thread, pthread_self())) place = ASCEND_SIM_STRAYS;
+    if (pthread_equal(graph->thread, pthread_self())) place = PLACE_STRAYS;
   pthread_mutex_unlock(&lock);
   return place;
 }

@@ -17,10 +17,10 @@ int ascend_sim_graph_active(void);
 
 /* What becomes of an operator that this thread calls on `stream`. */
 enum AscendSimPlace {
-  ASCEND_SIM_RUNS = 0,     /* it runs, after a replay that waits on this stream has gone on: ascend_sim_graph_settle */
-  ASCEND_SIM_CAPTURED = 1, /* it becomes part of a graph: ascend_sim_graph_add */
-  ASCEND_SIM_UPDATES = 2,  /* it gives an operator of a task group its new arguments: ascend_sim_graph_next */
-  ASCEND_SIM_STRAYS = 3,   /* this thread captures, and `stream` has not joined the capture */
+  PLACE_RUNS = 0,     /* it runs, after a replay that waits on this stream has gone on: ascend_sim_graph_settle */
+  PLACE_CAPTURED = 1, /* it becomes part of a graph: ascend_sim_graph_add */
+  PLACE_UPDATES = 2,  /* it gives an operator of a task group its new arguments: ascend_sim_graph_next */
+  PLACE_STRAYS = 3,   /* this thread captures, and `stream` has not joined the capture */
 };
 enum AscendSimPlace ascend_sim_graph_place(aclrtStream stream);
 
