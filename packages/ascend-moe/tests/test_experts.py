@@ -80,6 +80,38 @@ def test_rows_after_the_counted_ones_change_nothing():
     assert torch.equal(forward(1, 5), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_and_clipped_swiglu(dtype):
+    """Experts as GPT-OSS has them, of whole numbers, of which every product and sum is exact: each row after the expert of its slot."""
+    w13, w2 = (
+        torch.tensor([[[1.0, -1.0, 2.0, 0.0]], [[0.0, 1.0, 1.0, -2.0]]]),
+        torch.tensor([[[2.0], [1.0]], [[1.0], [-1.0]]]),
+    )
+    first, second = torch.tensor([[1.0, 2.0, 3.0, 4.0], [-1.0, -2.0, -3.0, -4.0]]), torch.tensor([[5.0], [6.0]])
+    rows = torch.tensor([[1.0], [4.0], [2.0]])
+    activation = Activation(limit=7.0, alpha=1.702, up_bias=1.0, interleaved=True)
+    placed = {"w13": w13.to(dtype).npu(), "w2": w2.to(dtype).npu(), "activation": activation}
+    biased = {
+        "w13_bias": first.npu(),
+        "w2_bias": second.npu(),
+    }  # float32 beside bfloat16 weights, as the kernel takes it
+
+    def forward(**options):
+        dispatched = Dispatched(rows=rows.to(dtype).npu(), counts=torch.tensor([2, 1]).npu(), scales=None)
+        return FloatExperts(**placed, **options).forward(dispatched, dtype).cpu()
+
+    expected = []
+    for row, slot in zip(rows.double(), (0, 0, 1), strict=True):
+        gate, up = (row @ w13[slot].double() + first[slot].double()).view(2, 2).unbind(1)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        expected.append(gate * torch.sigmoid(1.702 * gate) * (up + 1) @ w2[slot].double() + second[slot].double())
+    size = torch.stack(expected).abs() + 8 * 7 * 3  # of the two terms of each sum, at most
+    assert ((forward(**biased).double() - torch.stack(expected)).abs() <= 4 * torch.finfo(dtype).eps * size).all()
+    for left_out in biased:
+        others = {name: bias for name, bias in biased.items() if name != left_out}
+        assert not torch.equal(forward(**others), forward(**biased))
+
+
 FLOAT = {"w13": torch.zeros(2, 8, 12), "w2": torch.zeros(2, 6, 8)}
 INT8 = {
     "w13": FLOAT["w13"].to(torch.int8),
@@ -92,6 +124,16 @@ INT8 = {
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
+        (
+            FloatExperts,
+            {"w13_bias": torch.zeros(2, 8)},
+            r"w13_bias of \[2, 8\], torch.float32 on cpu must be \[2, 12\], torch.float32",
+        ),
+        (
+            FloatExperts,
+            {"w2_bias": torch.zeros(2, 8).half()},
+            r"w2_bias of \[2, 8\], torch.float16 on cpu must be \[2, 8\], torch.float32",
+        ),
         (FloatExperts, {"w13": torch.zeros(2, 12, 8)}, r"w13 of \[2, 12, 8\] and w2 of \[2, 6, 8\] must be \[slots"),
         (FloatExperts, {"w13": torch.zeros(3, 8, 12)}, r"w13 of \[3, 8, 12\]"),
         (FloatExperts, {"w2": torch.zeros(6, 8)}, r"w2 of \[6, 8\]"),

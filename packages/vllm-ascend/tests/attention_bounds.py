@@ -24,7 +24,7 @@ def causal(tokens, keys, window=None):
     return unseen if window is None else unseen | (key <= position - window)
 
 
-def attend(query, keys, values, scale, unseen, *, products=None, parts=1):
+def attend(query, keys, values, scale, unseen, *, products=None, parts=1, cap=0, bias=None, sinks=None):
     """The result `[T, N, V]`, and the bound of the difference.
 
     Scores, their exponentials and the sums over keys are off by roundings in float32, in whatever order; the result is stored once. Where the keys were
@@ -38,16 +38,27 @@ def attend(query, keys, values, scale, unseen, *, products=None, parts=1):
         unseen: bool `[T, S]`.
         products: in a score; D if None.
         parts: of the keys.
+        cap: scores become `cap * tanh(score / cap)`, which brings none further apart; 0: they stay.
+        bias: `[N, T, S]`, added to the scores.
+        sinks: `[N]`, a score of each head that has no value.
     """
     query, keys, values = (x.double() for x in (query, keys, values))
     products = products or query.shape[-1]
     scores = scale * torch.einsum("tnd,snd->nts", query, keys).masked_fill(unseen, -torch.inf)
     terms = scale * torch.einsum("tnd,snd->nts", query.abs(), keys.abs()).masked_fill(unseen, 0)
-    weights, most, lse = scores.softmax(-1), scores.amax(-1, keepdim=True), scores.logsumexp(-1, keepdim=True)
+    changes = 0  # roundings of a score after its sum: a cap divides, multiplies and takes the tanh; a bias is a product and a sum
+    if cap:
+        scores, changes = (cap * (scores / cap).tanh()).masked_fill(unseen, -torch.inf), 2 + EXPONENTIAL
+    if bias is not None:
+        scores, terms, changes = scores + bias, terms + bias.abs(), changes + 2
+    lse = scores.logsumexp(-1, keepdim=True)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.double()[:, None, None])
+    weights, most = (scores - lse).exp(), scores.amax(-1, keepdim=True)
     out = torch.einsum("nts,snv->tnv", weights, values)
     magnitude = torch.einsum("nts,snv->tnv", weights, values.abs())
     below = (most - scores).masked_fill(unseen, 0)
-    of_a_weight = gamma(products + 1) * terms + gamma(1) * below + gamma(EXPONENTIAL)
+    of_a_weight = gamma(products + 1 + changes) * terms + gamma(1) * below + gamma(EXPONENTIAL)
     of_a_sum = (of_a_weight.amax(-1, keepdim=True) + gamma(2 * len(keys) + 4)).movedim(0, 1)  # [T, N, 1]
     computed = 2 * of_a_sum * magnitude
     if parts > 1:

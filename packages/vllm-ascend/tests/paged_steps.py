@@ -8,8 +8,8 @@ import torch
 __all__ = ["Step", "description", "paged"]
 
 
-def description(lengths, totals, table):
-    """A step as vLLM describes it: new tokens and keys of each request, and their blocks."""
+def description(lengths, totals, table, spans=None):
+    """A step as vLLM describes it: new tokens and keys of each request, and their blocks; the positions of each request's pictures."""
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -17,7 +17,7 @@ def description(lengths, totals, table):
     return CommonAttentionMetadata(
         query_start_loc=starts.npu(), query_start_loc_cpu=starts, seq_lens=keys.npu(), seq_lens_cpu_upper_bound=keys,
         num_reqs=len(lengths), num_actual_tokens=sum(lengths), max_query_len=max(lengths), max_seq_len=max(totals),
-        block_table_tensor=table.npu(), slot_mapping=None,
+        block_table_tensor=table.npu(), slot_mapping=None, mm_req_doc_ranges=spans,
     )  # fmt: skip
 
 
@@ -39,26 +39,29 @@ def paged(totals, block, random):
 class Step:
     """Requests whose cached tokens lie in blocks of any order; what no request has written is NaN."""
 
-    def __init__(self, lengths, context, *, heads, kv_heads, size, window=None, block=128, dtype=torch.bfloat16):
+    def __init__(
+        self, lengths, context, *, heads, kv_heads, size, window=None, block=128, dtype=torch.bfloat16, backend=None, spans=None,
+        slopes=None, soft_cap=None, **options
+    ):  # fmt: skip
         from vllm.v1.kv_cache_interface import FullAttentionSpec
-        from vllm_ascend.attention.gqa import (
-            AscendAttentionBackend,
-            AscendAttentionImpl,
-            AscendAttentionMetadataBuilder,
-        )
+        from vllm_ascend.attention.gqa import AscendAttentionBackend
+
+        backend = backend or AscendAttentionBackend
 
         self.random = torch.Generator().manual_seed(1)
         self.lengths, self.dtype = lengths, dtype
         self.totals = [new + old for new, old in zip(lengths, context, strict=True)]
         table, self.slots, blocks = paged(self.totals, block, self.random)
         spec = FullAttentionSpec(block_size=block, num_kv_heads=kv_heads, head_size=size, head_size_v=size, dtype=dtype)
-        width = AscendAttentionBackend.customize_spec(spec).page_size_bytes // (2 * block * dtype.itemsize)
+        width = backend.customize_spec(spec).page_size_bytes // (2 * block * dtype.itemsize)
         memory = torch.full((2, blocks, block, width), torch.nan).to(dtype).npu()
         self.cache = memory.transpose(0, 1)  # [blocks, 2, block_size, Nkv * D], as vLLM gives it
-        self.impl = AscendAttentionImpl(heads, size, size**-0.5, kv_heads, sliding_window=window)
+        self.impl = backend.get_impl_cls()(
+            heads, size, size**-0.5, kv_heads, slopes, window, "auto", soft_cap, **options
+        )  # vLLM gives them by position
         config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=None))
-        builder = AscendAttentionMetadataBuilder(spec, [], config, torch.device("npu"))
-        self.metadata = builder.build(0, description(lengths, self.totals, table))
+        builder = backend.get_builder_cls()(spec, [], config, torch.device("npu"))
+        self.metadata = builder.build(0, description(lengths, self.totals, table, spans))
         shapes = ((lengths, heads), (self.totals, kv_heads), (self.totals, kv_heads))
         self.query, self.keys, self.values = (
             [torch.randn(n, count, size, generator=self.random).to(dtype) for n in sizes] for sizes, count in shapes

@@ -36,8 +36,8 @@ def test_limits_are_those_of_the_contracts():
     assert latent_rule("plain-value-size").allowed == (limits.PLAIN_SIZE,)
     assert latent_rule("rope-head-size").allowed == (limits._LATENT_SIZES["kv_lora_rank"], limits.PLAIN_SIZE)
     assert latent_rule("rope-size").allowed == (limits._LATENT_SIZES["qk_rope_head_dim"],)
-    assert latent_rule("tnd-tokens").most == limits._MOST_LATENT_TOKENS
-    assert latent_rule("lengths").most == limits._MOST_LATENT_REQUESTS
+    assert latent_rule("tnd-tokens").most == limits._SECOND_MOST_TOKENS
+    assert latent_rule("lengths").most == limits._SECOND_MOST_REQUESTS
 
 
 def kernel_block(attention):
@@ -64,6 +64,7 @@ def grouped(draw):
     return Attention(
         heads=heads, kv_heads=kv_heads, head_size=(size := draw.choice((8, 40, 64, 72, 80, 100, 128, 160, 192, 200, 256, 264))), value_size=size,
         ranks=ranks, dtype=draw.choice(("bfloat16",) * 3 + ("float16", "float32")), block_size=draw.choice((0, 0, 16, 100, 128, 192, 384, 640, 1024)),
+        sinks=draw.choice((False, False, True)),
     )  # fmt: skip
 
 
@@ -105,6 +106,8 @@ def taken():
 
 @pytest.mark.parametrize("part", range(4))
 def test_heads_within_the_limits_break_no_rule(taken, part):
+    from vllm_ascend.attention.sinks import AscendSinkAttentionBackend
+
     draw = random.Random(part)
     for _ in range(CASES // 4):
         attention = grouped(draw)
@@ -113,9 +116,11 @@ def test_heads_within_the_limits_break_no_rule(taken, part):
         taken["grouped"] += 1
         block = kernel_block(attention)
         lengths, context = random_step(draw, block)
+        heads = attention.heads // attention.ranks
+        sinks = {"backend": AscendSinkAttentionBackend, "sinks": torch.randn(heads).bfloat16().npu()}
         Step(
-            lengths, context, heads=attention.heads // attention.ranks, kv_heads=max(attention.kv_heads // attention.ranks, 1),
-            size=attention.head_size, block=block, window=draw.choice((None, None, 1, 20)),
+            lengths, context, heads=heads, kv_heads=max(attention.kv_heads // attention.ranks, 1),
+            size=attention.head_size, block=block, window=draw.choice((None, None, 1, 20)), **(sinks if attention.sinks else {}),
         ).run()  # fmt: skip
 
 

@@ -61,9 +61,10 @@ ALONE = {
     "tokens": ({}, {"max_num_batched_tokens": 65537}, {}, "max_num_batched_tokens (65537) must be at most 65536"),
     "requests": ({**LATENT, "num_attention_heads": 16}, {"max_num_seqs": 4097, "max_num_batched_tokens": 8192}, {}, "max_num_seqs (4097) must be at most 4096"),
     "query heads": ({"num_attention_heads": 65, "num_key_value_heads": 1}, {}, {}, "65 attention heads for each key and value head; the kernel takes at most 64"),
-    "soft cap": ({"attn_logit_softcapping": 50.0}, {}, {}, "no attention kernel for a soft cap on attention logits (attn_logit_softcapping 50.0)"),
-    "ALiBi": ({"alibi": True}, {}, {}, "no attention kernel for ALiBi"),
-    "sinks": ({"add_swa_attention_sink_bias": True}, {}, {}, "no attention kernel for attention sinks (add_swa_attention_sink_bias)"),
+    "sinks and a cap": ({"add_swa_attention_sink_bias": True, "attn_logit_softcapping": 50.0}, {}, {}, "no attention kernel for attention sinks beside a soft cap on attention logits (attn_logit_softcapping 50.0)"),
+    "heads with sinks": ({"add_swa_attention_sink_bias": True, "head_dim": 136}, {}, {}, "the model's heads are 136 wide: the kernel takes at most 128"),
+    "sinks of latents": ({**LATENT, "num_attention_heads": 16, "attention_sinks": True}, {}, {}, "no attention kernel for attention sinks of encoders and of multi-head latent attention (attention_sinks)"),
+    "a capped encoder": ({**ENCODER, "attn_logit_softcapping": 50.0}, {}, {}, "no attention kernel for a soft cap on attention logits"),
     "sparse": ({"index_topk": 2048}, {}, {}, "no attention kernel for sparse attention (index_topk 2048)"),
     "heads of two sizes": (GEMMA4, {}, {}, "no attention kernel for layers with heads of several sizes (64, 128): the cache has one shape for all of them"),
     "dynamic rope": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, {"max_model_len": 512}, {}, "max_model_len (512) must be at most max_position_embeddings (256)"),
@@ -77,6 +78,7 @@ ALONE = {
     "backend of a kind": ({}, {"attention_config": {"backend_per_kind": {"sliding_window": "TRITON_ATTN"}}}, {}, "backend_per_kind['sliding_window'] ('TRITON_ATTN')"),
     "LoRA": ({}, {"enable_lora": True}, {}, "LoRA (max_lora_rank 16) has no kernels in vllm-ascend"),
     "speculative": ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, {}, "speculative decoding (method 'ngram') is not supported"),
+    "vLLM's balancing": ({**MOE}, {"eplb_config": {"step_interval": 100, "window_size": 250}}, {}, "--eplb-config.window_size (250), --eplb-config.step_interval (100): vLLM's own balancing of experts does not run on this platform; give its counterpart, --additional-config '{\"eplb_config\": {\"dynamic_eplb\": true, \"expert_heat_collection_interval\": 100, \"load_window\": 2, \"load_weighting\": \"mean\"}}'"),
     "float8 weights": ({}, {"quantization": "fp8"}, {}, "quantization ('fp8') has no kernels in vllm-ascend, which serves ModelSlim's W8A8"),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}}, {"dtype": "bfloat16"}, {}, "quantization ('auto_gptq') has no kernels"),
     "int8 experts": (MOE, {"quantization": "experts_int8"}, {}, "quantization ('experts_int8') has no kernels"),
@@ -101,6 +103,9 @@ ALONE = {
 }  # fmt: skip
 GOOD = {
     "as it is": ({}, {}, {}),
+    "soft cap": ({"attn_logit_softcapping": 50.0}, {}, {}),
+    "ALiBi": ({"alibi": True}, {}, {}),
+    "sinks": ({"add_swa_attention_sink_bias": True}, {}, {}),
     "its own cache": ({}, {"kv_cache_dtype": "bfloat16", "block_size": 512, "attention_backend": "ASCEND_ATTN"}, {}),
     "padded heads": ({"head_dim": 24}, {"block_size": 384}, {}),
     "a checkpoint in float16": ({"torch_dtype": "float16"}, {}, {}),
@@ -227,9 +232,12 @@ def of(config=(), **model):
 @pytest.mark.parametrize(
     ("config", "model", "message"),
     [
-        ({}, {"architectures": ["GptOssForCausalLM"]}, "attention sinks (GptOssForCausalLM)"),
-        ({}, {"architectures": ["Step1ForCausalLM"]}, "ALiBi position biases (Step1ForCausalLM)"),
-        ({}, {"is_mm_prefix_lm": True}, "bidirectional multimodal prefixes (SomeModel)"),
+        (
+            {},
+            {"architectures": ["GptOssForCausalLM"], "uses_alibi": True},
+            "attention sinks beside ALiBi position biases (GptOssForCausalLM)",
+        ),
+        ({}, {"architectures": ["Step1ForCausalLM"]}, "ALiBi with roots of distances (Step1ForCausalLM)"),
         ({}, {"is_encoder_decoder": True}, "cross-attention of encoder-decoder models (SomeModel)"),
         ({"head_dim": 64, "v_head_dim": 128}, {}, "of keys (64 wide) and of values (128) must be of one size"),
     ],

@@ -25,7 +25,7 @@ class Activation:
 
     With a limit (clipped SwiGLU) it is `g * sigmoid(alpha * g) * (u + up_bias)`, after g was clipped to at most `limit` and
     u to -limit .. limit. GPT-OSS: `limit=7.0, alpha=1.702, up_bias=1.0, interleaved=True`. DeepSeek-V4: `limit=10.0`.
-    The vLLM plugin does not use clipped SwiGLU: it refuses models with a limit.
+    The vLLM plugin uses it for GPT-OSS alone.
 
     Args:
         gate: SiLU, or GELU by the error function or by tanh.
@@ -91,6 +91,8 @@ class FloatExperts:
         w13: `[L, H, 2I]`: gate and up projections, concatenated along the last axis.
         w2: `[L, I, H]`: down projections.
         activation: between them.
+        w13_bias: `[L, 2I]`, added after the first product; float32 for bfloat16 weights, else of their dtype. None: nothing is added.
+        w2_bias: `[L, H]`, likewise after the second. Of ranks that each return a partial sum of the same experts, one has it and the others zeros.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -99,6 +101,8 @@ class FloatExperts:
     w13: Tensor
     w2: Tensor
     activation: Activation = field(default_factory=Activation)
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
     quantised: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -106,6 +110,13 @@ class FloatExperts:
         check_experts(self.w13, self.w2)
         if not self.w13.is_floating_point():
             raise ValueError(f"w13 of {self.w13.dtype} must be a float tensor")
+        wanted = torch.float32 if self.w13.dtype == torch.bfloat16 else self.w13.dtype
+        for name, weight, bias in (("w13_bias", self.w13, self.w13_bias), ("w2_bias", self.w2, self.w2_bias)):
+            shape = [len(weight), weight.shape[2]]
+            if bias is not None and (list(bias.shape), bias.dtype, bias.device) != (shape, wanted, weight.device):
+                raise ValueError(
+                    f"{name} of {list(bias.shape)}, {bias.dtype} on {bias.device} must be {shape}, {wanted} on {weight.device}"
+                )
 
     @property
     def num_slots(self) -> int:
@@ -116,8 +127,8 @@ class FloatExperts:
         """See `Experts`."""
         if not len(dispatched.rows):
             return dispatched.rows
-        hidden = kernels.grouped_matmul(dispatched.rows, self.w13, dispatched.counts)
-        return kernels.grouped_matmul(activate(hidden, self.activation), self.w2, dispatched.counts)
+        hidden = kernels.grouped_matmul(dispatched.rows, self.w13, dispatched.counts, self.w13_bias)
+        return kernels.grouped_matmul(activate(hidden, self.activation), self.w2, dispatched.counts, self.w2_bias)
 
 
 def activate(hidden: Tensor, activation: Activation) -> Tensor:

@@ -161,12 +161,12 @@ def unpermute(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Ten
     return result
 
 
-def grouped_matmul(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+def grouped_matmul(rows: Tensor, weights: Tensor, counts: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply the rows of slot l by `weights[l]`: rows `[A, n]`, weights `[L, n, m]`, counts int64 `[L]` -> `[A, m]`.
 
-    Rows of the result from `counts.sum()` on are not written: they hold anything, and are not to be read.
+    With a bias `[L, m]`, row l of it is added; it is float32 for bfloat16 rows, else of the rows' dtype. Rows of the result from `counts.sum()` on are not written: they hold anything, and are not to be read.
     """
-    return _grouped(rows, weights, counts)
+    return _grouped(rows, weights, counts) if bias is None else _grouped(rows, weights, counts, bias=[bias])
 
 
 def grouped_matmul_int32(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:

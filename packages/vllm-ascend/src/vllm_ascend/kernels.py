@@ -16,6 +16,7 @@ __all__ = [
     "apply_rotary",
     "attention",
     "attention_of_any_size",
+    "attention_with_sinks",
     "causal_mask",
     "gather_kv",
     "kernel_head_size",
@@ -145,6 +146,51 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tens
     if options.get("block_table") is None:
         key, value = key.contiguous(), value.contiguous()
     out, _ = _npu().npu_fused_infer_attention_score(query.contiguous(), key, value, input_layout="TND", **options)
+    return out  # type: ignore[no-any-return]
+
+
+SINK_HEAD_SIZE = 128
+"""Width of the heads that `attention_with_sinks` takes."""
+
+
+def attention_with_sinks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    *,
+    num_heads: int,
+    num_key_value_heads: int,
+    scale: float,
+    actual_seq_lengths: list[int],
+    actual_seq_lengths_kv: list[int],
+    **options: Any,
+) -> Tensor:
+    """`attention` over two caches, with a learned score for each head that has neither key nor value.
+
+    Args:
+        query: `[T, N, 128]`.
+        key, value: caches `[blocks, block_size, Nkv * 128]`.
+        sinks: `[N]`, bfloat16.
+        num_heads, num_key_value_heads, scale, actual_seq_lengths, actual_seq_lengths_kv: as of `npu_fused_infer_attention_score`.
+        options: those whose names both versions of the operator share.
+
+    Returns:
+        `[T, N, 128]`.
+    """
+    out, _ = _npu().npu_fused_infer_attention_score_v2(
+        query.contiguous(),
+        key,
+        value,
+        learnable_sink=sinks,
+        input_layout="TND",
+        num_query_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        softmax_scale=scale,
+        actual_seq_qlen=actual_seq_lengths,
+        actual_seq_kvlen=actual_seq_lengths_kv,
+        **options,
+    )
     return out  # type: ignore[no-any-return]
 
 

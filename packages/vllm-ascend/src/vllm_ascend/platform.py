@@ -10,7 +10,8 @@ from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_ascend import compat, start
-from vllm_ascend.attention import BACKENDS, ENCODER
+from vllm_ascend.attention import BACKENDS, COMPOSED, ENCODER, SINKS
+from vllm_ascend.eplb import front_end
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -78,17 +79,30 @@ class AscendPlatform(Platform):
         Raises:
             ValueError: what none of them can do, and the start could not see in the model's configuration; a backend of another platform.
         """
+        from vllm.config import get_current_vllm_config_or_none
+
+        from vllm_ascend.attention.limits import composed
+
         asked = attn_selector_config
-        for wanted, name in ((asked.use_sparse, "sparse attention"), (asked.has_sink, "attention sinks"),
-                             (asked.use_mm_prefix, "bidirectional multimodal prefixes")):  # fmt: skip
-            if wanted:
-                raise ValueError(
-                    f"vllm-ascend has no attention backend for {name} (head size {asked.head_size}, {asked.dtype})"
-                )
+        if asked.use_sparse:
+            raise ValueError(
+                f"vllm-ascend has no attention backend for sparse attention (head size {asked.head_size}, {asked.dtype})"
+            )
         name, path = BACKENDS[asked.use_mla]
         if selected_backend is not None and selected_backend.name != name:
             raise ValueError(f"attention backend {selected_backend.name!r}: vllm-ascend has {name!r} for this layer")
-        return ENCODER if asked.attn_type in ("encoder_only", "encoder") else path
+        if asked.attn_type in ("encoder_only", "encoder"):
+            return ENCODER
+        if asked.has_sink:
+            return SINKS
+        config = get_current_vllm_config_or_none()
+        slow = (
+            not asked.use_mla
+            and config is not None
+            and config.model_config is not None
+            and composed(config.model_config)
+        )
+        return COMPOSED if slow else path
 
     @classmethod
     def get_mla_prefill_backend_cls(cls, mla_selector_config: MLAPrefillSelectorConfig) -> type[MLAPrefillBackend]:
@@ -125,6 +139,8 @@ class AscendPlatform(Platform):
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = "vllm_ascend.worker.AscendWorker"
+        if config.eplb_config.dynamic_eplb:
+            front_end.serve_metrics(vllm_config)
 
     @classmethod
     def validate_request(cls, processed_inputs: Any, params: SamplingParams | PoolingParams) -> None:

@@ -187,7 +187,8 @@ def gemma3():
     import transformers
 
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    tokens = tokenizer(list(named.values()), **named)
+    lines = ["\n" * count for count in (1, 2, 3, 4)]  # between which the processor places a picture, each one token
+    tokens = tokenizer([*named.values(), *lines], **named)
     images = transformers.Gemma3ImageProcessor(size={"height": 56, "width": 56})
     processor = transformers.Gemma3Processor(
         image_processor=images, tokenizer=tokens, image_seq_length=4, chat_template=tokens.chat_template
@@ -253,7 +254,13 @@ MULTIMODAL = [
     entry("Idefics3", idefics3, "<image>"),
     entry("SmolVLM", smolvlm, "<image>"),
     entry("Mistral3", mistral3, "[IMG]"),
-    entry("Gemma3, images", gemma3, "<start_of_image>", model="Gemma3"),
+    entry(
+        "Gemma3, images",
+        gemma3,
+        "<start_of_image>",
+        model="Gemma3",
+        names={"vision_tower.": "vision_tower.vision_model."},
+    ),
     entry(
         "Qwen2Audio",
         qwen2_audio,

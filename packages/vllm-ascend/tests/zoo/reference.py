@@ -39,7 +39,7 @@ def build(entry, sizes, specials=0):
     import transformers
 
     config = getattr(transformers, entry.config)(**sizes)
-    model = getattr(transformers, entry.model)._from_config(config, attn_implementation="eager")
+    model = getattr(transformers, entry.model)._from_config(config, attn_implementation=entry.attention)
     randomise(model.float().eval(), zlib.crc32(entry.model.encode()))
     model.get_output_embeddings().weight.data[:specials] = (
         0  # a model that says "here is a picture" would have to be given one
@@ -104,7 +104,9 @@ def in_bfloat16(folder, entry, requests, inputs):
     from rounding import ensemble, own_logprobs
 
     def load():
-        eager = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if entry.experts else {})
+        eager = {"attn_implementation": entry.attention} | (
+            {"experts_implementation": "eager"} if entry.experts else {}
+        )
         return getattr(transformers, entry.model).from_pretrained(folder, dtype=torch.bfloat16, **eager).eval()
 
     ids = [request["expanded"] if inputs[n] else request["ids"][:POSITIONS] for n, request in enumerate(requests)]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text models. Sizes are those of `entries.SIZES` but for what is said here."""
 
+from dataclasses import replace
+
 from zoo.entries import SIZES, Entry
 
 # Head sizes are those of the published models where these are within reach: Phi 80, Gemma and GPT-J 256, the others 64.
@@ -18,6 +20,8 @@ GROUPED = {
 }
 GPT = {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512, "n_inner": 320}
 WINDOW = {"sliding_window": 32}
+# Small enough for the scores of random weights to feel it.
+SOFT_CAP = {"attn_logit_softcapping": 0.1}
 ALTERNATING = {"num_hidden_layers": 4, **WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 
@@ -65,7 +69,7 @@ TEXT = [
     text("Qwen3", head_dim=64),
     moe("Qwen3Moe", head_dim=64, num_experts=8, norm_topk_prob=True, **MOE),
     text("Gemma", head_dim=256, tie_word_embeddings=True),
-    text("Gemma2", head_dim=64, **ALTERNATING),
+    text("Gemma2", head_dim=64, **ALTERNATING, **SOFT_CAP),
     text("Gemma3", config="Gemma3TextConfig", head_dim=256, **ALTERNATING),
     text(
         "Gemma3n",
@@ -86,7 +90,7 @@ TEXT = [
         vocab_size_per_layer_input=512,
         hidden_size_per_layer_input=32,
     ),
-    text("VaultGemma", head_dim=64, **ALTERNATING),
+    text("VaultGemma", head_dim=64, **ALTERNATING, **SOFT_CAP),
     text("Phi", hidden_size=320, num_key_value_heads=4, partial_rotary_factor=0.4),
     text("Phi3"),
     moe("Phimoe", causal="PhimoeForCausalLM", num_local_experts=8, num_experts_per_tok=2),
@@ -123,7 +127,10 @@ TEXT = [
         alibi=False,
         max_position_embeddings=512,
     ),
-    gpt("Falcon", name="Falcon, ALiBi", hidden_size=256, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+    replace(  # transformers' "eager" adds ALiBi's biases twice
+        gpt("Falcon", name="Falcon, ALiBi", hidden_size=256, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+        attention="sdpa",
+    ),
     gpt("Bloom", hidden_size=256, n_layer=2, n_head=4),
     text("Cohere", logit_scale=1.0),
     text(

@@ -28,6 +28,7 @@ def digest(entry):
     made = inspect.getsource(entry.make) if entry.make else ""
     said = (entry.config, entry.model, entry.sizes, entry.ranks, entry.engine, entry.mark, made)
     said += (entry.names,) if entry.names else ()
+    said += (entry.attention,) if entry.attention != "eager" else ()
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 

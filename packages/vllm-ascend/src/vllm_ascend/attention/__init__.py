@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention backends, one a file."""
 
-__all__ = ["BACKENDS", "ENCODER"]
+__all__ = ["BACKENDS", "COMPOSED", "ENCODER", "SINKS"]
 
 # By whether a layer computes multi-head latent attention: the name in vLLM's table of backends, and the class.
 BACKENDS = {
     False: ("ASCEND_ATTN", "vllm_ascend.attention.gqa.AscendAttentionBackend"),
     True: ("ASCEND_MLA", "vllm_ascend.attention.mla.AscendMLABackend"),
 }
-# The class for layers of encoders, which have no cache. In vLLM's table it has the name of the first one above.
+# Classes for other kinds of layers; in vLLM's table they have the name of the first one above. Layers of encoders have no cache.
 ENCODER = "vllm_ascend.attention.encoder.AscendEncoderAttentionBackend"
+SINKS = "vllm_ascend.attention.sinks.AscendSinkAttentionBackend"
+COMPOSED = "vllm_ascend.attention.composed.AscendComposedAttentionBackend"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,11 @@ class AscendAttentionBackend(AttentionBackend):
         """The class that prepares a step."""
         return AscendAttentionMetadataBuilder
 
+    @classmethod
+    def kernel_size(cls, head_size: int) -> int:
+        """The size of the kernel's heads, to which those of a model are padded; 0 where it takes none so large."""
+        return kernel_head_size(head_size)
+
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
         """What the attention kernel takes of requests with several query tokens. Larger blocks cannot be cut: keys and values lie apart."""
@@ -69,7 +74,7 @@ class AscendAttentionBackend(AttentionBackend):
             raise ValueError(
                 f"vllm-ascend attention needs equal key and value head sizes, got {spec.head_size} and {spec.head_size_v}"
             )
-        width = spec.num_kv_heads * kernel_head_size(spec.head_size) * get_dtype_size(spec.dtype)
+        width = spec.num_kv_heads * cls.kernel_size(spec.head_size) * get_dtype_size(spec.dtype)
         return replace(spec, num_head_slots=2, state_content_bytes=width)
 
     @classmethod
@@ -104,7 +109,8 @@ class AscendAttentionMetadataBuilder(AttentionMetadataBuilder[AscendAttentionMet
         if isinstance(kv_cache_spec, EncoderOnlyAttentionSpec):
             return
         if isinstance(kv_cache_spec, AttentionSpec) and (blocks := vllm_config.cache_config.num_gpu_blocks):
-            width = kv_cache_spec.num_kv_heads * kernel_head_size(kv_cache_spec.head_size)
+            # `customize_spec` wrote there the bytes of a token's keys.
+            width = kv_cache_spec.state_content_size_bytes // get_dtype_size(kv_cache_spec.dtype)
             check_cache(blocks, kv_cache_spec.block_size, width)
 
     def build(
@@ -115,7 +121,15 @@ class AscendAttentionMetadataBuilder(AttentionMetadataBuilder[AscendAttentionMet
 
 
 class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
-    """One layer's attention."""
+    """One layer's attention.
+
+    Attributes:
+        backend: the class that says how this one's cache lies in memory.
+        takes: arguments for which this class has a form of attention, of those that others refuse.
+    """
+
+    backend: ClassVar[type[AscendAttentionBackend]] = AscendAttentionBackend
+    takes: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -137,10 +151,11 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
             ValueError: an argument that the kernel does not have, of a model whose configuration did not show it at the start.
         """
         for name, value in (("alibi_slopes", alibi_slopes), ("logits_soft_cap", logits_soft_cap), *extra.items()):
-            if value:
+            if name not in self.takes and (isinstance(value, Tensor) or value):
                 raise ValueError(f"the NPU attention kernel has no {name} (got {value!r})")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
-        self.kernel_size = kernel_head_size(head_size)
+        self.alibi_slopes, self.logits_soft_cap = alibi_slopes, logits_soft_cap
+        self.kernel_size = self.backend.kernel_size(head_size)
         if not self.kernel_size:
             raise ValueError(f"the NPU attention kernel takes no heads of {head_size} numbers")
         self.num_kv_heads = num_kv_heads or num_heads
@@ -183,7 +198,7 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
             return output.zero_()
         tokens = step.num_actual_tokens
         keys, values = self._caches(kv_cache)
-        result = kernels.attention(
+        result = self._kernel(
             kernels.widened(query[:tokens], self.kernel_size),
             keys,
             values,
@@ -201,6 +216,9 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
         else:
             output[:tokens].copy_(result[..., : self.head_size].reshape(output[:tokens].shape))
         return output
+
+    def _kernel(self, query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+        return kernels.attention(query, keys, values, **options)
 
     def _masking(self, mask: Tensor, *, causal: bool) -> dict[str, Any]:
         """The kernel's mask: a band within the window, the causal triangle, or none."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ascend.kernels import HEAD_SIZES, kernel_head_size
+from vllm_ascend.kernels import HEAD_SIZES, SINK_HEAD_SIZE, kernel_head_size
 from vllm_ascend.moe_layers import ConfigReader
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Attention",
     "broken",
     "check_cache",
+    "composed",
     "has_plain_form",
     "head_sizes",
     "kernel_head_size",
@@ -40,7 +41,7 @@ _LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 _LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 _MOST_HEADS, _MOST_QUERIES_A_KEY, _MOST_NUMBERS_A_TOKEN, _MOST_NUMBERS = 256, 64, 65535, 2**31 - 1
 _MOST_TOKENS, _MOST_REQUESTS = 65536, 65536
-_MOST_LATENT_TOKENS, _MOST_LATENT_REQUESTS = 2**20, 4096  # of the second version of the operator
+_SECOND_MOST_TOKENS, _SECOND_MOST_REQUESTS = 2**20, 4096  # of the second version of the operator
 # Keys of a config that ask for attention sinks, and architectures whose attention always has them.
 _SINK_KEYS = (
     "add_swa_attention_sink_bias",
@@ -61,7 +62,9 @@ class Attention:
         head_size: width of a query's and a key's head.
         value_size: width of a value's head.
         latent: `kv_lora_rank` and `qk_rope_head_dim` of a model whose attention runs as multi-head latent attention; None otherwise.
-        missing: what the model's attention needs and the kernels do not have, each with the key or class of the model that asks for it.
+        missing: what the model's attention needs and this plugin does not have, each with the key or class of the model that asks for it.
+        composed: what it needs and no kernel has, in the same words, and single operators compute.
+        sinks: whether the kernel with attention sinks computes it.
         ranks: tensor parallel ranks.
         dtype: of keys and values, such as "bfloat16".
         cache_dtype: what the user gave as kv_cache_dtype.
@@ -78,6 +81,8 @@ class Attention:
     value_size: int = 0
     latent: tuple[int, int] | None = None
     missing: tuple[str, ...] = ()
+    composed: tuple[str, ...] = ()
+    sinks: bool = False
     ranks: int = 1
     dtype: str = "bfloat16"
     cache_dtype: str = "auto"
@@ -96,6 +101,8 @@ class Attention:
         first, second = (text.get(name, default=0) for name in _LATENT_SIZES)
         latent = (first, second) if model.use_mla else None
         scheduler = vllm_config.scheduler_config
+        cached = model.attn_type != "encoder_only"
+        slow = composed(model)
         own_values = latent is None and not text.get("kv_lora_rank") and text.get("head_dim")
         return cls(
             heads=model.model_arch_config.total_num_attention_heads,
@@ -103,7 +110,9 @@ class Attention:
             head_size=head_size,
             value_size=(text.get("v_head_dim") if own_values else None) or head_size,
             latent=latent,
-            missing=tuple(_missing(model)),
+            missing=(*_missing(model), *(() if cached else slow)),
+            composed=slow if cached else (),
+            sinks=_asks_for_sinks(model) is not None,
             ranks=vllm_config.parallel_config.tensor_parallel_size,
             dtype=str(model.dtype).removeprefix("torch."),
             cache_dtype=cache.cache_dtype,
@@ -112,7 +121,7 @@ class Attention:
             or has_plain_form(text.get("qk_nope_head_dim", default=0), text.get("v_head_dim", default=0)),
             tokens=scheduler.max_num_batched_tokens,
             requests=scheduler.max_num_seqs,
-            cached=model.attn_type != "encoder_only",
+            cached=cached,
         )
 
 
@@ -122,24 +131,38 @@ def head_sizes(model: Any) -> list[int]:
     return sorted({model.get_head_size(), *(layer["head_size"] for layer in overrides if "head_size" in layer)})
 
 
+def composed(model: Any) -> tuple[str, ...]:
+    """What vLLM's `ModelConfig` says that no kernel has, and that attention composed of single operators computes."""
+    found, architecture = [], model.architectures[0]
+    if cap := ConfigReader(model.hf_text_config).get("attn_logit_softcapping"):
+        found.append(f"a soft cap on attention logits (attn_logit_softcapping {cap})")
+    if model.uses_alibi:
+        found.append(f"ALiBi position biases ({architecture})")
+    if model.is_mm_prefix_lm:
+        found.append(f"bidirectional multimodal prefixes ({architecture})")
+    return tuple(found)
+
+
+def _asks_for_sinks(model: Any) -> str | None:
+    """The key or the class of a model that asks for attention sinks."""
+    text = ConfigReader(model.hf_text_config)
+    keys = (key for key in _SINK_KEYS if text.get(key))
+    return next(keys, next((name for name in model.architectures if name in _SINK_ARCHITECTURES), None))
+
+
 def _missing(model: Any) -> Iterator[str]:
-    """What vLLM's `ModelConfig` says that the kernels do not have."""
-    text, architectures = ConfigReader(model.hf_text_config), model.architectures
-    if cap := text.get("attn_logit_softcapping"):
-        yield f"a soft cap on attention logits (attn_logit_softcapping {cap})"
-    if model.uses_alibi or "Step1ForCausalLM" in architectures:
-        yield f"ALiBi position biases ({architectures[0]})"
-    sinks = [key for key in _SINK_KEYS if text.get(key)]
-    if sinks or any(name in _SINK_ARCHITECTURES for name in architectures):
-        yield f"attention sinks ({sinks[0] if sinks else architectures[0]})"
+    """What vLLM's `ModelConfig` says that this plugin does not have."""
+    text, architecture = ConfigReader(model.hf_text_config), model.architectures[0]
+    if architecture == "Step1ForCausalLM":
+        yield f"ALiBi with roots of distances ({architecture})"
+    if (asks := _asks_for_sinks(model)) is not None and (model.use_mla or model.attn_type == "encoder_only"):
+        yield f"attention sinks of encoders and of multi-head latent attention ({asks})"
     if topk := text.get("index_topk"):
         yield f"sparse attention (index_topk {topk})"
     if len(sizes := head_sizes(model)) > 1:
         yield f"layers with heads of several sizes ({', '.join(map(str, sizes))}): the cache has one shape for all of them"
-    if model.is_mm_prefix_lm:
-        yield f"bidirectional multimodal prefixes ({architectures[0]})"
     if model.is_encoder_decoder:
-        yield f"cross-attention of encoder-decoder models ({architectures[0]})"
+        yield f"cross-attention of encoder-decoder models ({architecture})"
 
 
 def has_plain_form(qk_nope_head_dim: int, v_head_dim: int) -> bool:
@@ -167,6 +190,11 @@ def check_cache(blocks: int, block_size: int, width: int) -> None:
 
 def notices(attention: Attention) -> Iterator[str]:
     """What a user should know about a model that is within the limits."""
+    for feature in attention.composed:
+        yield (
+            f"no attention kernel has {feature}: it is computed by single operators, which read the keys of all requests anew in every layer; expect a "
+            "fraction of the usual speed"
+        )
     if attention.latent is None and kernel_head_size(attention.head_size) == _LARGE_HEAD_SIZE:
         yield (
             f"the model's attention heads are {attention.head_size} wide: older versions of CANN refuse {_LARGE_HEAD_SIZE} numbers a head in this "
@@ -181,6 +209,8 @@ def broken(attention: Attention) -> Iterator[str]:
     """
     for feature in attention.missing:
         yield f"vllm-ascend has no attention kernel for {feature}; serve a model without it"
+    if attention.sinks and attention.composed:
+        yield f"vllm-ascend has no attention kernel for attention sinks beside {attention.composed[0]}; serve a model without it"
     if attention.dtype not in _DTYPES:
         yield f"dtype ({attention.dtype!r}) is not one that the NPU's attention kernels take; give --dtype bfloat16"
     if attention.heads:
@@ -194,7 +224,8 @@ def broken(attention: Attention) -> Iterator[str]:
         yield f"block_size ({block}) must be a multiple of {default}, which is the default"
     if attention.latent is None and block and block not in BLOCK_SIZES:
         yield f"block_size ({block}) must be one of {', '.join(map(str, BLOCK_SIZES))}; {default} is the default"
-    tokens, requests = (_MOST_TOKENS, _MOST_REQUESTS) if attention.latent is None else (_MOST_LATENT_TOKENS, _MOST_LATENT_REQUESTS)  # fmt: skip
+    second = attention.latent is not None or attention.sinks
+    tokens, requests = (_SECOND_MOST_TOKENS, _SECOND_MOST_REQUESTS) if second else (_MOST_TOKENS, _MOST_REQUESTS)
     if attention.tokens > tokens:
         yield f"max_num_batched_tokens ({attention.tokens}) must be at most {tokens}: the attention kernel's tokens of a step"
     if attention.requests > requests:
@@ -215,10 +246,12 @@ def _broken_heads(attention: Attention) -> Iterator[str]:
         yield f"the model has {heads // ranks} attention heads a rank; the kernel takes at most {_MOST_HEADS}; raise tensor_parallel_size"
     if attention.head_size != attention.value_size:
         yield f"the model's heads of keys ({attention.head_size} wide) and of values ({attention.value_size}) must be of one size"
+    largest = SINK_HEAD_SIZE if attention.sinks else HEAD_SIZES[-1]
     for size in sorted({attention.head_size, attention.value_size}):
-        if not kernel_head_size(size):
-            yield f"the model's heads are {size} wide: the kernel takes at most {HEAD_SIZES[-1]}"
-    width = max(kv_heads // ranks, 1) * kernel_head_size(attention.head_size)
+        if size > largest:
+            yield f"the model's heads are {size} wide: the kernel takes at most {largest}"
+    size = SINK_HEAD_SIZE if attention.sinks else kernel_head_size(attention.head_size)
+    width = max(kv_heads // ranks, 1) * size
     if width > _MOST_NUMBERS_A_TOKEN:
         yield f"the keys of a token have {width} numbers on each rank; the kernel takes at most {_MOST_NUMBERS_A_TOKEN}; raise tensor_parallel_size"
 
@@ -235,8 +268,8 @@ def _broken_latent(attention: Attention) -> Iterator[str]:
             f"{', '.join(map(str, _LATENT_HEADS))} heads a rank; change tensor_parallel_size if another one fits"
         )
     pieces = attention.tokens // LATENT_QUERIES + attention.requests
-    if not attention.plain_form and pieces > _MOST_LATENT_REQUESTS:
+    if not attention.plain_form and pieces > _SECOND_MOST_REQUESTS:
         yield (
-            f"max_num_batched_tokens ({attention.tokens}) must be at most {(_MOST_LATENT_REQUESTS - attention.requests) * LATENT_QUERIES} with max_num_seqs "
-            f"({attention.requests}): prompts of this model take the kernel's absorbed form in pieces of {LATENT_QUERIES} tokens, {_MOST_LATENT_REQUESTS} a step"
+            f"max_num_batched_tokens ({attention.tokens}) must be at most {(_SECOND_MOST_REQUESTS - attention.requests) * LATENT_QUERIES} with max_num_seqs "
+            f"({attention.requests}): prompts of this model take the kernel's absorbed form in pieces of {LATENT_QUERIES} tokens, {_SECOND_MOST_REQUESTS} a step"
         )

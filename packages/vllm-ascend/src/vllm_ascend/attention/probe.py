@@ -43,15 +43,18 @@ def check(attention: Attention, device: torch.device) -> None:
 
 def _grouped(attention: Attention, device: torch.device) -> None:
     heads, kv_heads = attention.heads // attention.ranks, max(attention.kv_heads // attention.ranks, 1)
-    size, block = kernel_head_size(attention.head_size), BLOCK_SIZES[0]
+    size = kernels.SINK_HEAD_SIZE if attention.sinks else kernel_head_size(attention.head_size)
+    block = BLOCK_SIZES[0]
     options = {"dtype": getattr(torch, attention.dtype), "device": device}
     rows = torch.zeros(1, kv_heads, size, **options)
     keys, values = torch.zeros(2, 1, block, kv_heads, size, **options).unbind()
     kernels.scatter_kv(rows, rows, keys, values, torch.zeros(1, dtype=torch.int64, device=device))
-    kernels.attention(
+    caches = (keys.view(1, block, -1), values.view(1, block, -1))
+    kernel = kernels.attention_with_sinks if attention.sinks else kernels.attention
+    kernel(
         torch.zeros(1, heads, size, **options),
-        keys.view(1, block, -1),
-        values.view(1, block, -1),
+        *caches,
+        *([torch.zeros(heads, **options)] if attention.sinks else []),
         num_heads=heads,
         num_key_value_heads=kv_heads,
         scale=1.0,

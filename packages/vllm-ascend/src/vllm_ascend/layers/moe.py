@@ -45,6 +45,7 @@ _ACTIVATIONS = {
     MoEActivation.SILU: Activation(),
     MoEActivation.GELU: Activation(gate="gelu"),
     MoEActivation.GELU_TANH: Activation(gate="gelu_tanh"),
+    MoEActivation.SWIGLUOAI: Activation(limit=7.0, alpha=1.702, up_bias=1.0, interleaved=True),
 }
 
 
@@ -259,10 +260,10 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         """Register vLLM's parameters.
 
         Raises:
-            ValueError: a layer of another class than this plugin's; an activation that has no kernel, clamping, or biases.
+            ValueError: a layer of another class than this plugin's; an activation that has no kernel.
         """
         check_ours(layer)
-        self.activation = activation_of(layer, has_bias=self.moe.has_bias)
+        self.activation = activation_of(layer)
         super().create_weights(layer, *args, **kwargs)
 
     @property
@@ -271,16 +272,23 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         return False
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:  # type: ignore[override]  # as vLLM's own
-        """Lay the weights out as the grouped product reads them: `[L, 2I, H]` -> `[L, H, 2I]`, `[L, H, I]` -> `[L, I, H]`."""
+        """Lay the weights out as the grouped product reads them: `[L, 2I, H]` -> `[L, H, 2I]`, `[L, H, I]` -> `[L, I, H]`; biases stay `[L, 2I]` and `[L, H]`."""
         super().process_weights_after_loading(layer)
         w13, w2 = cast(Tensor, layer.w13_weight), cast(Tensor, layer.w2_weight)
         for weight in (w13, w2):
             weight.data = weight.data.transpose(1, 2).contiguous()
+        for bias in self._biases(layer):
+            if bias is not None and bias.dtype == torch.bfloat16:
+                bias.data = bias.data.float()  # as the grouped product takes it
 
     def experts(self, layer: RoutedExperts) -> Experts:
         """The layer's own tensors, looked up at each call: vLLM replaces them when it loads weights anew."""
         w13, w2 = cast(Tensor, layer.w13_weight), cast(Tensor, layer.w2_weight)
-        return FloatExperts(w13=w13.data, w2=w2.data, activation=self.activation)
+        w13_bias, w2_bias = self._biases(layer)
+        return FloatExperts(w13=w13.data, w2=w2.data, activation=self.activation, w13_bias=w13_bias, w2_bias=w2_bias)
+
+    def _biases(self, layer: RoutedExperts) -> tuple[Tensor | None, Tensor | None]:
+        return getattr(layer, "w13_bias", None), getattr(layer, "w2_bias", None)
 
 
 def check_ours(layer: RoutedExperts) -> None:
@@ -291,17 +299,21 @@ def check_ours(layer: RoutedExperts) -> None:
         )
 
 
-def activation_of(layer: RoutedExperts, *, has_bias: bool) -> Activation:
+def activation_of(layer: RoutedExperts, *, has_bias: bool = False) -> Activation:
     """The activation between the two products of the layer's experts.
 
+    Args:
+        layer: of vLLM.
+        has_bias: whether the experts have biases that the caller's kernels do not add.
+
     Raises:
-        ValueError: an activation that has no kernel, clamping, or biases.
+        ValueError: an activation that has no kernel, or biases.
     """
     activation = _ACTIVATIONS.get(layer.activation)
     if activation is None or layer.swiglu_limit is not None or has_bias:
         raise ValueError(
             f"MoE layer with activation {layer.activation.value!r}, swiglu_limit={layer.swiglu_limit}, bias={has_bias}: "
-            f"vllm-ascend supports {', '.join(kind.value for kind in _ACTIVATIONS)}, without limit and bias"
+            f"vllm-ascend supports {', '.join(kind.value for kind in _ACTIVATIONS)}, without another limit, and biases in the model's own dtype alone"
         )
     return activation
 

@@ -25,6 +25,7 @@ def cases() -> Iterator[Callable[[], Case]]:
         yield lambda size=size: _paged(f"decoding, 32 and 8 heads of {size}", (1, 1, 1), size)  # type: ignore[misc]
     yield lambda: _paged("prompts of 200, 1 and 70 tokens, 32 and 8 heads of 128", (200, 1, 70), 128)
     yield lambda: _paged("a window of 64, 32 and 8 heads of 128", (200, 1, 70), 128, window=64)
+    yield lambda: _paged("sinks, 32 and 8 heads of 128", (200, 1, 70), 128, sinks=True)
     yield lambda: _encoder("attention", "an encoder, 12 heads of 64", 64)
     yield lambda: _encoder("attention_of_any_size", "a tower, 12 heads of 72", 72)
     yield _latent
@@ -34,7 +35,14 @@ def cases() -> Iterator[Callable[[], Case]]:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None, *, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None = None,
+    *,
+    causal: bool,
+    sinks: Tensor | None = None,
 ) -> tuple[Expected, Expected]:
     """One request in float64: query `[T, N, D]`, key and value `[S, Nkv, D]`; the last query sees the last key. The result, and the log-sum-exp `[T, N, 1]`."""
     tokens, heads, _ = query.shape
@@ -46,7 +54,10 @@ def _attend(
     if window is not None:
         hidden |= behind >= window
     scores = (q @ k.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
-    weights, lse = scores.softmax(-1), scores.logsumexp(-1, keepdim=True).transpose(0, 1)
+    total = scores.logsumexp(-1, keepdim=True)
+    if sinks is not None:  # one score more for each head, without a value
+        total = torch.logaddexp(total, sinks.double()[:, None, None])
+    weights, lse = (scores - total).exp(), total.transpose(0, 1)
     # The error of a score, in float32, is the relative error of its weight; a weight is rounded to the data type, and so is the result.
     of_score = (
         (q.abs() @ k.abs().transpose(1, 2) * scale).masked_fill(hidden, 0).amax(-1, keepdim=True)
@@ -77,30 +88,34 @@ def _ends(lengths: Sequence[int]) -> list[int]:
     return [sum(lengths[: index + 1]) for index in range(len(lengths))]
 
 
-def _paged(shape: str, queries: Sequence[int], size: int, window: int | None = None) -> Case:
+def _paged(shape: str, queries: Sequence[int], size: int, window: int | None = None, *, sinks: bool = False) -> Case:
     heads, kv_heads, scale, ends = 32, 8, size**-0.5, _ends(queries)
 
-    def call(query: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> list[Tensor]:
+    def call(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, *sink: Tensor) -> list[Tensor]:
         mask: dict[str, Any] = {"sparse_mode": kernels.SPARSE_CAUSAL, "atten_mask": kernels.causal_mask(query.device)}
         if window is not None:
             mask |= {"sparse_mode": kernels.SPARSE_BAND, "pre_tokens": window - 1, "next_tokens": 0}
+        kernel = kernels.attention_with_sinks if sinks else kernels.attention
         return [
-            kernels.attention(
-                query, keys, values, num_heads=heads, num_key_value_heads=kv_heads, scale=scale, block_table=table, block_size=BLOCK,
+            kernel(
+                query, keys, values, *sink, num_heads=heads, num_key_value_heads=kv_heads, scale=scale, block_table=table, block_size=BLOCK,
                 actual_seq_lengths=ends, actual_seq_lengths_kv=list(KEYS), **mask,
             )
         ]  # fmt: skip
 
-    def expected(query: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> list[Expected]:
+    def expected(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, *sink: Tensor) -> list[Expected]:
+        terms: dict[str, Any] = {"causal": True, "sinks": sink[0] if sinks else None}
         parts = [
-            _attend(rows, _rows(keys, index, kv_heads), _rows(values, index, kv_heads), scale, window, causal=True)
+            _attend(rows, _rows(keys, index, kv_heads), _rows(values, index, kv_heads), scale, window, **terms)
             for index, rows in enumerate(torch.split(query, list(queries)))
         ]
         return _all(parts)
 
     cache = (5, BLOCK, kv_heads * size)
     inputs = random(sum(queries), heads, size), random(*cache, seed=1), random(*cache, seed=2), TABLE
-    return Case(kernel="vllm_ascend.attention", shape=shape, inputs=inputs, call=call, expected=expected)
+    name = "attention_with_sinks" if sinks else "attention"
+    given = (*inputs, random(heads, seed=3)) if sinks else inputs
+    return Case(kernel=f"vllm_ascend.{name}", shape=shape, inputs=given, call=call, expected=expected)
 
 
 def _encoder(kernel: str, shape: str, size: int) -> Case:

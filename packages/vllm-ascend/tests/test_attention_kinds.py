@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sinks, soft caps, ALiBi and pictures that see both ways, over a paged cache without an engine, in strict mode: against float64 mathematics."""
+
+import pytest
+import torch
+from attention_bounds import attend, causal
+from paged_steps import Step
+
+LENGTHS, CONTEXT = [1, 20, 1, 1, 2], [130, 0, 3, 0, 255]
+
+
+def compare(step, changed=None, **terms):
+    """The step's results against mathematics, whose terms are functions of a request's query and keys; and against other mathematics, which they are not."""
+    found, size = step.run().double(), step.query[0].shape[-1]
+    window = step.impl.sliding_window
+    for differs in (False, True) if changed else (False,):
+        expected, allowed = [], []
+        for request, (query, keys, values) in enumerate(step.requests()):
+            given = {name: term(query, keys) if callable(term) else term for name, term in ({**terms, **changed} if differs else terms).items()}  # fmt: skip
+            unseen = causal(len(query), len(keys), window)
+            for first, last in given.pop("spans", {}).get(request, ()):
+                unseen[max(first - len(keys) + len(query), 0) : last + 1 - len(keys) + len(query), first : last + 1] = (
+                    False
+                )
+            out, bound = attend(query, keys, values, size**-0.5, unseen, **given)
+            expected.append(out)
+            allowed.append(bound)
+        assert ((found - torch.cat(expected)).abs() <= torch.cat(allowed)).all() != differs
+
+
+def biases(slopes):
+    """Of a query and keys: each head's slope times the distance."""
+    return lambda query, keys: (
+        torch.tensor(slopes)[:, None, None]
+        * (torch.arange(len(keys)) - torch.arange(len(keys) - len(query), len(keys))[:, None])
+    )
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("size", [64, 80, 128])
+def test_sinks(size, window):
+    from vllm_ascend.attention.sinks import AscendSinkAttentionBackend
+
+    sinks = torch.tensor([0.5, -2.0, 3.0, 0.0]).bfloat16()
+    options = {"heads": 4, "kv_heads": 2, "size": size, "window": window}
+    step = Step(LENGTHS, CONTEXT, backend=AscendSinkAttentionBackend, sinks=sinks.npu(), **options)
+    compare(step, {"sinks": None}, sinks=sinks)
+    assert AscendSinkAttentionBackend.kernel_size(129) == 0
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("size", [64, 80])
+def test_a_soft_cap(size, window):
+    from vllm_ascend.attention.composed import AscendComposedAttentionBackend
+
+    options = {"heads": 4, "kv_heads": 2, "size": size, "window": window, "soft_cap": 2.0}
+    step = Step(LENGTHS, CONTEXT, backend=AscendComposedAttentionBackend, **options)
+    compare(step, {"cap": 0}, cap=2.0)
+
+
+def test_alibi():
+    from vllm_ascend.attention.composed import AscendComposedAttentionBackend
+
+    slopes = [0.5, 0.25, 0.125, 0.0625]
+    options = {"heads": 4, "kv_heads": 4, "size": 64, "slopes": slopes}
+    step = Step(LENGTHS, CONTEXT, backend=AscendComposedAttentionBackend, **options)
+    compare(step, {"bias": biases(slopes[::-1])}, bias=biases(slopes))
+
+
+def test_a_prompt_whose_scores_are_computed_in_pieces(monkeypatch):
+    from vllm_ascend.attention import composed
+
+    monkeypatch.setattr(composed, "_MOST_SCORES", 3 * 4 * 128)  # three rows of 4 heads and 128 keys
+    options = {"heads": 4, "kv_heads": 2, "size": 64, "soft_cap": 2.0}
+    compare(Step([20], [40], backend=composed.AscendComposedAttentionBackend, **options), cap=2.0)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_pictures_see_both_ways(window):
+    """A picture of an earlier step changes nothing; a step without pictures takes the kernel."""
+    from vllm_ascend.attention.composed import AscendComposedAttentionBackend
+
+    options = {"heads": 4, "kv_heads": 2, "size": 64, "window": window, "backend": AscendComposedAttentionBackend}
+    spans = {1: [(2, 8), (12, 15)], 4: [(100, 120)]}
+    step = Step(LENGTHS, CONTEXT, spans=spans, **options)
+    assert step.metadata.sees_both_ways
+    compare(step, {"spans": {}}, spans={1: spans[1]})
+    later = Step(LENGTHS, CONTEXT, spans={4: spans[4]}, **options)
+    assert not later.metadata.sees_both_ways
+    torch.ops.ascend_sim.reset_counts()
+    compare(later)
+    names, calls, _ = torch.ops.ascend_sim.counts()
+    assert dict(zip(names, calls, strict=True))["npu::npu_fused_infer_attention_score"] == 1
+
+
+def test_other_terms_are_refused():
+    from vllm_ascend.attention.composed import AscendComposedAttentionImpl
+    from vllm_ascend.attention.gqa import AscendAttentionImpl
+    from vllm_ascend.attention.sinks import AscendSinkAttentionImpl
+
+    sinks = torch.ones(2)
+    for make in (
+        lambda: AscendAttentionImpl(2, 64, 1.0, sinks=sinks),
+        lambda: AscendAttentionImpl(2, 64, 1.0, alibi_slopes=[0.5, 0.25]),
+        lambda: AscendAttentionImpl(2, 64, 1.0, logits_soft_cap=30.0),
+        lambda: AscendComposedAttentionImpl(2, 64, 1.0, sinks=sinks),
+        lambda: AscendComposedAttentionImpl(2, 64, 1.0, use_alibi_sqrt=True),
+        lambda: AscendSinkAttentionImpl(2, 64, 1.0, logits_soft_cap=30.0, sinks=sinks),
+    ):
+        with pytest.raises(ValueError, match="the NPU attention kernel has no"):
+            make()
