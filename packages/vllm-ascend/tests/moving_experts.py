@@ -128,7 +128,8 @@ def test_fifty_rebalances(families, run_replicas, tmp_path):
 def test_quantised_experts_of_real_text(models, smollm2, prompts, run_engines):
     """W8A8 in bfloat16: weights and their scales move. The tokens are those of the same engine whose experts do not move.
 
-    On an Atlas A3, where a token's experts are summed up in one order wherever they lie (MC2, all-to-all-v).
+    On three ranks of an Atlas A3, where a token's experts are summed up in one order wherever they lie (MC2, all-to-all-v); without cached prefixes, and in
+    one engine, so that all runs have the same steps.
     """
     from ascend_sim.checkpoints import quantise, smooth, upcycle
     from test_quantization_engines import CALIBRATION
@@ -139,19 +140,20 @@ def test_quantised_experts_of_real_text(models, smollm2, prompts, run_engines):
     dense = smooth(smollm2, models / "smollm2-smooth", texts=[tokenizer(CALIBRATION)["input_ids"], asked])
     experts = upcycle(dense, models / "smollm2-smooth-moe", experts=8, top_k=2)
     folder = quantise(experts, models / "smollm2-moe-w8a8")
-    engine = ENGINE | {"dtype": "bfloat16"}
-    moves = moving(folder, prompts[:4], 16, engine=engine, rebalances=1, num_redundant_experts=2)
-    stays = moves | {"rebalances": 0, "runs": moves["runs"][:1]}
-    stays["engine"] = stays["engine"] | {"additional_config": {"eplb_config": {"num_redundant_experts": 2}}}
+    engine = ENGINE | {"dtype": "bfloat16", "tensor_parallel_size": 3, "enable_prefix_caching": False}
+    moves = moving(folder, prompts[:4], 16, engine=engine, rebalances=2, num_redundant_experts=1)
+    placed = {"additional_config": {"eplb_config": {"num_redundant_experts": 1}}}
+    stays = moves | {"rebalances": 0, "engine": moves["engine"] | placed}
     off, moved = run_engines([stays, moves], **ATLAS_A3, **INSPECT)
-    assert off["rebalances"] == [None, None]
+    assert off["rebalances"] == [None] * 3
+    assert [output["tokens"] for output in off["runs"][1]] == tokens(off)
     assert_tokens(moved, tokens(off), "W8A8")
     assert moved["experts"] != off["experts"]
 
 
 @pytest.fixture
 def served(models, smollm2, tmp_path):
-    """A server of the upcycled SmolLM2 on two ranks whose experts move all the time: its process, client, URL, log, and the file of its map."""
+    """A server of the upcycled SmolLM2 with two data parallel ranks whose experts move all the time: its process, client, URL, log, and the file of its map."""
     from ascend_sim.checkpoints import upcycle
 
     folder = upcycle(smollm2, models / "smollm2-moe", experts=8, top_k=2)
@@ -159,7 +161,7 @@ def served(models, smollm2, tmp_path):
     options = {"eplb_config": MOVING | {"num_redundant_experts": 2, "expert_map_record_path": str(record)}}
     command = [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "moving", "--host", "127.0.0.1", "--port", "0",
-        "--tensor-parallel-size", "2", "--enable-expert-parallel", "--additional-config", json.dumps(options), "--max-model-len", "512",
+        "--data-parallel-size", "2", "--enable-expert-parallel", "--additional-config", json.dumps(options), "--max-model-len", "512",
         "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(128 << 20),
     ]  # fmt: skip
     process = start(command, log, {"OMP_NUM_THREADS": "1"})
