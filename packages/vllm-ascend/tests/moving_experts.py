@@ -128,8 +128,8 @@ def test_fifty_rebalances(families, run_replicas, tmp_path):
 def test_quantised_experts_of_real_text(models, smollm2, prompts, run_engines):
     """W8A8 in bfloat16: weights and their scales move. The tokens are those of the same engine whose experts do not move.
 
-    On three ranks of an Atlas A3, where a token's experts are summed up in one order wherever they lie (MC2, all-to-all-v); without cached prefixes, and in
-    one engine, so that all runs have the same steps.
+    All steps take MC2, for which max_num_seqs makes room: it sums up a token's experts one by one. All-gather and all-to-all-v round a sum on each rank, so
+    that in bfloat16 their results depend on which experts share a rank. Without cached prefixes, and in one engine, all runs have the same steps.
     """
     from ascend_sim.checkpoints import quantise, smooth, upcycle
     from test_quantization_engines import CALIBRATION
@@ -140,7 +140,12 @@ def test_quantised_experts_of_real_text(models, smollm2, prompts, run_engines):
     dense = smooth(smollm2, models / "smollm2-smooth", texts=[tokenizer(CALIBRATION)["input_ids"], asked])
     experts = upcycle(dense, models / "smollm2-smooth-moe", experts=8, top_k=2)
     folder = quantise(experts, models / "smollm2-moe-w8a8")
-    engine = ENGINE | {"dtype": "bfloat16", "tensor_parallel_size": 3, "enable_prefix_caching": False}
+    engine = ENGINE | {
+        "dtype": "bfloat16",
+        "tensor_parallel_size": 3,
+        "max_num_seqs": 256,
+        "enable_prefix_caching": False,
+    }
     moves = moving(folder, prompts[:4], 16, engine=engine, rebalances=2, num_redundant_experts=1)
     placed = {"additional_config": {"eplb_config": {"num_redundant_experts": 1}}}
     stays = moves | {"rebalances": 0, "engine": moves["engine"] | placed}
