@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ascend import envs, experts, rules
+from vllm_ascend import envs, experts, rules, states
 from vllm_ascend.attention import BACKENDS, limits
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
@@ -69,7 +69,7 @@ def notices(vllm_config: Any) -> list[str]:
     """What a user should know of a configuration that has passed `check`."""
     if vllm_config.model_config is None:
         return []
-    return list(limits.notices(limits.Attention.of(vllm_config)))
+    return [*limits.notices(limits.Attention.of(vllm_config)), *states.notices(vllm_config.model_config)]
 
 
 def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
@@ -155,8 +155,7 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
             f"quantization ({model.quantization!r}) has no kernels in vllm-ascend, which serves ModelSlim's W8A8 checkpoints ('ascend') and those "
             "without quantisation"
         )
-    if model.is_attention_free or model.is_hybrid:
-        yield f"{model.architectures[0]} has layers of linear attention or a state space, which have no kernels in vllm-ascend"
+    yield from states.broken(model)
     yield from _beyond_the_rotary_table(model)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if model.hf_text_config.model_type == "modernbert" and ranks > 1:

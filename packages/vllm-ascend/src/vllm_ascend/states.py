@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that have layers with a recurrent state: which are served, and what a user should know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["broken", "notices"]
+
+# By the kind of their layers with a state. Others have layers that vLLM computes with Triton kernels and that have no form here.
+_MAMBA = ("MambaForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM", "JambaForSequenceClassification")
+_MAMBA2 = (
+    "Mamba2ForCausalLM",
+    "FalconH1ForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "NemotronHForCausalLM",
+    "Zamba2ForCausalLM",
+)
+_GATED_DELTA_NET = (
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+)
+_SERVED = {
+    **dict.fromkeys(_MAMBA, "Mamba"),
+    **dict.fromkeys(_MAMBA2, "Mamba2"),
+    **dict.fromkeys(_GATED_DELTA_NET, "a gated delta net"),
+}
+
+
+def _has_states(model: Any) -> bool:
+    return bool(model.is_attention_free or model.is_hybrid)
+
+
+def broken(model: Any) -> Iterator[str]:
+    """A finding for a model whose layers with a state are of a kind that is not served; `model` is vLLM's `ModelConfig`."""
+    if not _has_states(model):
+        return
+    architecture = model.architecture
+    if architecture not in _SERVED:
+        yield (
+            f"{architecture} has layers of linear attention or a state space of a kind that vllm-ascend does not compute; it serves those of "
+            f"{', '.join(_SERVED)}"
+        )
+
+
+def notices(model: Any) -> Iterator[str]:
+    """What a user should know of such a model."""
+    if _has_states(model):
+        kind = _SERVED[model.architecture]
+        yield f"no kernel computes layers of {kind}: they are computed by single operators, each prompt on its own; expect a fraction of the usual speed"
