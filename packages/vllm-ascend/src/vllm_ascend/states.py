@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["broken", "notices"]
+__all__ = ["broken", "has_states", "notices"]
 
 # By the kind of their layers with a state. Others have layers that vLLM computes with Triton kernels and that have no form here.
 _MAMBA = ("MambaForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM", "JambaForSequenceClassification")
@@ -31,13 +31,14 @@ _SERVED = {
 }
 
 
-def _has_states(model: Any) -> bool:
+def has_states(model: Any) -> bool:
+    """Whether a model has such layers; `model` is vLLM's `ModelConfig`."""
     return bool(model.is_attention_free or model.is_hybrid)
 
 
 def broken(model: Any) -> Iterator[str]:
     """A finding for a model whose layers with a state are of a kind that is not served; `model` is vLLM's `ModelConfig`."""
-    if not _has_states(model):
+    if not has_states(model):
         return
     architecture = model.architecture
     if architecture not in _SERVED:
@@ -49,6 +50,6 @@ def broken(model: Any) -> Iterator[str]:
 
 def notices(model: Any) -> Iterator[str]:
     """What a user should know of such a model."""
-    if _has_states(model):
+    if has_states(model):
         kind = _SERVED[model.architecture]
         yield f"no kernel computes layers of {kind}: they are computed by single operators, each prompt on its own; expect a fraction of the usual speed"

@@ -7,11 +7,14 @@ projections with the functions of `convolution.py`, `scan.py` and `delta_rule.py
 
 from __future__ import annotations
 
+from functools import cache
+
 __all__ = ["register"]
 
 
+@cache
 def register() -> None:
-    """Replace vLLM's layers."""
+    """Replace vLLM's layers, once a process, for a model that has such; others are spared the imports."""
     from vllm_ascend import compat
     from vllm_ascend.layers.mamba import gated_delta_net, mixers
 
