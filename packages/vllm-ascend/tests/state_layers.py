@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' mixers with a recurrent state, the same mathematics in float64 token by token, and this plugin's layers with the same weights on the NPU."""
 
+import warnings
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -99,9 +100,7 @@ class Mamba2:
         dt, a = functional.softplus(dt + m.dt_bias.double()), -m.A_log.double().exp()
         state, out = x.new_zeros(8, 12, 16), []
         for t in range(len(x)):
-            state = (
-                torch.exp(dt[t] * a)[:, None, None] * state + (dt[t, :, None] * x[t])[..., None] * b[t, :, None]
-            )
+            state = torch.exp(dt[t] * a)[:, None, None] * state + (dt[t, :, None] * x[t])[..., None] * b[t, :, None]
             out.append((state * c[t, :, None]).sum(-1) + m.D.double()[:, None] * x[t])
         y = torch.stack(out).flatten(1) * functional.silu(gate)
         return linear(m.out_proj, rms(y, m.norm.weight, m.norm.variance_epsilon))
@@ -158,7 +157,9 @@ class GatedDeltaNet:
         return linear(m.out_proj, y.flatten(1))
 
     def ours(self):
-        from vllm_ascend.layers.mamba.gated_delta_net import AscendQwenGatedDeltaNetAttention
+        with warnings.catch_warnings():  # vLLM's module imports much, of which torch warns
+            warnings.simplefilter("ignore")
+            from vllm_ascend.layers.mamba.gated_delta_net import AscendQwenGatedDeltaNetAttention
 
         m, layer = self.theirs, bare(AscendQwenGatedDeltaNetAttention)
         layer.in_proj_qkvz, layer.in_proj_ba, layer.out_proj = map(
@@ -196,9 +197,7 @@ class Runner:
         sizes = [torch.Size(shape).numel() for shape in kind.shapes]
         pages = torch.full((BLOCKS, sum(sizes) + 3), torch.nan, device="npu")
         parts = pages.split([*sizes, 3], dim=1)[:2]
-        self.layer.kv_cache = tuple(
-            part.unflatten(1, shape) for part, shape in zip(parts, kind.shapes, strict=True)
-        )
+        self.layer.kv_cache = tuple(part.unflatten(1, shape) for part, shape in zip(parts, kind.shapes, strict=True))
 
     def step(self, rows, *, padding=0):
         """One step.
@@ -211,7 +210,6 @@ class Runner:
             Outputs of each request.
         """
         from vllm.forward_context import override_forward_context
-
         from vllm_ascend.layers.mamba.step import RecurrentStep, batches_of
 
         counts = [len(hidden) for hidden, _, _ in rows]

@@ -31,7 +31,9 @@ def test_prompts_in_parts_and_requests_that_come_and_go(kind):
         {"c": 1, "a": 1, "d": 1}, {"a": 1, "d": 1}, {"d": 1, "a": 1},
     ]  # fmt: skip
     for index, step in enumerate(steps):
-        rows = [(hidden[name][done[name] : done[name] + tokens], done[name], blocks[name]) for name, tokens in step.items()]
+        rows = [
+            (hidden[name][done[name] : done[name] + tokens], done[name], blocks[name]) for name, tokens in step.items()
+        ]
         for name, out in zip(step, runner.step(rows, padding=index % 2), strict=True):
             found[name].append(out)
             done[name] += step[name]
@@ -96,7 +98,11 @@ def test_inverse_of_whole_numbers_is_exact(length):
     [
         ([0, 1, 2, 7], [9, 5, 5], [(0, 2, 1, True), (2, 1, 5, False)]),
         ([0, 1, 4], [1, 6], [(0, 1, 1, False), (1, 1, 3, True)]),  # a prompt of one token has no state yet
-        ([0, 3, 4, 4], [3, 8, 7], [(0, 1, 3, False), (3, 1, 1, True)]),  # in another order, and a request without tokens
+        (
+            [0, 3, 4, 4],
+            [3, 8, 7],
+            [(0, 1, 3, False), (3, 1, 1, True)],
+        ),  # in another order, and a request without tokens
         ([0], [], []),
     ],
 )

@@ -36,11 +36,17 @@ def has_states(model: Any) -> bool:
     return bool(model.is_attention_free or model.is_hybrid)
 
 
-def broken(model: Any) -> Iterator[str]:
-    """A finding for a model whose layers with a state are of a kind that is not served; `model` is vLLM's `ModelConfig`."""
+def broken(vllm_config: Any) -> Iterator[str]:
+    """Findings for a model whose layers with a state are of a kind that is not served, or are served otherwise than is asked."""
+    model, transfer = vllm_config.model_config, vllm_config.kv_transfer_config
     if not has_states(model):
         return
     architecture = model.architecture
+    if transfer is not None:
+        yield (
+            f"kv_transfer_config (connector {transfer.kv_connector!r}) cannot be used with {architecture}, whose layers have states beside keys and values; "
+            "leave it out"
+        )
     if architecture not in _SERVED:
         yield (
             f"{architecture} has layers of linear attention or a state space of a kind that vllm-ascend does not compute; it serves those of "

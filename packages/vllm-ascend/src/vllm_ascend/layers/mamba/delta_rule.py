@@ -47,7 +47,7 @@ def gated_delta_rule(
     # [R, H, T, ...]
     tensors = [each.float().transpose(1, 2) for each in (query, key, value, decay, beta)]
     outputs = []
-    for q, k, v, logarithms, strength in zip(*(each.split(PIECE, dim=2) for each in tensors), strict=True):
+    for q, k, v, logarithms, strength in zip(*(torch.split(each, PIECE, dim=2) for each in tensors), strict=True):
         from_state, between, to_state = sums_of_decays(logarithms)
         k_strong = k * strength[..., None]
         system = ((k_strong @ k.transpose(2, 3)) * between).tril(-1)

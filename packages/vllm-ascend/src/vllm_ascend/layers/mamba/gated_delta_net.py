@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
@@ -24,14 +25,15 @@ class AscendQwenGatedDeltaNetAttention(Recurrent, QwenGatedDeltaNetAttention):
             return  # vLLM has filled the output with zeros
         states = States.of(self.kv_cache)
         keys, values = (size // self.tp_size for size in (self.key_dim, self.value_dim))
-        query, key, value = self.convolved(mixed_qkv, step, states).split([keys, keys, values], dim=-1)
-        query, key = (normalized(each.unflatten(-1, (-1, self.head_k_dim))) for each in (query, key))
-        value = value.unflatten(-1, (-1, self.head_v_dim))
+        query, key, value = torch.split(self.convolved(mixed_qkv, step, states), [keys, keys, values], dim=-1)
+        query, key = (normalized(each.reshape(len(each), -1, self.head_k_dim)) for each in (query, key))
+        value = value.reshape(len(value), -1, self.head_v_dim)
         decay = -self.A_log.float().exp() * functional.softplus(a.float() + self.dt_bias.float())
         beta = b.float().sigmoid()
 
         def rule(batch: Batch, state: Tensor) -> tuple[Tensor, Tensor]:
-            return gated_delta_rule(*(batch.of(each) for each in (query, key, value, decay, beta)), state)
+            q, k, v, g, strength = (batch.of(each) for each in (query, key, value, decay, beta))
+            return gated_delta_rule(q, k, v, g, strength, state)
 
         out = states.through(states.recurrent, step, rule)
         core_attn_out[: len(out)] = out.to(core_attn_out.dtype)

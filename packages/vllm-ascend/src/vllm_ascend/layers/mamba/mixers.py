@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -74,10 +75,10 @@ class AscendMambaMixer2(Recurrent, MambaMixer2):
             return
         states = States.of(self.kv_cache)
         rows = projected_states[:, self.tped_intermediate_size :]
-        rows, dt = rows.split([self.tped_conv_size, self.tped_dt_size], dim=-1)
-        x, b, c = self.split_hidden_states_B_C_fn(self.convolved(rows, step, states))
-        x = x.unflatten(-1, (-1, self.head_dim))
-        b, c = (each.unflatten(-1, (-1, self.ssm_state_size)) for each in (b, c))
+        rows, dt = torch.split(rows, [self.tped_conv_size, self.tped_dt_size], dim=-1)
+        x, b, c = self.split_hidden_states_B_C_fn(self.convolved(rows, step, states))  # type: ignore[no-untyped-call]
+        x = x.reshape(len(x), -1, self.head_dim)
+        b, c = (each.reshape(len(x), -1, self.ssm_state_size) for each in (b, c))
         dt = functional.softplus(dt.float() + self.dt_bias.float())
 
         def scan(batch: Batch, state: Tensor) -> tuple[Tensor, Tensor]:

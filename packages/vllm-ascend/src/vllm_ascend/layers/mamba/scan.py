@@ -111,4 +111,4 @@ def sums_of_decays(logarithms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pieces(*tensors: Tensor) -> zip[tuple[Tensor, ...]]:
-    return zip(*(each.split(PIECE, dim=1) for each in tensors), strict=True)
+    return zip(*(torch.split(each, PIECE, dim=1) for each in tensors), strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Batch:
     def of(self, rows: Tensor) -> Tensor:
         """Their rows among those of the step, `[tokens, ...]` -> `[R, T, ...]`."""
         mine = rows[self.first : self.first + self.requests * self.tokens]
-        return mine.unflatten(0, (self.requests, self.tokens))
+        return mine.reshape(self.requests, self.tokens, *rows.shape[1:])
 
 
 @dataclass(slots=True)
@@ -132,7 +133,7 @@ def batches_of(starts: list[int], lengths: list[int], slots: Tensor) -> list[Bat
         lengths: tokens of each request, with those of this step.
         slots: int64 `[requests]`, block of each one's state.
     """
-    counts = [end - start for start, end in zip(starts[:-1], starts[1:], strict=True)]
+    counts = [end - start for start, end in pairwise(starts)]
     earlier = [length - count for length, count in zip(lengths, counts, strict=True)]
     decoding = 0
     while decoding < len(counts) and counts[decoding] == 1 and earlier[decoding] > 0:
