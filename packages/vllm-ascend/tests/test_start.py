@@ -107,6 +107,7 @@ ALONE = {
     "MLA connector": ({**LATENT, "num_attention_heads": 16}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with multi-head latent attention"),
     "short convolutions": (SHORT_CONVOLUTIONS, {}, {}, "Lfm2ForCausalLM has layers of linear attention or a state space of a kind that vllm-ascend does not compute; it serves those of MambaForCausalLM"),
     "states over a connector": (HYBRID, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with FalconH1ForCausalLM"),
+    "states over ranks by tokens": (HYBRID, {"tensor_parallel_size": 2, "additional_config": {"enable_flashcomm1": True}}, {}, "option 'enable_flashcomm1' (True) cannot be used with FalconH1ForCausalLM: its layers of Mamba2 take all tokens on every rank"),
     "top k": ({**MOE, "num_experts_per_tok": 5}, {}, {}, "the model's config asks for 5 experts a token, and its MoE layers have 4"),
     "slots": (MOE, {"tensor_parallel_size": 4, "enable_expert_parallel": True, "additional_config": {"eplb_config": {"num_redundant_experts": 1}}}, {}, "option 'eplb_config.num_redundant_experts' (1)"),
 }  # fmt: skip

@@ -57,6 +57,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
     if vllm_config.model_config is not None:
         deployment = Deployment.of(vllm_config)
         found += _absent_for_the_model(vllm_config)
+        found += states.broken(vllm_config, config)
         found += limits.broken(limits.Attention.of(vllm_config))
         found += rules.broken(config, deployment)
         found += rules.broken_on(config, host.chip)
@@ -155,7 +156,6 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
             f"quantization ({model.quantization!r}) has no kernels in vllm-ascend, which serves ModelSlim's W8A8 checkpoints ('ascend') and those "
             "without quantisation"
         )
-    yield from states.broken(vllm_config)
     yield from _beyond_the_rotary_table(model)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if model.hf_text_config.model_type == "modernbert" and ranks > 1:
