@@ -14,12 +14,12 @@ RESULTS = json.loads((DOCS / "models.json").read_text())
 
 @pytest.mark.slow
 def test_one_of_each_kind(engine_servers, tmp_path):
-    """A dense text model, one with experts, and one of images."""
-    entries = [ENTRIES[name] for name in ("Llama, rope YaRN", "Qwen3Moe", "Qwen2VL")]
+    """A dense text model, one with experts, one of images, and one with a recurrent state in some layers."""
+    entries = [ENTRIES[name] for name in ("Llama, rope YaRN", "Qwen3Moe", "Qwen2VL", "Qwen3Next, small state")]
     results = {}
     run.visit_all(entries, tmp_path, engine_servers, lambda entry, visit: results.update({entry.name: visit.result()}))
     assert {name: result["cells"] for name, result in results.items() if not verdict.is_good(result)} == {}
-    assert len(results) == 3
+    assert len(results) == 4
 
 
 @pytest.mark.slow
