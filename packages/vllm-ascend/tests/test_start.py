@@ -237,7 +237,6 @@ def of(config=(), **model):
             "attention sinks beside ALiBi position biases (GptOssForCausalLM)",
         ),
         ({}, {"architectures": ["Step1ForCausalLM"]}, "ALiBi with roots of distances (Step1ForCausalLM)"),
-        ({}, {"is_encoder_decoder": True}, "cross-attention of encoder-decoder models (SomeModel)"),
         ({"head_dim": 64, "v_head_dim": 128}, {}, "of keys (64 wide) and of values (128) must be of one size"),
     ],
 )

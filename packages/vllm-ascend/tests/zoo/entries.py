@@ -30,6 +30,7 @@ class Entry:
         engine: more arguments of the engine.
         make: for entries with a processor: a function that returns the processor and the config's arguments.
         names: how the published checkpoints begin a tensor's name, by how transformers' `save_pretrained` does, where it differs.
+        encodes: whether an encoder takes the sound apart, and the prompt is the decoder's.
         mark: what stands for a picture, a video or a sound in a prompt.
     """
 
@@ -44,5 +45,6 @@ class Entry:
     attention: str = "eager"
     engine: dict[str, Any] = field(default_factory=dict)
     make: Callable[[], tuple[Any, dict[str, Any]]] | None = None
+    encodes: bool = False
     mark: str = ""
     names: dict[str, str] = field(default_factory=dict)

@@ -233,10 +233,25 @@ def qwen2_audio():
     return processor, config
 
 
-def entry(name, make, mark, *, task="images", model=None, engine=None, names=None):
+def whisper():
+    import transformers
+
+    names = ["<|startoftranscript|>"]
+    tokens = tokenizer(names)
+    sounds = transformers.WhisperFeatureExtractor(sampling_rate=16000, feature_size=16, chunk_length=2)
+    processor = transformers.WhisperProcessor(feature_extractor=sounds, tokenizer=tokens)
+    config = {
+        "vocab_size": VOCABULARY, "num_mel_bins": 16, "d_model": 256, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 320,
+        "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 320, "max_source_positions": 100, "max_target_positions": 256,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": ids_of(tokens, *names)[0],
+    }  # fmt: skip
+    return processor, config
+
+
+def entry(name, make, mark, *, task="images", model=None, engine=None, names=None, encodes=False):
     limits = {"images": {"image": 3}, "video": {"video": 2}, "audio": {"audio": 2}}[task]
     return Entry(
-        name=name, task=task, config=f"{(model or name)}Config", model=f"{model or name}ForConditionalGeneration", make=make, mark=mark, names=names or {},
+        name=name, task=task, config=f"{(model or name)}Config", model=f"{model or name}ForConditionalGeneration", make=make, mark=mark, names=names or {}, encodes=encodes,
         engine={"limit_mm_per_prompt": limits, "skip_tokenizer_init": False, "max_model_len": 512, **(engine or {})},
     )  # fmt: skip
 
@@ -267,5 +282,13 @@ MULTIMODAL = [
         "<|audio_bos|> <|AUDIO|> <|audio_eos|>",
         task="audio",
         names={"language_model.model.model.": "language_model.model."},
+    ),
+    entry(
+        "Whisper",
+        whisper,
+        "<|startoftranscript|>",
+        task="audio",
+        encodes=True,
+        engine={"limit_mm_per_prompt": {"audio": 1}, "max_model_len": 256},
     ),
 ]

@@ -67,6 +67,19 @@ def media_requests(entry, processor, folder):
     return requests, inputs
 
 
+def encoded_requests(entry, processor, folder):
+    """As above for a model whose encoder takes one sound a request, and whose decoder begins with words."""
+    requests, inputs = [], []
+    for number, name in enumerate(media.random_media(entry.task, folder)):
+        text = f"{entry.mark} {media.words(7 * number, 3 + 40 * number)}"
+        ids = processor.tokenizer(text)["input_ids"]
+        (sound,) = media.load(entry.task, folder, [name])
+        made = processor.feature_extractor(sound, sampling_rate=media.SAMPLING_RATE, return_tensors="pt")
+        requests.append({"ids": ids, "media": [name], "expanded": ids, "encoded": True})
+        inputs.append({"input_features": made["input_features"], "decoder_input_ids": None})
+    return requests, inputs
+
+
 def logits_of(model, ids, more):
     """Logits `[tokens, vocabulary]` of one sequence, whose media are `more`."""
     import torch
@@ -80,8 +93,10 @@ def inputs_of(model, ids, more):
     """Arguments of a model. What says for each token which kind it is goes on with text."""
     import torch
 
-    made = {"input_ids": torch.tensor([ids])}
+    made = {"decoder_input_ids" if "decoder_input_ids" in more else "input_ids": torch.tensor([ids])}
     for name, value in more.items():
+        if value is None:
+            continue
         if value.dim() == 2 and name in ("mm_token_type_ids", "token_type_ids"):
             value = torch.nn.functional.pad(value, (0, len(ids) - value.shape[1]))
         made[name] = value.to(model.dtype) if value.is_floating_point() else value
@@ -140,7 +155,7 @@ def checkpoint(entry, folder):
         processor, sizes = entry.make()
         processor.save_pretrained(folder)
         specials = 1 + max(processor.tokenizer.get_added_vocab().values())
-        requests, inputs = media_requests(entry, processor, folder)
+        requests, inputs = (encoded_requests if entry.encodes else media_requests)(entry, processor, folder)
     model = build(entry, sizes, specials)
     model.save_pretrained(folder)
     if entry.names:

@@ -131,7 +131,14 @@ def cells(entry, folder, ended, kinds=KINDS):
     reference = json.loads((folder / "reference.json").read_text())
     found = {}
     for column, (kind, engine, judge) in CELLS.items():
-        if (kind == "ep" and not entry.experts) or (column == "tower" and entry.make is None):
+        # vLLM neither caches nor cuts the prompts of a model with an encoder.
+        absent = {
+            "ep": not entry.experts,
+            "tower": entry.make is None,
+            "cache": entry.encodes,
+            "chunked": entry.encodes,
+        }
+        if absent.get(column):
             found[column] = ["-", ""]
             continue
         if kind not in kinds and not refused(folder):

@@ -161,8 +161,6 @@ def _missing(model: Any) -> Iterator[str]:
         yield f"sparse attention (index_topk {topk})"
     if len(sizes := head_sizes(model)) > 1:
         yield f"layers with heads of several sizes ({', '.join(map(str, sizes))}): the cache has one shape for all of them"
-    if model.is_encoder_decoder:
-        yield f"cross-attention of encoder-decoder models ({architecture})"
 
 
 def has_plain_form(qk_nope_head_dim: int, v_head_dim: int) -> bool:
