@@ -262,6 +262,7 @@ def test_limits_of_the_kernels():
         ({"dtype": "float16"}, "--dtype bfloat16"),
         ({"latent": (512, 32)}, "qk_rope_head_dim of this model is 32"),
         ({"latent": (512, 64), "heads": 9}, "with 9 heads over tensor_parallel_size 2"),
+        ({"chunk": 192}, "attention_chunk_size of this model (192) must be a multiple of block_size (128)"),
         ({"latent": (512, 64), "block_size": 24}, "block_size (24) must be a multiple of 128"),
     ):
         assert any(message in found for found in broken(replace(fits, **change))), message

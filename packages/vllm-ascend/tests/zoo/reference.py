@@ -158,6 +158,9 @@ def checkpoint(entry, folder):
         requests, inputs = (encoded_requests if entry.encodes else media_requests)(entry, processor, folder)
     model = build(entry, sizes, specials)
     model.save_pretrained(folder)
+    if entry.published:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": [entry.published]}, indent=1))
     if entry.names:
         rename(folder / "model.safetensors", entry.names)
     return model, requests, inputs
