@@ -248,10 +248,10 @@ def whisper():
     return processor, config
 
 
-def entry(name, make, mark, *, task="images", model=None, engine=None, names=None, encodes=False):
+def entry(name, make, mark, *, task="images", model=None, engine=None, names=None, encodes=False, known=""):
     limits = {"images": {"image": 3}, "video": {"video": 2}, "audio": {"audio": 2}}[task]
     return Entry(
-        name=name, task=task, config=f"{(model or name)}Config", model=f"{model or name}ForConditionalGeneration", make=make, mark=mark, names=names or {}, encodes=encodes,
+        name=name, task=task, config=f"{(model or name)}Config", model=f"{model or name}ForConditionalGeneration", make=make, mark=mark, names=names or {}, encodes=encodes, known=known,
         engine={"limit_mm_per_prompt": limits, "skip_tokenizer_init": False, "max_model_len": 512, **(engine or {})},
     )  # fmt: skip
 
@@ -282,6 +282,7 @@ MULTIMODAL = [
         "<|audio_bos|> <|AUDIO|> <|audio_eos|>",
         task="audio",
         names={"language_model.model.model.": "language_model.model."},
+        known="vLLM takes transformers' own class for the tower.",
     ),
     entry(
         "Whisper",

@@ -58,7 +58,7 @@ def media_requests(entry, processor, folder):
     """The engine's requests, and of each what the model takes."""
     requests, inputs = [], []
     for text, names in media.texts(entry.mark, media.random_media(entry.task, folder)):
-        given = {media.PROCESSOR_KEYS[entry.task]: media.load(entry.task, folder, names)} if names else {}
+        given = media.for_transformers(entry.task, folder, names)
         made = dict(processor(text=[text], **given, return_tensors="pt"))
         ids = made.pop("input_ids")[0].tolist()
         made.pop("attention_mask", None)
