@@ -200,7 +200,15 @@ TEXT = [
     ),
     text("Apertus"),
     text("Arcee"),
-    moe("MiniMaxM2", head_dim=64, rotary_dim=32, scoring_func="sigmoid", num_local_experts=8, num_experts_per_tok=2),
+    moe(
+        "MiniMaxM2",
+        head_dim=64,
+        rotary_dim=32,
+        scoring_func="sigmoid",
+        use_routing_bias=True,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
     moe(
         "Afmoe",
         head_dim=64,
