@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A stub of CANN's runtime: just enough for the real torch_npu to load and run where there is no NPU.
-// "Device" memory is host memory with byte accounting; streams and events are in streams.c.
+// "Device" memory is in memory.c; streams and events are in streams.c.
 // It is compiled against the CANN headers that the torch_npu wheel carries, so the compiler checks every signature.
 //
 //   ASCEND_SIM_DEVICES   number of devices (default 8)
@@ -11,8 +11,6 @@
 // What is absent on purpose: an operator that has no kernel in ascend_sim must fail. aclopCompileAndExecute therefore returns an error (a 0
 // would hand out uninitialised memory), and every symbol that torch_npu looks up with dlsym and does not find is an error by name.
 #define _GNU_SOURCE
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,17 +18,12 @@
 
 #include "acl/acl.h"
 #include "acl/acl_op_compiler.h"
-#include "streams.h"
+#include "runtime.h"
 
-#define MAX_DEVICES 64
-#define HEADER 512  // keeps what aclrtMalloc returns aligned to 512 bytes, as on hardware
 #define UNSUPPORTED 207000
 #define INVALID_DEVICE 107001
 #define NO_KERNEL 500001
 
-typedef struct { size_t bytes; int32_t device; } Block;
-
-static atomic_size_t used[MAX_DEVICES];
 static _Thread_local int32_t current_device = 0;
 static char contexts[MAX_DEVICES];  // the address of entry i is the context of device i
 static _Thread_local char last_error[2048];
@@ -58,7 +51,8 @@ static int32_t device_count(void) {
   return visible;
 }
 
-static size_t device_bytes(void) { return (size_t)from_environment("ASCEND_SIM_MEMORY_BYTES", 4LL << 30); }
+size_t ascend_sim_device_bytes(void) { return (size_t)from_environment("ASCEND_SIM_MEMORY_BYTES", 4LL << 30); }
+int32_t ascend_sim_device(void) { return current_device; }
 
 aclError ascend_sim_fail(aclError code, const char *reason) {
   snprintf(last_error, sizeof last_error, "ascend-sim: %s", reason);
@@ -127,7 +121,7 @@ static aclError attribute(int64_t kind, int64_t *value) {
     case ACL_DEV_ATTR_AICORE_CORE_NUM: case ACL_DEV_ATTR_CUBE_CORE_NUM: *value = 20; return ACL_SUCCESS;
     case ACL_DEV_ATTR_VECTOR_CORE_NUM: *value = 40; return ACL_SUCCESS;
     case ACL_DEV_ATTR_UBUF_PER_VECTOR_CORE: *value = 192 << 10; return ACL_SUCCESS;
-    case ACL_DEV_ATTR_TOTAL_GLOBAL_MEM_SIZE: *value = (int64_t)device_bytes(); return ACL_SUCCESS;
+    case ACL_DEV_ATTR_TOTAL_GLOBAL_MEM_SIZE: *value = (int64_t)ascend_sim_device_bytes(); return ACL_SUCCESS;
     case ACL_DEV_ATTR_L2_CACHE_SIZE: *value = 192LL << 20; return ACL_SUCCESS;
     default: return fail(UNSUPPORTED, "this device attribute is not simulated");
   }
@@ -153,118 +147,6 @@ aclError aclrtGetStreamResLimit(aclrtStream stream, aclrtDevResLimitType type, u
 }
 
 aclError aclrtGetResInCurrentThread(aclrtDevResLimitType type, uint32_t *value) { return aclrtGetDeviceResLimit(0, type, value); }
-
-// ---- memory ------------------------------------------------------------------------------------------------------------------------
-
-aclError aclrtGetMemInfo(aclrtMemAttr attr, size_t *available, size_t *total) {
-  (void)attr;
-  size_t taken = atomic_load(&used[current_device]);
-  *total = device_bytes();
-  *available = taken < *total ? *total - taken : 0;
-  return ACL_SUCCESS;
-}
-
-aclError aclrtMalloc(void **pointer, size_t bytes, aclrtMemMallocPolicy policy) {
-  (void)policy;
-  size_t before = atomic_fetch_add(&used[current_device], bytes);
-  void *block = NULL;
-  if (before + bytes > device_bytes() || posix_memalign(&block, HEADER, bytes + HEADER)) {
-    atomic_fetch_sub(&used[current_device], bytes);
-    return fail(OUT_OF_MEMORY, "out of device memory; ASCEND_SIM_MEMORY sets how much each device has");
-  }
-  *(Block *)block = (Block){bytes, current_device};
-  *pointer = (char *)block + HEADER;
-  return ACL_SUCCESS;
-}
-
-aclError aclrtMallocAlign32(void **pointer, size_t bytes, aclrtMemMallocPolicy policy) { return aclrtMalloc(pointer, bytes, policy); }
-
-aclError aclrtMallocWithCfg(void **pointer, size_t bytes, aclrtMemMallocPolicy policy, aclrtMallocConfig *config) {
-  (void)config;
-  return aclrtMalloc(pointer, bytes, policy);
-}
-
-aclError aclrtFree(void *pointer) {
-  if (!pointer) return ACL_SUCCESS;
-  Block *block = (Block *)((char *)pointer - HEADER);
-  atomic_fetch_sub(&used[block->device], block->bytes);
-  free(block);
-  return ACL_SUCCESS;
-}
-
-// Pinned host memory, so that is_pinned can tell it from any other.
-static struct Pinned { char *start; size_t bytes; struct Pinned *next; } *pinned;
-static pthread_mutex_t pinned_lock = PTHREAD_MUTEX_INITIALIZER;
-
-aclError aclrtMallocHost(void **pointer, size_t bytes) {
-  struct Pinned *entry = malloc(sizeof *entry);
-  if (!entry || posix_memalign(pointer, HEADER, bytes ? bytes : 1)) {
-    free(entry);
-    return fail(OUT_OF_MEMORY, "out of host memory");
-  }
-  pthread_mutex_lock(&pinned_lock);
-  *entry = (struct Pinned){*pointer, bytes, pinned};
-  pinned = entry;
-  pthread_mutex_unlock(&pinned_lock);
-  return ACL_SUCCESS;
-}
-
-static int is_pinned(const char *pointer) {
-  int found = 0;
-  pthread_mutex_lock(&pinned_lock);
-  for (struct Pinned *entry = pinned; entry && !found; entry = entry->next) found = pointer >= entry->start && pointer < entry->start + entry->bytes;
-  pthread_mutex_unlock(&pinned_lock);
-  return found;
-}
-
-aclError aclrtMallocHostWithCfg(void **pointer, uint64_t bytes, aclrtMallocConfig *config) { (void)config; return aclrtMallocHost(pointer, bytes); }
-
-aclError aclrtFreeHost(void *pointer) {
-  pthread_mutex_lock(&pinned_lock);
-  for (struct Pinned **link = &pinned; *link; link = &(*link)->next)
-    if ((*link)->start == pointer) {
-      struct Pinned *entry = *link;
-      *link = entry->next;
-      free(entry);
-      break;
-    }
-  pthread_mutex_unlock(&pinned_lock);
-  free(pointer);
-  return ACL_SUCCESS;
-}
-
-aclError aclrtMemcpy(void *to, size_t capacity, const void *from, size_t bytes, aclrtMemcpyKind kind) {
-  (void)kind;
-  if (bytes > capacity) return fail(ACL_ERROR_INVALID_PARAM, "aclrtMemcpy would write past the destination");
-  memmove(to, from, bytes);
-  return ACL_SUCCESS;
-}
-
-aclError aclrtMemcpyAsync(void *to, size_t capacity, const void *from, size_t bytes, aclrtMemcpyKind kind, aclrtStream stream) {
-  const aclError error = aclrtSynchronizeStream(stream);
-  return error ? error : aclrtMemcpy(to, capacity, from, bytes, kind);
-}
-
-aclError aclrtMemcpyAsyncWithCondition(void *to, size_t capacity, const void *from, size_t bytes, aclrtMemcpyKind kind, aclrtStream stream) {
-  return aclrtMemcpyAsync(to, capacity, from, bytes, kind, stream);
-}
-
-aclError aclrtMemset(void *pointer, size_t capacity, int32_t value, size_t bytes) {
-  if (bytes > capacity) return fail(ACL_ERROR_INVALID_PARAM, "aclrtMemset would write past the destination");
-  memset(pointer, value, bytes);
-  return ACL_SUCCESS;
-}
-
-aclError aclrtMemsetAsync(void *pointer, size_t capacity, int32_t value, size_t bytes, aclrtStream stream) {
-  const aclError error = aclrtSynchronizeStream(stream);
-  return error ? error : aclrtMemset(pointer, capacity, value, bytes);
-}
-
-aclError aclrtPointerGetAttributes(const void *pointer, aclrtPtrAttributes *attributes) {
-  memset(attributes, 0, sizeof *attributes);  // torch_npu asks this of host pointers only (is_pinned)
-  attributes->location.type = is_pinned(pointer) ? ACL_MEM_LOCATION_TYPE_HOST : ACL_MEM_LOCATION_TYPE_UNREGISTERED;
-  return ACL_SUCCESS;
-}
 
 // ---- reports of callbacks: streams.c calls them itself -----------------------------------------------------------------------------------
 
@@ -326,9 +208,9 @@ ABSENT(aclGetTensorDescDimV2) ABSENT(aclGetTensorDescFormat) ABSENT(aclGetTensor
 ABSENT(aclSetTensorDescName) ABSENT(aclSetTensorFormat) ABSENT(aclSetTensorPlaceMent) ABSENT(aclSetTensorShape)
 ABSENT(aclopSetAttrBool) ABSENT(aclopSetAttrDataType) ABSENT(aclopSetAttrFloat) ABSENT(aclopSetAttrInt) ABSENT(aclopSetAttrListBool)
 ABSENT(aclopSetAttrListFloat) ABSENT(aclopSetAttrListInt) ABSENT(aclopSetAttrListListInt) ABSENT(aclopSetAttrString)
-ABSENT(aclrtBinaryGetFunction) ABSENT(aclrtBinaryLoadFromData) ABSENT(aclrtGetFunctionAddr) ABSENT(aclrtFreePhysical) ABSENT(aclrtMallocPhysical)
-ABSENT(aclrtMapMem) ABSENT(aclrtUnmapMem) ABSENT(aclrtMemExportToShareableHandle) ABSENT(aclrtMemImportFromShareableHandle)
-ABSENT(aclrtMemSetPidToShareableHandle) ABSENT(aclrtReleaseMemAddress) ABSENT(aclrtReserveMemAddress)
+ABSENT(aclrtBinaryGetFunction) ABSENT(aclrtBinaryLoadFromData) ABSENT(aclrtGetFunctionAddr)
+ABSENT(aclrtMemExportToShareableHandle) ABSENT(aclrtMemImportFromShareableHandle)
+ABSENT(aclrtMemSetPidToShareableHandle)
 ABSENT(rtDevBinaryRegister) ABSENT(rtFunctionRegister) ABSENT(rtGetC2cCtrlAddr) ABSENT(rtKernelLaunch)
 
 // Profiling: nothing is recorded.

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * What the operators (native/streams.cpp) and the stub of CANN's runtime have in common. */
-#ifndef ASCEND_SIM_STREAMS_H
-#define ASCEND_SIM_STREAMS_H
+#pragma once
 #include <stdint.h>
 
 #include "acl/acl_rt.h"
@@ -29,5 +28,4 @@ aclError ascend_sim_wait(aclrtStream waiting, aclrtStream stream, uint64_t posit
 
 #ifdef __cplusplus
 }
-#endif
 #endif
