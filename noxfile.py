@@ -123,6 +123,21 @@ def tests(session: nox.Session, package: str) -> None:
     run_tests(session, package)
 
 
+@nox.session(python=PYTHON)
+def eplb(session: nox.Session) -> None:
+    """Experts that move while engines run: the models, arrangements of ranks, chips and faults beyond the few that the default tests have."""
+    install_in_place(session, "vllm-ascend")
+    run = "packages/vllm-ascend/tests/moving_experts.py"
+    session.run(
+        "pytest",
+        "-q",
+        "--durations=5",
+        run,
+        *session.posargs,
+        env={"ASCEND_TEST_MODELS": str(MODELS), "HF_HUB_OFFLINE": "1"},
+    )
+
+
 def install_in_place(session: nox.Session, package: str) -> None:
     """One package with its test requirements, and the packages of this workspace that it needs."""
     wanted = ["ascend-sim[test]", "vllm-ascend[test]"] if package == "vllm-ascend" else [f"{package}[{TEST_EXTRA}]"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real weights, and engines in processes of their own."""
 
+import logging
 import os
 import sys
 import warnings
@@ -26,6 +27,13 @@ QUESTIONS = [
     "Why is the sky blue?",
     "Give me a recipe for pancakes.",
 ]
+
+
+@pytest.fixture
+def caplog(caplog, monkeypatch):
+    """pytest's, which sees what loggers below vLLM's say as well: vLLM lets nothing pass to the root."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
 
 
 @pytest.fixture(scope="session")

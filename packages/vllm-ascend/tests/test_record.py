@@ -118,7 +118,7 @@ def test_a_full_disk_writes_no_step_twice(tmp_path, caplog):
     path, said, begun, goes_on = tmp_path / "load.jsonl", Said(), threading.Event(), threading.Event()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     writer = LoadWriter(str(path))
-    logging.getLogger("vllm_ascend").addHandler(said)
+    logging.getLogger("vllm.vllm_ascend").addHandler(said)
 
     def held():
         begun.set()
@@ -139,7 +139,7 @@ def test_a_full_disk_writes_no_step_twice(tmp_path, caplog):
         assert said.event.wait(60)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        logging.getLogger("vllm_ascend").removeHandler(said)
+        logging.getLogger("vllm.vllm_ascend").removeHandler(said)
     writer.put(lambda: np.full((1, 2), 4))
     writer.close()
     assert "File too large" in caplog.text
@@ -160,11 +160,11 @@ class Said(logging.Handler):
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_cannot_be_written_comes_with_the_next_entry(tmp_path, caplog, name):
     folder, said = tmp_path / "gone", Said()
-    logging.getLogger("vllm_ascend").addHandler(said)
+    logging.getLogger("vllm.vllm_ascend").addHandler(said)
     writer = LoadWriter(str(folder / name))
     writer.put(lambda: np.ones((1, 2)))
     assert said.event.wait(60)
-    logging.getLogger("vllm_ascend").removeHandler(said)
+    logging.getLogger("vllm.vllm_ascend").removeHandler(said)
     folder.mkdir()
     writer.put(lambda: np.zeros((1, 2)))
     writer.close()

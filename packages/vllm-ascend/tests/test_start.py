@@ -78,6 +78,7 @@ ALONE = {
     "backend of a kind": ({}, {"attention_config": {"backend_per_kind": {"sliding_window": "TRITON_ATTN"}}}, {}, "backend_per_kind['sliding_window'] ('TRITON_ATTN')"),
     "LoRA": ({}, {"enable_lora": True}, {}, "LoRA (max_lora_rank 16) has no kernels in vllm-ascend"),
     "speculative": ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, {}, "speculative decoding (method 'ngram') is not supported"),
+    "vLLM's balancing": ({**MOE}, {"eplb_config": {"step_interval": 100, "window_size": 250}}, {}, "--eplb-config.window_size (250), --eplb-config.step_interval (100): vLLM's own balancing of experts does not run on this platform; give its counterpart, --additional-config '{\"eplb_config\": {\"dynamic_eplb\": true, \"expert_heat_collection_interval\": 100, \"load_window\": 2, \"load_weighting\": \"mean\"}}'"),
     "float8 weights": ({}, {"quantization": "fp8"}, {}, "quantization ('fp8') has no kernels in vllm-ascend, which serves ModelSlim's W8A8"),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}}, {"dtype": "bfloat16"}, {}, "quantization ('auto_gptq') has no kernels"),
     "int8 experts": (MOE, {"quantization": "experts_int8"}, {}, "quantization ('experts_int8') has no kernels"),

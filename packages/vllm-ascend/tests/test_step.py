@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the linear layers are told of a step: whether prompts are computed in it, from either attention's description of it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from vllm_ascend.attention import step as steps
 from vllm_ascend.attention.mla_step import AscendMLAMetadata
-from vllm_ascend.attention.step import AscendAttentionMetadata, has_prompts
+from vllm_ascend.attention.step import AscendAttentionMetadata, has_prompts, query_ends_of_step, tokens_of_step
 
 
 def paged(ends: list[int]) -> AscendAttentionMetadata:
@@ -15,10 +18,11 @@ def paged(ends: list[int]) -> AscendAttentionMetadata:
     )
 
 
-def latent(tokens: int, *, decodes: int, prefills: int) -> AscendMLAMetadata:
-    """A step of `tokens` new tokens, of requests in the absorbed and in the plain form."""
+def latent(ends: list[int], *, prefills: int) -> AscendMLAMetadata:
+    """A step of requests with these cumulative numbers of new tokens, the last ones in the plain form."""
     return AscendMLAMetadata(
-        num_actual_tokens=tokens, num_decode_tokens=tokens, num_decodes=decodes, num_prefills=prefills, decode=None, prefill=None
+        num_actual_tokens=ends[-1], query_ends=ends, num_decode_tokens=ends[-1 - prefills], num_decodes=len(ends) - prefills, num_prefills=prefills,
+        decode=None, prefill=None,
     )  # fmt: skip
 
 
@@ -29,9 +33,9 @@ def latent(tokens: int, *, decodes: int, prefills: int) -> AscendMLAMetadata:
         (paged([1]), False),
         (paged([1, 2, 4]), True),
         (paged([7]), True),
-        (latent(3, decodes=3, prefills=0), False),
-        (latent(5, decodes=3, prefills=0), True),
-        (latent(30, decodes=1, prefills=1), True),
+        (latent([1, 2, 3], prefills=0), False),
+        (latent([3, 4, 5], prefills=0), True),
+        (latent([1, 30], prefills=1), True),
     ],
 )
 def test_a_step_has_prompts_where_a_request_has_more_than_one_new_token(step, expected):
@@ -41,3 +45,19 @@ def test_a_step_has_prompts_where_a_request_has_more_than_one_new_token(step, ex
 @pytest.mark.parametrize("nothing", [None, {}, [{}]])
 def test_a_step_without_requests_has_none(nothing):
     assert not has_prompts(nothing)
+
+
+@pytest.mark.parametrize(
+    ("described", "ends"),
+    [
+        ({"a": paged([1, 4])}, [1, 4]),
+        ({"a": latent([1, 30], prefills=1)}, [1, 30]),
+        ([{"a": paged([2])}], [2]),
+        (None, []),
+        ({}, []),
+    ],
+)
+def test_the_tokens_of_a_step_and_of_its_requests(described, ends, monkeypatch):
+    monkeypatch.setattr(steps, "get_forward_context", lambda: SimpleNamespace(attn_metadata=described))
+    assert query_ends_of_step() == ends
+    assert tokens_of_step() == (ends[-1] if ends else 0)

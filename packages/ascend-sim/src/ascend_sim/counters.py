@@ -18,7 +18,17 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-__all__ = ["Counting", "OperatorCount", "Snapshot", "TrafficCount", "counting", "reset", "snapshot", "table"]
+__all__ = [
+    "Counting",
+    "GraphCount",
+    "OperatorCount",
+    "Snapshot",
+    "TrafficCount",
+    "counting",
+    "reset",
+    "snapshot",
+    "table",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +62,48 @@ class TrafficCount:
 
 
 @dataclass(frozen=True, slots=True)
+class GraphCount:
+    """What graphs (torch.npu.NPUGraph) did.
+
+    Attributes:
+        replays: graphs that the host launched.
+        updates: operators of graphs to which the host gave new arguments.
+        calls: calls of operators and collectives that replays made. They are among those of `Snapshot.operators` and `Snapshot.collectives`.
+    """
+
+    replays: int = 0
+    updates: int = 0
+    calls: int = 0
+
+    def __sub__(self, earlier: GraphCount) -> GraphCount:
+        """What came after `earlier`."""
+        return GraphCount(self.replays - earlier.replays, self.updates - earlier.updates, self.calls - earlier.calls)
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The counters at one moment, or the difference of two moments.
 
     Attributes:
         operators: name without overload, such as ``aten::mm`` -> count.
         collectives: (name such as ``allreduce_``, description or name of the group) -> count.
+        graphs: replays of graphs, updates of their operators, and the calls that replays made.
     """
 
     operators: Mapping[str, OperatorCount]
     collectives: Mapping[tuple[str, str], TrafficCount]
+    graphs: GraphCount = GraphCount()
 
     @property
     def calls(self) -> int:
         """Operator calls in all."""
         return sum(count.calls for count in self.operators.values())
+
+    @property
+    def launches(self) -> int:
+        """What the host launched: operators and collectives that it called itself, replays of graphs, and updates of operators in graphs."""
+        called = self.calls + sum(count.calls for count in self.collectives.values())
+        return called - self.graphs.calls + self.graphs.replays + self.graphs.updates
 
     @property
     def flops(self) -> int:
@@ -102,6 +139,7 @@ class Snapshot:
         return Snapshot(
             {name: count for name, count in operators.items() if count.calls},
             {key: count for key, count in collectives.items() if count.calls},
+            self.graphs - earlier.graphs,
         )
 
 
@@ -147,6 +185,7 @@ def snapshot() -> Snapshot:
             (name, group): TrafficCount(*count)
             for name, group, *count in zip(collectives, groups, joined, sent, strict=True)
         },
+        GraphCount(*_ops().graph_counts()),
     )
 
 
@@ -154,6 +193,7 @@ def reset() -> None:
     """Set the counters of this process to zero."""
     _ops().reset_counts()
     _ops().reset_comm_counts()
+    _ops().reset_graph_counts()
 
 
 def table(counts: Snapshot, *, title: str = "Work on the simulated NPU", rows: int = 20) -> Group:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: `vllm-ascend doctor` and `vllm-ascend explain`."""
+"""Command line: `vllm-ascend doctor`, `vllm-ascend explain` and `vllm-ascend eplb`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_ascend import doctor as diagnosis
+from vllm_ascend.eplb import status
 
 if TYPE_CHECKING:
     from vllm_ascend.doctor import Report
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(status.app, name="eplb")
 
 
 @app.callback()

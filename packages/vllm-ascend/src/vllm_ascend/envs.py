@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only file that reads or writes environment variables.
 
-This package defines no variable: options are given in `additional_config` (see `config`). This file has the variables that vLLM must find set,
-those of CANN that are checked at the start, and those that users of the public plugin may still have.
+Options are given in `additional_config` (see `config`), and not in variables. This file has the variables that vLLM must find set, those of CANN that
+are checked at the start, those that users of the public plugin may still have, and one by which the processes of an engine find each other.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from ascend_comm.hccl import DEFAULT_BUFFER_MB
 
 __all__ = [
+    "eplb_status_socket",
     "for_report",
     "hccl_buffsize_mb",
     "offloads_without_unified_memory",
     "retired_variables",
     "set_defaults_for_vllm",
+    "set_eplb_status_socket",
     "visible_devices",
     "wants_v2_model_runner",
 ]
@@ -68,6 +70,16 @@ def visible_devices() -> str | None:
 def offloads_without_unified_memory() -> bool:
     """Whether vLLM copies the weights that it keeps in host memory, and makes no view of them."""
     return os.environ.get("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA", "0").strip() not in ("", "0")
+
+
+def set_eplb_status_socket(path: str) -> None:
+    """Let the processes that this one starts know where a worker sends the status of dynamic EPLB to."""
+    os.environ["ASCEND_EPLB_STATUS_SOCKET"] = path
+
+
+def eplb_status_socket() -> str | None:
+    """What `set_eplb_status_socket` has set, in this process or in one that it was started by."""
+    return os.environ.get("ASCEND_EPLB_STATUS_SOCKET")
 
 
 def hccl_buffsize_mb() -> int:

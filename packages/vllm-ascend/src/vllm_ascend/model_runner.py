@@ -61,7 +61,7 @@ class AscendModelRunner(GPUModelRunner):
         sequence.attach(model)
         mla.reserve_workspace(model)
         self.load_recorder = moe.load_recorder(model)
-        self.rebalancer = moving.rebalancer(model)
+        self.rebalancer = moving.rebalancer(model, str(self.model_config.served_model_name))
         if self.rebalancer is not None:
             self.model_memory_usage += self.rebalancer.num_bytes  # so that the KV cache leaves room for its buffers
         self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())

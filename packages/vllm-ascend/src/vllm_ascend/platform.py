@@ -11,6 +11,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_ascend import compat, start
 from vllm_ascend.attention import BACKENDS, COMPOSED, ENCODER, SINKS
+from vllm_ascend.eplb import front_end
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -138,6 +139,8 @@ class AscendPlatform(Platform):
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = "vllm_ascend.worker.AscendWorker"
+        if config.eplb_config.dynamic_eplb:
+            front_end.serve_metrics(vllm_config)
 
     @classmethod
     def validate_request(cls, processed_inputs: Any, params: SamplingParams | PoolingParams) -> None:

@@ -6,8 +6,9 @@ What only a device can say, `attention/probe.py` asks in the worker before it lo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_ascend import envs, experts, rules
@@ -85,6 +86,11 @@ def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
         yield (
             f"LoRA (max_lora_rank {adapters.max_lora_rank}) has no kernels in vllm-ascend; leave --enable-lora out, and merge the adapter into the model"
         )
+    if asked := _of_vllms_load_balancing(parallel):
+        yield (
+            f"{', '.join(asked)}: vLLM's own balancing of experts does not run on this platform; give its counterpart, "
+            f"--additional-config '{json.dumps({'eplb_config': _as_our_load_balancing(parallel)})}'"
+        )
     for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
         if (size := getattr(parallel, name)) > 1:
             yield f"{name} ({size}) must be 1: the attention backends of vllm-ascend do not spread a request's keys over ranks"
@@ -93,6 +99,27 @@ def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
             f"cpu_offload_gb ({offload.uva.cpu_offload_gb}) needs a view of host memory that an NPU does not have; leave it out, "
             "or set VLLM_WEIGHT_OFFLOADING_DISABLE_UVA=1"
         )
+
+
+def _of_vllms_load_balancing(parallel: Any) -> list[str]:
+    """What vLLM's own options of expert load balancing ask for, as the user gives them. vLLM 0.32 itself refuses the first one on this platform."""
+    asked, given = parallel.eplb_config, ["--enable-eplb"] if parallel.enable_eplb else []
+    defaults = type(asked)()
+    changed = {
+        item.name: getattr(asked, item.name)
+        for item in fields(asked)
+        if getattr(asked, item.name) != getattr(defaults, item.name)
+    }
+    return given + [f"--eplb-config.{name} ({value!r})" for name, value in changed.items()]
+
+
+def _as_our_load_balancing(parallel: Any) -> dict[str, Any]:
+    """The options of this plugin that come nearest to vLLM's. Its window is in steps, and here in intervals."""
+    asked = parallel.eplb_config
+    found: dict[str, Any] = {"dynamic_eplb": True, "expert_heat_collection_interval": asked.step_interval}
+    if asked.num_redundant_experts:
+        found["num_redundant_experts"] = asked.num_redundant_experts
+    return found | {"load_window": max(asked.window_size // asked.step_interval, 1), "load_weighting": "mean"}
 
 
 def _wrong_with_the_host(parallel: Any, host: Host) -> Iterator[str]:

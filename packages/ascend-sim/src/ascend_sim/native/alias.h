@@ -45,9 +45,25 @@ at::Tensor poisoned_on_cpu(at::IntArrayRef sizes, at::ScalarType type);
 // A new npu tensor with the numbers of a CPU tensor.
 at::Tensor to_npu(const at::Tensor& cpu, c10::Device device);
 
+// Operators and collectives that this thread has run.
+inline thread_local int64_t calls_of_thread = 0;
+
+class CallCount {
+ public:
+  void fetch_add(int64_t calls, std::memory_order order) {
+    calls_of_thread += calls;
+    count_.fetch_add(calls, order);
+  }
+  int64_t load() const { return count_.load(); }
+  void operator=(int64_t count) { count_ = count; }
+
+ private:
+  std::atomic<int64_t> count_{0};
+};
+
 // One tally per operator: how often it ran, and the floating-point operations of its matrix products.
 struct Tally {
-  std::atomic<int64_t> calls{0};
+  CallCount calls;
   std::atomic<int64_t> flops{0};
 };
 Tally& tally(const std::string& op);

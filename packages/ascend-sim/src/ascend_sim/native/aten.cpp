@@ -457,6 +457,7 @@ void install_comm();
 void install_kernels();
 void install_memory();
 void install_streams(const std::set<std::string>& immediate);
+void install_graph(const std::set<std::string>& immediate);
 
 TORCH_LIBRARY(ascend_sim, m) {
   m.def("install() -> ()", [] {
@@ -469,6 +470,7 @@ TORCH_LIBRARY(ascend_sim, m) {
     auto immediate = kept();
     immediate.insert({"aten::empty_like", "aten::new_empty_strided", "aten::empty_with_format", "aten::unsafe_empty_with_format"});
     install_streams(immediate);
+    install_graph(immediate);
   });
   m.def("counts() -> (str[], int[], int[])", &counts);
   m.def("reset_counts() -> ()", &reset_counts);

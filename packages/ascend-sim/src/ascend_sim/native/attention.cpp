@@ -33,6 +33,8 @@ class AttentionKernel final : public c10::OperatorKernel {
                                         "sparse_mode",
                                         "inner_precise",
                                         "block_size",
+                                        "workspace",
+                                        "out",
                                         names_.query_lengths,
                                         names_.kv_lengths,
                                         names_.heads,
@@ -53,7 +55,7 @@ class AttentionKernel final : public c10::OperatorKernel {
                          (given.isInt() && value.isInt() && given.toInt() == value.toInt());
       TORCH_CHECK(unset, op_, ": argument ", name, " is not simulated");
     }
-    auto [out, lse] = run(args);
+    auto [out, lse] = run(args, given_results(args));
     stack->resize(base);
     stack->emplace_back(std::move(out));
     stack->emplace_back(std::move(lse));
@@ -62,7 +64,7 @@ class AttentionKernel final : public c10::OperatorKernel {
  private:
   // torch_npu/_op_plugin_docs.py: npu_fused_infer_attention_score: softmax(scale * query @ key^T + atten_mask) @ value; lse =
   // log(sum(exp(scores)))
-  std::pair<at::Tensor, at::Tensor> run(const Arguments& args) const {
+  std::pair<at::Tensor, at::Tensor> run(const Arguments& args, const std::vector<at::Tensor>& results) const {
     const at::Tensor given = args.tensor("query");
     const Layout layout = layout_of(args);
     Call call;
@@ -85,11 +87,17 @@ class AttentionKernel final : public c10::OperatorKernel {
 
     Sizes result = query;
     result.size = call.value.size;
-    at::Tensor out = at::empty(shape_of(layout.out, result), given.options());
+    const auto wanted = [&](size_t i, at::IntArrayRef shape, at::ScalarType type) {
+      if (results.empty()) return at::empty(shape, given.options().dtype(type));
+      TORCH_CHECK(results[i].sizes() == shape && results[i].scalar_type() == type && results[i].is_contiguous(), op_, ": out[", i, "] must be contiguous, ",
+                  type, " and of shape ", shape, ", got ", results[i].scalar_type(), " of shape ", results[i].sizes());
+      return results[i];
+    };
+    at::Tensor out = wanted(0, shape_of(layout.out, result), call.type);
     call.out = {out, out.data_ptr(), result.size, axes_of(layout.out, result)};
     const std::vector<int64_t> lse_shape =
         layout.packed ? std::vector<int64_t>{query.tokens, query.heads, 1} : std::vector<int64_t>{query.batch, query.heads, query.tokens, 1};
-    at::Tensor lse = at::empty(wants_lse ? lse_shape : std::vector<int64_t>{0}, given.options().dtype(at::kFloat));
+    at::Tensor lse = wanted(1, wants_lse ? lse_shape : std::vector<int64_t>{0}, at::kFloat);
     if (wants_lse) {
       call.lse = static_cast<float*>(lse.data_ptr());
       call.lse_axes = axes_of(layout.packed ? "TND" : "BNSD", {query.batch, query.tokens, query.heads, 1});
@@ -97,6 +105,17 @@ class AttentionKernel final : public c10::OperatorKernel {
     blank_padding(call, query, out, lse);
     count_call(tally_, attend(call));
     return {out, lse};
+  }
+
+  // `out` of the form that writes into given tensors; none of the other form.
+  std::vector<at::Tensor> given_results(const Arguments& args) const {
+    if (!args.knows("out")) return {};
+    const auto out = args["out"].toTensorVector();
+    TORCH_CHECK(out.size() == 2, op_, ": out must be the result and the logarithms of the sums, got ", out.size(), " tensors");
+    for (const at::Tensor& t : out) on_device(op_.c_str(), "out", t);
+    const IValue& workspace = args["workspace"];
+    if (workspace.isTensor() && workspace.toTensor().defined()) on_device(op_.c_str(), "workspace", workspace.toTensor());
+    return out;
   }
 
   // Tokens after a request's length are computed by no request: zeros.
@@ -116,10 +135,60 @@ class AttentionKernel final : public c10::OperatorKernel {
   std::vector<std::pair<std::string, IValue>> others_;
 };
 
-void add(torch::Library& npu, const char* name, Names names) {
-  auto op = c10::Dispatcher::singleton().findSchema({std::string("npu::") + name, ""});
+// The shapes of an operator's results, before it is called: what torch_npu's graphs reserve.
+class InferOutput final : public c10::OperatorKernel {
+ public:
+  InferOutput(const c10::FunctionSchema& schema, std::string op, Names names) : op_(std::move(op)), names_(std::move(names)) {
+    for (const auto& argument : schema.arguments()) index_[argument.name()] = static_cast<int>(index_.size());
+  }
+
+  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stack) {
+    const size_t base = stack->size() - index_.size();
+    const Arguments args(op_.c_str(), names_, index_, stack->data() + base);
+    const at::Tensor query = args.tensor("query"), value = args.tensor("value");
+    const Layout layout = layout_of(args);
+    const int64_t heads = args.integer(names_.heads), kv_heads = args.integer("num_key_value_heads") ? args.integer("num_key_value_heads") : heads;
+    Sizes result = sizes_of(args, "query", query, layout.in, heads);
+    if (args["block_table"].isNone()) result.size = sizes_of(args, "value", value, layout.in, kv_heads).size;
+    else result.size = value.dim() == 3 ? value.size(2) / kv_heads : value.size(3);
+    const std::vector<int64_t> lse = layout.packed ? std::vector<int64_t>{result.tokens, heads, 1} : std::vector<int64_t>{result.batch, heads, result.tokens, 1};
+    at::Tensor out = at::empty(shape_of(layout.out, result), query.options());
+    at::Tensor sums = at::empty(args[names_.lse].toBool() ? lse : std::vector<int64_t>{0}, query.options().dtype(at::kFloat));
+    stack->resize(base);
+    stack->emplace_back(std::move(out));
+    stack->emplace_back(std::move(sums));
+  }
+
+ private:
+  std::string op_;
+  Names names_;
+  std::unordered_map<std::string, int> index_;
+};
+
+// Memory for the intermediate results of the largest call. Here there are none, so it is the smallest block of the device.
+void max_workspace(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+  const size_t base = stack->size() - op.schema().arguments().size();
+  const at::Tensor query = (*stack)[base].toTensor();
+  on_device(op.schema().name().c_str() + 5, "query", query);
+  at::Tensor out = at::empty({512}, query.options().dtype(at::kByte));
+  stack->resize(base);
+  stack->emplace_back(std::move(out));
+}
+
+c10::OperatorHandle found(const std::string& name, const char* overload) {
+  auto op = c10::Dispatcher::singleton().findSchema({"npu::" + name, overload});
   TORCH_CHECK(op, "torch_npu has no operator npu::", name);
-  npu.impl(name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<AttentionKernel>(op->schema(), std::move(names))));
+  return *op;
+}
+
+void add(torch::Library& npu, const std::string& name, const Names& names) {
+  for (const char* overload : {"", "out"}) {
+    const std::string full = *overload ? name + "." + overload : name;
+    npu.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<AttentionKernel>(found(name, overload).schema(), names)));
+  }
+  const std::string infer = "_" + name + "_infer_output", workspace = "_" + name + "_get_max_workspace";
+  npu.impl(infer.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<InferOutput>(found(infer, "").schema(), name, names)));
+  npu.impl(workspace.c_str(), torch::CppFunction::makeFromBoxedFunction<&max_workspace>());
 }
 
 }  // namespace

@@ -63,6 +63,7 @@ struct Sizes {
 
 // attention_operands.cpp
 Layout layout_of(const Arguments& args);
+Sizes sizes_of(const Arguments& args, const char* name, const at::Tensor& t, const std::string& layout, int64_t heads);
 Axes axes_of(const std::string& layout, const Sizes& s);
 std::vector<int64_t> shape_of(const std::string& layout, const Sizes& s);
 void read_operands(const Arguments& args, Call& call, const Layout& layout, Sizes& query, Sizes& kv, bool paged);

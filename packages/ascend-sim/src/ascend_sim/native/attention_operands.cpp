@@ -38,8 +38,6 @@ std::vector<int64_t> shape_of(const std::string& layout, const Sizes& s) {
   return {s.heads, s.tokens, s.size};
 }
 
-namespace {
-
 Sizes sizes_of(const Arguments& args, const char* name, const at::Tensor& t, const std::string& layout, int64_t heads) {
   const int64_t dims = layout == "BSND" || layout == "BNSD" ? 4 : 3;
   TORCH_CHECK(t.dim() == dims, args.op, ": ", name, " must have ", dims, " dimensions with layout ", layout, ", got ", t.sizes());
@@ -56,6 +54,8 @@ Sizes sizes_of(const Arguments& args, const char* name, const at::Tensor& t, con
   TORCH_CHECK(s.heads == heads, args.op, ": ", name, " ", t.sizes(), " with layout ", layout, " must have ", heads, " heads, got ", s.heads);
   return s;
 }
+
+namespace {
 
 void check_operand(const Arguments& args, const char* name, const at::Tensor& t, at::ScalarType type) {
   TORCH_CHECK(t.defined(), args.op, ": ", name, " is missing");

@@ -28,6 +28,7 @@ std::map<std::pair<std::string, std::string>, Traffic>& traffic() {
 }  // namespace
 
 void count_traffic(const std::string& name, const Group& group, int64_t bytes) {
+  calls_of_thread += 1;
   const std::string& described = group.getGroupDesc();
   std::lock_guard<std::mutex> lock(traffic_mutex);
   auto& entry = traffic()[{name, described.empty() || described == "undefined" ? group.getGroupName() : described}];

@@ -10,6 +10,7 @@
 #include <torch_npu/csrc/core/npu/NPUStream.h>
 
 #include "alias.h"
+#include "deferred.h"
 #include "streams.h"
 
 namespace ascend_sim {
@@ -50,30 +51,6 @@ uint64_t enqueue(aclrtStream stream, std::function<void()> work) {
         return error;
       },
       kept);
-}
-
-// Apply f to every tensor of an argument: a tensor, a list of them, or a list of lists.
-template <class F>
-IValue each_tensor(const IValue& value, const F& f) {
-  if (value.isTensor()) return value.toTensor().defined() ? IValue(f(value.toTensor())) : value;
-  if (value.isTensorList()) {
-    c10::List<at::Tensor> list;
-    for (const at::Tensor& t : value.toTensorVector()) list.push_back(f(t));
-    return list;
-  }
-  if (!value.isList()) return value;
-  const auto type = value.toList().elementType();
-  if (type->kind() == c10::TypeKind::OptionalType && type->containedType(0)->kind() == c10::TypeKind::TensorType) {
-    c10::List<std::optional<at::Tensor>> list;
-    for (const auto& t : value.toOptionalTensorVector()) list.push_back(t && t->defined() ? std::optional<at::Tensor>(f(*t)) : t);
-    return list;
-  }
-  if (type->kind() == c10::TypeKind::ListType && type->containedType(0)->kind() == c10::TypeKind::TensorType) {
-    c10::List<c10::List<at::Tensor>> lists;
-    for (const IValue& inner : value.toListRef()) lists.push_back(each_tensor(inner, f).toTensorList());
-    return lists;
-  }
-  return value;
 }
 
 // The same memory for a task: a tensor object of its own, which no Python object belongs to and whose shape stays.
@@ -370,6 +347,9 @@ bool lazy() {
 }
 
 }  // namespace
+
+AtOnce::AtOnce() : outer_(std::exchange(in_task, true)) {}
+AtOnce::~AtOnce() { in_task = outer_; }
 
 void install_streams(const std::set<std::string>& immediate) {
   if (!lazy()) return;

@@ -10,41 +10,16 @@
 #include <time.h>
 
 #include "acl/acl.h"
-#include "streams.h"
-
-typedef struct Stream Stream;
-
-typedef struct Task {
-  aclError (*run)(void *);
-  void *argument;
-  Stream *on;  // without `run`: what this task waits for
-  uint64_t position;
-  struct Task *next;
-} Task;
-
-struct Stream {
-  int32_t id;
-  int immediate, busy;
-  pthread_t runner;  // where busy
-  uint64_t queued, done;
-  Task *first, *last;
-  Stream *next;
-};
-
-typedef struct {
-  struct timespec time;
-  Stream *stream;
-  uint64_t position;
-  uint32_t flag;
-} Event;
+#include "graph.h"
+#include "state.h"
 
 static atomic_int next_id = 1;
-static Stream *streams;  // all that were ever made: events and tasks may name one that is destroyed
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+Stream *ascend_sim_streams;
+pthread_mutex_t ascend_sim_lock = PTHREAD_MUTEX_INITIALIZER;
+#define lock ascend_sim_lock
 static pthread_cond_t moved = PTHREAD_COND_INITIALIZER;
 
-// Run a stream's tasks up to a position, with the lock held; it is released while a task runs. The first error of those that ran here.
-static aclError run_until(Stream *stream, uint64_t position) {
+aclError ascend_sim_run_until(Stream *stream, uint64_t position) {
   aclError result = ACL_SUCCESS;
   while (stream->done < position) {
     if (stream->busy) {
@@ -63,7 +38,7 @@ static aclError run_until(Stream *stream, uint64_t position) {
       error = task->run(task->argument);
       pthread_mutex_lock(&lock);
     } else {
-      error = run_until(task->on, task->position);
+      error = ascend_sim_run_until(task->on, task->position);
     }
     free(task);
     stream->busy = 0;
@@ -74,9 +49,9 @@ static aclError run_until(Stream *stream, uint64_t position) {
   return result;
 }
 
-static aclError run_all(Stream *stream) { return stream ? run_until(stream, stream->queued) : ACL_SUCCESS; }
+static aclError run_all(Stream *stream) { return stream ? ascend_sim_run_until(stream, stream->queued) : ACL_SUCCESS; }
 
-static uint64_t append(Stream *stream, Task task) {
+uint64_t ascend_sim_append(Stream *stream, Task task) {
   Task *made = malloc(sizeof *made);
   if (!made) abort();
   *made = task;
@@ -89,14 +64,14 @@ static uint64_t append(Stream *stream, Task task) {
 
 static aclError wait_for(Stream *waiting, Stream *stream, uint64_t position) {
   if (!stream || stream->done >= position || stream == waiting) return ACL_SUCCESS;
-  if (!waiting || waiting->immediate) return run_until(stream, position);
-  append(waiting, (Task){.on = stream, .position = position});
+  if (!ascend_sim_late(waiting)) return ascend_sim_run_until(stream, position);
+  ascend_sim_append(waiting, (Task){.on = stream, .position = position});
   return ACL_SUCCESS;
 }
 
 uint64_t ascend_sim_enqueue(aclrtStream stream, aclError (*run)(void *), void *argument) {
   pthread_mutex_lock(&lock);
-  const uint64_t position = append(stream, (Task){.run = run, .argument = argument});
+  const uint64_t position = ascend_sim_append(stream, (Task){.run = run, .argument = argument});
   pthread_mutex_unlock(&lock);
   return position;
 }
@@ -119,8 +94,8 @@ aclError aclrtCreateStream(aclrtStream *stream) {
   if (!made) return ascend_sim_fail(OUT_OF_MEMORY, "out of host memory");
   made->id = atomic_fetch_add(&next_id, 1);
   pthread_mutex_lock(&lock);
-  made->next = streams;
-  streams = made;
+  made->next = ascend_sim_streams;
+  ascend_sim_streams = made;
   pthread_mutex_unlock(&lock);
   *stream = made;
   return ACL_SUCCESS;
@@ -132,6 +107,8 @@ aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t priority, uin
 }
 
 aclError aclrtSynchronizeStream(aclrtStream stream) {
+  const aclError refused = ascend_sim_graph_host_waits("aclrtSynchronizeStream", stream, NULL);
+  if (refused) return refused;
   pthread_mutex_lock(&lock);
   const aclError error = run_all(stream);
   pthread_mutex_unlock(&lock);
@@ -139,9 +116,10 @@ aclError aclrtSynchronizeStream(aclrtStream stream) {
 }
 
 aclError aclrtSynchronizeDevice(void) {  // of all devices: a process drives one
-  aclError result = ACL_SUCCESS;
+  aclError result = ascend_sim_graph_host_waits("aclrtSynchronizeDevice", NULL, NULL);
+  if (result) return result;
   pthread_mutex_lock(&lock);
-  for (Stream *stream = streams; stream; stream = stream->next) {
+  for (Stream *stream = ascend_sim_streams; stream; stream = stream->next) {
     const aclError error = run_all(stream);
     if (error && !result) result = error;
   }
@@ -179,7 +157,7 @@ aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void *a
   Stream *on = stream;
   pthread_mutex_lock(&lock);
   const int waits = on && on->done < on->queued;
-  if (waits) append(on, (Task){.run = call_host, .argument = call});
+  if (waits) ascend_sim_append(on, (Task){.run = call_host, .argument = call});
   pthread_mutex_unlock(&lock);
   return waits ? ACL_SUCCESS : call_host(call);
 }
@@ -206,18 +184,27 @@ aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) { (void)event; (v
 aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
   Event *mark = event;
   pthread_mutex_lock(&lock);
-  mark->stream = stream;
-  mark->position = stream ? mark->stream->queued : 0;
+  if (!ascend_sim_graph_record(mark, stream)) {
+    mark->stream = stream;
+    mark->position = stream ? mark->stream->queued : 0;
+  }
   pthread_mutex_unlock(&lock);
   clock_gettime(CLOCK_MONOTONIC, &mark->time);
   return ACL_SUCCESS;
 }
 
 aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
-  return ascend_sim_wait(stream, ((Event *)event)->stream, ((Event *)event)->position);
+  aclError error;
+  pthread_mutex_lock(&lock);
+  const int captured = ascend_sim_graph_wait(stream, event, &error);
+  pthread_mutex_unlock(&lock);
+  return captured ? error : ascend_sim_wait(stream, ((Event *)event)->stream, ((Event *)event)->position);
 }
 
-aclError aclrtSynchronizeEvent(aclrtEvent event) { return aclrtStreamWaitEvent(NULL, event); }
+aclError aclrtSynchronizeEvent(aclrtEvent event) {
+  const aclError refused = ascend_sim_graph_host_waits("aclrtSynchronizeEvent", NULL, event);
+  return refused ? refused : aclrtStreamWaitEvent(NULL, event);
+}
 
 aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status) {
   *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;

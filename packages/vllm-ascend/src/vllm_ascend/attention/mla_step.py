@@ -88,9 +88,20 @@ class Plain:
 
 @dataclass(slots=True)
 class AscendMLAMetadata(AttentionMetadata):
-    """One step: first the requests of the absorbed form, which vLLM's layer calls decodes, then those of the plain form, its prefills."""
+    """One step: first the requests of the absorbed form, which vLLM's layer calls decodes, then those of the plain form, its prefills.
+
+    Attributes:
+        num_actual_tokens: query tokens, without padding.
+        query_ends: cumulative query lengths of all requests.
+        num_decode_tokens: query tokens of the absorbed form.
+        num_decodes: its requests.
+        num_prefills: requests of the plain form.
+        decode: the absorbed form; None without requests.
+        prefill: the plain form; None without requests.
+    """
 
     num_actual_tokens: int
+    query_ends: list[int]
     num_decode_tokens: int
     num_decodes: int
     num_prefills: int
@@ -100,7 +111,7 @@ class AscendMLAMetadata(AttentionMetadata):
     @property
     def num_requests(self) -> int:
         """Requests of the step."""
-        return self.num_decodes + self.num_prefills
+        return len(self.query_ends)
 
 
 def tiles(query_ends: list[int], kv_lengths: list[int]) -> tuple[list[int], list[int], list[int]]:
@@ -190,6 +201,7 @@ class AscendMLAMetadataBuilder(AttentionMetadataBuilder[AscendMLAMetadata]):
         decode = self._absorbed(step, absorbed) if absorbed else None
         return AscendMLAMetadata(
             num_actual_tokens=step.num_actual_tokens,
+            query_ends=step.query_ends,
             num_decode_tokens=tokens,
             num_decodes=absorbed,
             num_prefills=requests - absorbed,

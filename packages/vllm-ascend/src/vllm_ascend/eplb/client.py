@@ -26,7 +26,7 @@ from vllm_ascend.eplb.planner import HEADER_BYTES, as_decision, as_request
 
 __all__ = ["Planner", "Question"]
 
-_logger = logging.getLogger("vllm_ascend")
+_logger = logging.getLogger("vllm.vllm_ascend")
 _COMMAND = (sys.executable, "-m", "vllm_ascend.eplb.planner")
 _LARGEST_REPLY = 1 << 30
 _SECONDS_TO_CLOSE = 1.0

@@ -25,6 +25,7 @@ from vllm_ascend.eplb import report
 from vllm_ascend.eplb.client import Planner, Question
 from vllm_ascend.eplb.control import NOT_YET, NOTHING, Control, Waits
 from vllm_ascend.eplb.decide import COLUMNS, Decision, Rules, placement_after
+from vllm_ascend.eplb.metrics import StatusSender
 from vllm_ascend.eplb.move import MovableLayer, Mover, check_tensors, slot_bytes
 from vllm_ascend.eplb.observe import Snapshot
 from vllm_ascend.eplb.options import EplbConfig
@@ -33,6 +34,8 @@ from vllm_ascend.eplb.verify import Checksums
 __all__ = ["PLAN_SECONDS", "Rebalancer"]
 
 _WAIT_SECONDS = 45.0  # for another rank; longer than any step takes
+# What one step adds at most to the time that a batch is waited for: between two steps may lie a pause of any length without requests.
+_MOST_SECONDS_OF_A_STEP = 5.0
 PLAN_SECONDS = 120.0
 # A first guess at the time of a transfer, 10 GB/s, until one has been measured; and the weight of a new measurement.
 _SECONDS_PER_BYTE, _NEW = 1e-10, 0.25
@@ -48,6 +51,7 @@ class Rebalancer:
         layers: the M layers.
         group: the R ranks, with a communicator for this alone.
         planner: of the first rank; None on the others. It is closed with this object.
+        sender: on the first rank, of the status whenever it has changed; None: it is not sent. It is closed with this object.
 
     Raises:
         ValueError: layers that differ in their numbers of experts or have tensors that cannot be moved.
@@ -55,7 +59,12 @@ class Rebalancer:
     """
 
     def __init__(
-        self, config: EplbConfig, layers: Sequence[MovableLayer], group: CommGroup, planner: Planner | None
+        self,
+        config: EplbConfig,
+        layers: Sequence[MovableLayer],
+        group: CommGroup,
+        planner: Planner | None,
+        sender: StatusSender | None = None,
     ) -> None:
         """Take the buffers' memory, and open the communicator."""
         experts = {one.placed.num_experts for one in layers}
@@ -68,7 +77,8 @@ class Rebalancer:
         for one in layers:
             check_tensors(one.name, one.tensors, self.placed.slots_per_rank)
         self._config, self._layers, self._group, self._planner = config, layers, group, planner
-        self.status = report.Status()
+        self.status, self._sender = report.Status(), sender
+        self._told = 0
         self._waits = Waits(_WAIT_SECONDS)
         self._control = Control(group, self._waits)
         tensors = [one.tensors for one in layers]
@@ -76,7 +86,7 @@ class Rebalancer:
         self._checksums = Checksums(self.placed, tensors, group) if config.verify_moves else None
         self._expert_bytes = max(slot_bytes(one) for one in tensors)
         self._step = self._interval_began = 0
-        self._step_seconds, self._last_step = 0.0, 0.0
+        self._step_seconds, self._last_step, self._batch_seconds = 0.0, 0.0, 0.0
         self._seconds_per_byte = _SECONDS_PER_BYTE
         self._snapshot: Snapshot | None = None
         self._is_asked = False
@@ -84,6 +94,10 @@ class Rebalancer:
         self._decision: Decision | None = None
         self._batches: list[NDArray[np.int32]] = []
         self._began = (0, 0.0)
+        self._map: report.MapWriter | None = None
+        if planner is not None and config.expert_map_record_path:
+            self._map = report.MapWriter(config.expert_map_record_path)
+            self._map.put(self.placed)
 
     @property
     def num_bytes(self) -> int:
@@ -104,18 +118,29 @@ class Rebalancer:
             follow()
         self._observe()
         self.status.step_waited(self._waits.waited)
+        if self._sender is not None and self._told != self.status.changes:
+            self._told = self.status.changes
+            self._sender.send(self.status)
 
     def close(self) -> None:
         """End the planner, and write the placement in force. What is on its way is dropped: slots are whole. More calls do nothing."""
         planner, self._planner = self._planner, None
         if planner is not None:
             planner.close()
-            self._write_map()
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.send(self.status)
+            sender.close()
+        writer, self._map = self._map, None
+        if writer is not None:
+            writer.put(self.placed)
+            writer.close()
 
     def _measure_step(self) -> None:
         """Learn how long a step takes. A pause without requests must not count as one, so that a step counts twice what is known at most."""
         now = time.perf_counter()
         took, self._last_step = now - self._last_step, now
+        self._batch_seconds += min(took, _MOST_SECONDS_OF_A_STEP)
         if self._step == 2:
             self._step_seconds = took
         elif self._step > 2:
@@ -150,7 +175,7 @@ class Rebalancer:
                 if work is not None:
                     waits.work(work, what)
                 summed = counts.numpy().astype(np.float64)
-                status.heat = rank_loads(placed, summed).tolist()
+                status.observed(rank_loads(placed, summed))
                 return summed
 
             self._planner.put(load, self._question() if asks else None)
@@ -215,11 +240,11 @@ class Rebalancer:
         """Begin the next batch, and ask in the step after whether all ranks have theirs."""
         self._batch = self._batches.pop()
         self._mover.start(self._batch)
-        self._batch_began = time.perf_counter()
+        self._batch_seconds = 0.0
         self._after(1, self._ask_for_arrival)
 
     def _ask_for_arrival(self) -> None:
-        if time.perf_counter() - self._batch_began > _WAIT_SECONDS:
+        if self._batch_seconds > _WAIT_SECONDS:
             raise TimeoutError(
                 f"dynamic EPLB has waited {_WAIT_SECONDS:.0f} seconds for the weights of experts of {self._layers[self._batch[0, 1]].name} from or to "
                 f"other ranks; this rank has {'all' if self._mover.is_complete() else 'not all'} of its own"
@@ -256,6 +281,7 @@ class Rebalancer:
         (step, began), status, moves = self._began, self.status, len(self._moved)
         seconds, num_bytes = time.perf_counter() - began, moves * self._expert_bytes
         status.rebalances += 1
+        status.changes += 1
         status.moves += moves
         status.bytes_moved += num_bytes
         status.background_seconds += seconds
@@ -264,18 +290,16 @@ class Rebalancer:
             report.log_rebalance(
                 status, moves=moves, layers=layers, num_bytes=num_bytes, seconds=seconds, steps=self._step - step
             )
-            self._write_map()
+        if self._map is not None:
+            self._map.put(self.placed)
 
     def _report_decision(self) -> None:
         """Count and log the decision, on the rank that has it."""
         decision, self._decision = self._decision, None
         if decision is None:
             return
-        self.status.balancedness, self.status.predicted = decision.before, decision.after
+        self.status.planned_from, self.status.predicted = decision.before, decision.after
+        self.status.changes += 1
         if decision.reason:
             self.status.count_dropped(decision.reason)
             report.log_dropped(decision.reason, decision.before, decision.after)
-
-    def _write_map(self) -> None:
-        if self._config.expert_map_record_path:
-            report.write_map(self.placed, self._config.expert_map_record_path)

@@ -23,7 +23,7 @@ from vllm_ascend.eplb.writer import LoadWriter
 
 __all__ = ["LoadRecorder"]
 
-_logger = logging.getLogger("vllm_ascend")
+_logger = logging.getLogger("vllm.vllm_ascend")
 # How long a rank that shuts down waits for the others, and then for its file. vLLM ends a worker that takes more than five seconds in all
 # (VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS), and kills it four seconds later.
 _LAST_MEETING = timedelta(seconds=2)

@@ -21,7 +21,7 @@ from ascend_eplb import append_loads, write_loads
 
 __all__ = ["LoadWriter"]
 
-_logger = logging.getLogger("vllm_ascend")
+_logger = logging.getLogger("vllm.vllm_ascend")
 _MOST_ENTRIES = 1000
 _MOST_WAITING = 1000  # as many as the file keeps
 _SECONDS_TO_CLOSE = 10.0  # where nobody asks for less

@@ -10,8 +10,9 @@ from ascend_eplb import Placement
 from torch import nn
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_ascend import parallel
+from vllm_ascend import envs, parallel
 from vllm_ascend.eplb.client import Planner
+from vllm_ascend.eplb.metrics import StatusSender
 from vllm_ascend.eplb.move import MovableLayer, NoMemoryError
 from vllm_ascend.eplb.rebalance import PLAN_SECONDS, Rebalancer
 from vllm_ascend.experts import MoeContext
@@ -19,11 +20,15 @@ from vllm_ascend.layers.moe import AscendRoutedExperts
 
 __all__ = ["rebalancer", "refuse_to_reload"]
 
-_logger = logging.getLogger("vllm_ascend")
+_logger = logging.getLogger("vllm.vllm_ascend")
 
 
-def rebalancer(model: nn.Module) -> Rebalancer | None:
+def rebalancer(model: nn.Module, model_name: str) -> Rebalancer | None:
     """Dynamic EPLB of a model whose weights are loaded. All ranks call it together.
+
+    Args:
+        model: the model.
+        model_name: under which it is served, for metrics.
 
     Returns:
         None where `eplb_config` does not ask for it, and where some rank has no memory for the buffers: experts then stay where they are, which is
@@ -39,8 +44,10 @@ def rebalancer(model: nn.Module) -> Rebalancer | None:
     options, group = shared.moe.options, shared.moe.groups.moves
     movable = [_movable(layer, shared.moe) for layer in layers]
     planner = Planner(window=options.load_window, seconds=PLAN_SECONDS) if group.rank_in_group == 0 else None
+    address = envs.eplb_status_socket() if planner is not None else None
+    sender = StatusSender(address, model_name) if address else None
     try:
-        return Rebalancer(options, movable, group, planner)
+        return Rebalancer(options, movable, group, planner, sender)
     except NoMemoryError as error:
         _logger.warning("experts do not move while the engine runs: %s", error)
     except ValueError:

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of the processes that test_graph_ranks.py starts: collectives, and products fused with them, in graphs."""
+
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch_npu
+from ascend_sim.counters import counting
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+NPU = torch.device("npu", RANK)
+
+
+def calls(name):
+    """Collectives as functions of x `[4, 256]` and weight `[256, 16]` that return their results."""
+
+    def all_reduce(x, weight):
+        y = x * 2
+        dist.all_reduce(y)
+        return y + 1
+
+    def later(x, weight):
+        y = x * 2
+        work = dist.all_reduce(y, async_op=True)
+        z = x @ weight
+        work.wait()
+        return y @ weight + z
+
+    def all_gather(x, weight):
+        y = x.new_empty(WORLD * 4, 256)
+        dist.all_gather_into_tensor(y, x + 1)
+        return y * 2
+
+    def reduce_scatter(x, weight):
+        y = x.new_empty(4 // WORLD, 256)
+        dist.reduce_scatter_tensor(y, x + 1)
+        return y * 2
+
+    def broadcast(x, weight):
+        y = x + RANK
+        dist.broadcast(y, src=1)
+        return y * 2
+
+    def all_to_all(x, weight):
+        y = torch.empty_like(x)
+        dist.all_to_all_single(y, x + RANK)
+        return y * 2
+
+    def mm_all_reduce(x, weight):
+        return torch_npu.npu_mm_all_reduce_base(x, weight, name) + 1
+
+    return all_reduce, later, all_gather, reduce_scatter, broadcast, all_to_all, mm_all_reduce
+
+
+def main() -> None:
+    torch.npu.set_device(NPU)
+    dist.init_process_group("hccl", init_method=sys.argv[1], rank=RANK, world_size=WORLD)
+    name = dist.group.WORLD._get_backend(NPU).get_hccl_comm_name(RANK)
+    generator = torch.Generator().manual_seed(RANK)
+    x = torch.randn(4, 256, generator=generator).to(torch.bfloat16).npu()
+    weight = torch.randn(256, 16, generator=generator).to(torch.bfloat16).npu()
+    for call in calls(name):
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph):
+            out = call(x, weight)
+        for _ in range(2):
+            x.copy_(torch.randn(4, 256, generator=generator).to(torch.bfloat16))
+            with counting() as replay:
+                graph.replay()
+            with counting() as eager:
+                expected = call(x, weight)
+            assert torch.equal(out, expected), call.__name__
+            assert replay.delta.collectives == eager.delta.collectives
+            assert replay.delta.launches == 1
+    stream = torch.npu.current_stream()
+    refused = pytest.raises(RuntimeError, match="c10d::alltoall_base_ takes sizes of splits on the host")
+    with refused, torch.npu.graph(torch.npu.NPUGraph()):
+        dist.all_to_all_single(torch.empty_like(x), x, [1, 3] if RANK else [3, 1], [1, 3] if RANK else [3, 1])
+    torch.npu.set_stream(stream)
+    dist.destroy_process_group()
+
+
+main()
