@@ -8,7 +8,6 @@ the values' tensor begin one half block later than those of the keys', and block
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -62,10 +61,7 @@ class AscendPairedAttentionImpl(AscendAttentionImpl):
         halves = kv_cache.flatten(0, 1)
         return halves[:-1], halves[1:]
 
-    def do_kv_cache_update(
-        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Write this step's key and value `[T, Nkv, D]`, into slots counted over all half blocks."""
+    def _write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+        """Keys and values into slots that are counted over all half blocks."""
         size = kv_cache.shape[2]
-        slots = slot_mapping + slot_mapping.div(size, rounding_mode="floor") * size
-        super().do_kv_cache_update(layer, key, value, kv_cache, slots)
+        super()._write(key, value, kv_cache, slots + slots.div(size, rounding_mode="floor") * size)
