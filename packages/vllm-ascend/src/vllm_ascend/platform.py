@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_ascend import compat, start
-from vllm_ascend.attention import BACKENDS, COMPOSED, ENCODER, SINKS
+from vllm_ascend.attention import BACKENDS, COMPOSED, CROSS, ENCODER, PAIRED, SINKS
 from vllm_ascend.eplb import front_end
 
 if TYPE_CHECKING:
@@ -93,16 +93,17 @@ class AscendPlatform(Platform):
             raise ValueError(f"attention backend {selected_backend.name!r}: vllm-ascend has {name!r} for this layer")
         if asked.attn_type in ("encoder_only", "encoder"):
             return ENCODER
+        if asked.attn_type == "encoder_decoder":
+            return CROSS
         if asked.has_sink:
             return SINKS
         config = get_current_vllm_config_or_none()
-        slow = (
-            not asked.use_mla
-            and config is not None
-            and config.model_config is not None
-            and composed(config.model_config)
-        )
-        return COMPOSED if slow else path
+        model = None if config is None else config.model_config
+        if asked.use_mla or model is None:
+            return path
+        if model.is_hybrid:
+            return PAIRED
+        return COMPOSED if composed(model) else path
 
     @classmethod
     def get_mla_prefill_backend_cls(cls, mla_selector_config: MLAPrefillSelectorConfig) -> type[MLAPrefillBackend]:

@@ -22,6 +22,7 @@ GPT = {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512, "n_inner": 
 WINDOW = {"sliding_window": 32}
 # Small enough for the scores of random weights to feel it.
 SOFT_CAP = {"attn_logit_softcapping": 0.1}
+MAMBA2 = {"hidden_size": 256, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 64, "state_size": 16, "n_groups": 1}
 ALTERNATING = {"num_hidden_layers": 4, **WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 
@@ -42,9 +43,9 @@ def moe(prefix, **options):
     return text(prefix, experts=True, **options)
 
 
-def gpt(prefix, causal=None, **sizes):
+def gpt(prefix, causal=None, name=None, **sizes):
     ids = {"vocab_size": SIZES["vocab_size"], "bos_token_id": 1, "eos_token_id": 2}
-    return text(prefix, causal, own_sizes=True, **ids, **sizes)
+    return text(prefix, causal, name=name, own_sizes=True, **ids, **sizes)
 
 
 TEXT = [
@@ -81,6 +82,7 @@ TEXT = [
         hidden_size_per_layer_input=32,
         laurel_rank=16,
         activation_sparsity_pattern=[0.0] * 4,
+        known="vLLM's own implementation differs from transformers': its CPU build gives the same tokens as here.",
     ),
     text(
         "Gemma4",
@@ -93,7 +95,17 @@ TEXT = [
     text("VaultGemma", head_dim=64, **ALTERNATING, **SOFT_CAP),
     text("Phi", hidden_size=320, num_key_value_heads=4, partial_rotary_factor=0.4),
     text("Phi3"),
-    moe("Phimoe", causal="PhimoeForCausalLM", num_local_experts=8, num_experts_per_tok=2),
+    replace(
+        moe(
+            "Phimoe",
+            attention_bias=True,
+            lm_head_bias=True,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            known="vLLM leaves the bias of its LM head out.",
+        ),
+        published="PhiMoEForCausalLM",
+    ),
     text("Starcoder2"),
     text("StableLm", hidden_size=320, num_key_value_heads=4, partial_rotary_factor=0.25),
     gpt("GPT2", "GPT2LMHeadModel", **GPT),
@@ -184,13 +196,32 @@ TEXT = [
         num_experts_per_tok=1,
         intermediate_size_mlp=320,
         interleave_moe_layer_step=2,
-        attention_chunk_size=64,
+        attention_chunk_size=128,
         no_rope_layers=[1, 1, 1, 0],
     ),
     text("Apertus"),
     text("Arcee"),
-    moe("MiniMaxM2", head_dim=64, num_local_experts=8, num_experts_per_tok=2),
-    moe("Afmoe", head_dim=64, **ALTERNATING, num_experts=8, num_shared_experts=1, **MOE),
+    moe(
+        "MiniMaxM2",
+        head_dim=64,
+        rotary_dim=32,
+        scoring_func="sigmoid",
+        use_routing_bias=True,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
+    moe(
+        "Afmoe",
+        head_dim=64,
+        score_func="sigmoid",
+        route_norm=True,
+        n_group=1,
+        topk_group=1,
+        **ALTERNATING,
+        num_experts=8,
+        num_shared_experts=1,
+        **MOE,
+    ),
     moe(
         "Laguna",
         head_dim=64,
@@ -198,10 +229,24 @@ TEXT = [
         num_experts=8,
         shared_expert_intermediate_size=128,
         **MOE,
-        known="vLLM never loads the correction bias of its router.",
+        known="vLLM never loads the correction bias of its router; what is not loaded is refused here.",
     ),
     moe("GptOss", **ALTERNATING, head_dim=64, num_local_experts=8, num_experts_per_tok=2),
     moe("Qwen3Next", num_hidden_layers=4, head_dim=64, num_experts=8, shared_expert_intermediate_size=128, **MOE),
+    # A block of the cache must hold a state: with this one a block has 128 tokens, and prompts come from the prefix cache.
+    moe(
+        "Qwen3Next",
+        name="Qwen3Next, small state",
+        num_hidden_layers=4,
+        head_dim=64,
+        num_experts=8,
+        shared_expert_intermediate_size=128,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        **MOE,
+    ),
     moe("Jamba", num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, num_experts=4, num_experts_per_tok=2),
     text("FalconH1", mamba_d_ssm=256, mamba_n_heads=4, mamba_d_head=64, mamba_d_state=16),
     moe(
@@ -213,5 +258,6 @@ TEXT = [
         mamba_n_heads=8,
     ),
     gpt("Mamba", hidden_size=256, num_hidden_layers=2, state_size=16),
-    gpt("Mamba2", hidden_size=256, num_hidden_layers=2, num_heads=8, head_dim=64, state_size=16, n_groups=1),
+    gpt("Mamba2", **MAMBA2),
+    replace(gpt("Mamba2", name="Mamba2, prefix cache", **MAMBA2), engine={"enable_prefix_caching": True}),
 ]

@@ -29,6 +29,7 @@ def digest(entry):
     said = (entry.config, entry.model, entry.sizes, entry.ranks, entry.engine, entry.mark, made)
     said += (entry.names,) if entry.names else ()
     said += (entry.attention,) if entry.attention != "eager" else ()
+    said += (entry.published,) if entry.published else ()
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
@@ -62,8 +63,16 @@ def of_prompts(said, reference):
 
 
 def of_cache(said, reference):
-    """The cell of the second run: the prompts of more than a block must have come from the cache."""
-    long = [n for n, request in enumerate(reference["requests"]) if len(request["ids"]) > BLOCK_TOKENS]
+    """The cell of the second run: the prompts of more than a block must have come from the cache. Beside a recurrent state blocks may be longer than all prompts."""
+    block = said["block"]
+    long = [n for n, request in enumerate(reference["requests"]) if block < len(request["ids"])]
+    if block == 0 or (block > BLOCK_TOKENS and not long):
+        why = (
+            f"a block has {block} tokens, more than any prompt"
+            if block
+            else "vLLM leaves the cache off for such models"
+        )
+        return ["-", why]
     hits = [said["again"]["cached"][n] for n in long]
     if not all(hits):
         return ["no hit", f"{hits} tokens of the prompts beyond a block came from the cache"]
@@ -131,7 +140,14 @@ def cells(entry, folder, ended, kinds=KINDS):
     reference = json.loads((folder / "reference.json").read_text())
     found = {}
     for column, (kind, engine, judge) in CELLS.items():
-        if (kind == "ep" and not entry.experts) or (column == "tower" and entry.make is None):
+        # vLLM neither caches nor cuts the prompts of a model with an encoder.
+        absent = {
+            "ep": not entry.experts,
+            "tower": entry.make is None,
+            "cache": entry.encodes,
+            "chunked": entry.encodes,
+        }
+        if absent.get(column):
             found[column] = ["-", ""]
             continue
         if kind not in kinds and not refused(folder):
