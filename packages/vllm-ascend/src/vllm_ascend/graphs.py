@@ -97,7 +97,8 @@ class AscendGraphWrapper(CUDAGraphWrapper):
         return self.captured[batch].output
 
     def _capture(self, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Captured:
-        graph, layers = torch.npu.NPUGraph(), []
+        graph = torch.npu.NPUGraph()
+        layers: list[str] = []
         context.additional_kwargs[_LAYERS] = layers
         with _capturing(graph, self.graph_pool):
             context.slot_mapping = _writable(context.slot_mapping)
