@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import is_global_first_rank
@@ -87,7 +87,7 @@ class AscendGraphWrapper(CUDAGraphWrapper):
         if context is None or context.cudagraph_runtime_mode != self.runtime_mode:
             return self.runnable(*args, **kwargs)
         batch = context.batch_descriptor
-        assert batch is not None  # the dispatcher gives one with this mode
+        assert batch is not None and isinstance(context.attn_metadata, dict)  # noqa: PT018  # so prepared in this mode
         if found := self.captured.get(batch):
             found.replay(context.attn_metadata)
             return found.output
