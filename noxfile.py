@@ -246,6 +246,13 @@ def models(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def pooling(session: nox.Session) -> None:
+    """All kinds of models that embed, classify and give rewards, in either precision; the default tests have one of each kind."""
+    install_in_place(session, "vllm-ascend")
+    run_tests(session, "vllm-ascend", "-k", "test_pooling", env={"ASCEND_TEST_ALL": "1"})
+
+
+@nox.session(python=PYTHON)
 def bench(session: nox.Session) -> None:
     """Benchmarks of every package that has some, each figure beside its peer's."""
     vllm_environment(session, "matplotlib", "sentence-transformers>=5")

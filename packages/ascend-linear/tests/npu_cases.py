@@ -113,6 +113,10 @@ def strict_4(rank: int) -> None:
     quant_cases.as_on_hardware(rank, 4)
     linear_cases.world_of_4(rank)
     shard_cases.world_of_4(rank)
+    config = GroupConfig(
+        topology=Topology(4, tensor_parallel=4), mc2=False, layer_sharding=("o_proj",), weight_shards=1
+    )
+    with_groups(shard_cases.a_missing_wait_shows, config, rank)
 
 
 def relaxed_8(rank: int) -> None:

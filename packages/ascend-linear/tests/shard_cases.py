@@ -47,6 +47,38 @@ def streams_any_window(groups, rank: int) -> None:
                 equal(op.apply(x), linear(x, truth[layer]))
 
 
+class _Forgetful:
+    """A group whose broadcasts nobody waits for."""
+
+    def __init__(self, group) -> None:
+        self.group, self.world_size, self.rank_in_group, self.left = group, group.world_size, group.rank_in_group, []
+
+    def broadcast_async(self, tensor, source):
+        self.left.append(self.group.broadcast_async(tensor, source))
+        return self
+
+    def wait(self) -> None:
+        pass
+
+
+def a_missing_wait_shows(groups, rank: int) -> None:
+    """With lazy streams, as on hardware that is slow: what reads a weight too early does not read the weight."""
+    group = _Forgetful(groups["shard_weight"])
+    layers = (0, 1, 2)
+    shard = al.LayerShard(group, prefetch_step=0)
+    truth = {layer: data(0, layer, WIDTH, HEADS)[1] for layer in layers}
+    kept = {layer: shard.add(layer, truth[layer].clone()) for layer in layers}
+    shard.start()
+    for layer in layers:
+        shard.reach(layer)
+        early = kept[layer].get().clone()
+        for pending in group.left:
+            pending.wait()
+        group.left.clear()
+        assert torch.equal(early, truth[layer]) == shard.keeps(layer)
+        equal(kept[layer].get(), truth[layer])
+
+
 def model_with_streamed_oproj(groups, rank: int) -> None:
     """FlashComm2 with o-shard, beside FlashComm1 and without: qkv starts the broadcast, o_proj computes with it."""
     dp = groups["dp"]

@@ -83,9 +83,10 @@ def floating(dtype=BF16, **options):
     return dequant(dtype=dtype, **({"weight": None, "activation": None} | options))
 
 
-def fused(groups=(1, 4), groups_dtype=I64, scale=(2, 16), scale_dtype=F32):
+def fused(groups=(1, 4), groups_dtype=I64, scale=(2, 16), scale_dtype=F32, weight_format=29):
+    weight = torch_npu.npu_format_cast(npu((2, 8, 16), I8), weight_format)
     return torch_npu.npu_grouped_matmul_swiglu_quant(
-        npu((4, 8), I8), npu((2, 8, 16), I8), numbers(groups, groups_dtype), npu(scale, scale_dtype), npu((4,), F32)
+        npu((4, 8), I8), weight, numbers(groups, groups_dtype), npu(scale, scale_dtype), npu((4,), F32)
     )
 
 
@@ -185,6 +186,7 @@ CASES = {
     "npu_grouped_matmul_swiglu_quant.groups-dtype": case(lambda: fused(groups_dtype=I32), fused),
     "npu_grouped_matmul_swiglu_quant.groups-rank": case(lambda: fused(groups=((1, 4),)), fused),
     "npu_grouped_matmul_swiglu_quant.groups": case(lambda: fused(groups=(1, 5)), lambda: fused(groups=(4, 4))),
+    "npu_grouped_matmul_swiglu_quant.weight-format": case(lambda: fused(weight_format=2), fused),
     "npu_grouped_matmul_swiglu_quant.parameters-dtype": case(lambda: fused(scale_dtype=I32), lambda: fused(scale_dtype=BF16)),
     "npu_grouped_matmul_swiglu_quant.parameters-shape": case(lambda: fused(scale=(2, 8)), fused),
 }  # fmt: skip

@@ -168,14 +168,18 @@ def swiglu(x, left=True, roundings=0):
     return result, result.abs() * gamma(FUNCTION + 4 + roundings * (2 + gate.abs()))
 
 
+def fused(x, weight, *more):
+    """The operator, whose weight must be in FRACTAL_NZ; a tensor without memory has no format."""
+    weight = weight if weight.is_meta else torch_npu.npu_format_cast(weight, 29)
+    return torch_npu.npu_grouped_matmul_swiglu_quant(x, weight, *more)
+
+
 @pytest.mark.parametrize("name", [name for name in COUNTS if name != "no rows"])
 def test_grouped_matmul_swiglu_quant(name):
     counts, padding = COUNTS[name]
     x, weight = int8(sum(counts) + padding, 64), int8(len(counts), 64, 32)
     weight_scale, x_scale = torch.rand(len(counts), 32) * 1e-3, torch.rand(len(x)) * 0.1
-    y, scale, _ = run(
-        torch_npu.npu_grouped_matmul_swiglu_quant, x, weight, torch.tensor(counts).cumsum(0), weight_scale, x_scale
-    )
+    y, scale, _ = run(fused, x, weight, torch.tensor(counts).cumsum(0), weight_scale, x_scale)
     expected, error = torch.zeros(2, len(x), 16, dtype=torch.double)
     for e, rows in enumerate(groups(counts)):
         dense = x[rows].double() @ weight[e].double() * weight_scale[e].double() * x_scale[rows, None].double()
@@ -239,7 +243,7 @@ def test_only_rows_of_experts_are_counted():
         grouped_matmul([x], [weight], split_item=2, group_type=0, group_list=ends)
     assert work.delta.operators == {"npu::npu_grouped_matmul": counters.OperatorCount(1, 2 * 9 * 8 * 5)}
     with counters.counting() as work:
-        torch_npu.npu_grouped_matmul_swiglu_quant(
+        fused(
             x.to(torch.int8), torch.zeros(3, 8, 4, dtype=torch.int8).npu(), ends, torch.zeros(3, 4).npu(),
             torch.zeros(20).npu(),
         )  # fmt: skip

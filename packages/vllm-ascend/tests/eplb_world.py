@@ -13,6 +13,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -183,6 +184,41 @@ def lost(group, options):
         rebalancer.close()
 
 
+def pauses(group, options):
+    """Between two steps there are no requests for a quarter of an hour, while weights are on their way and while they are not. The clock is put forward."""
+    layers, rebalancer = build(group, options)
+    ahead, on_the_way, others = 0.0, 0, 0
+    rebalance.time = SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead)
+    while rebalancer.status.rebalances < 3:
+        for layer in layers:
+            layer.heat += group.rank_in_group + torch.arange(EXPERTS, device="npu", dtype=torch.int32)
+        rebalancer.step()
+        ahead += 900
+        moving = rebalancer._mover._on_the_way is not None
+        on_the_way, others = on_the_way + moving, others + (not moving)
+    rebalancer.close()
+    return {"on_the_way": on_the_way, "others": others}
+
+
+def never_arrives(group, options):
+    """The ranks go on, and one batch does not arrive: after the limit all ranks end."""
+    layers, rebalancer = build(group, options)
+    ahead = 0.0
+    rebalance.time = SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead)
+    if group.rank_in_group == 1:
+        rebalancer._mover.is_complete = lambda: False
+    try:
+        while True:
+            for layer in layers:
+                layer.heat += group.rank_in_group + torch.arange(EXPERTS, device="npu", dtype=torch.int32)
+            rebalancer.step()
+            ahead += 1.0
+    except TimeoutError as error:
+        return {"said": str(error)}
+    finally:
+        rebalancer.close()
+
+
 def apart(group, options):
     """A rank that is a step ahead of the others is noticed."""
     _, rebalancer = build(group, options)
@@ -208,7 +244,15 @@ def no_memory(group, options):
         return {"said": f"{type(error).__name__}: {error}", "layers": layers}
 
 
-CASES = {"steps": steps, "half_moved": half_moved, "lost": lost, "apart": apart, "no_memory": no_memory}
+CASES = {
+    "steps": steps,
+    "pauses": pauses,
+    "never_arrives": never_arrives,
+    "half_moved": half_moved,
+    "lost": lost,
+    "apart": apart,
+    "no_memory": no_memory,
+}
 
 
 def work(rank, ranks, folder, case, options):

@@ -57,7 +57,7 @@ def own_logprobs(model, prompts):
     inputs = [prompt if isinstance(prompt, dict) else {"input_ids": torch.tensor([prompt])} for prompt in prompts]
     with torch.inference_mode():
         rows = [model(**each).logits[0, :-1].float().log_softmax(-1) for each in inputs]
-    own = [each["input_ids"][0, 1:, None] for each in inputs]
+    own = [each.get("decoder_input_ids", each.get("input_ids"))[0, 1:, None] for each in inputs]
     return torch.cat([logprobs.gather(1, ids)[:, 0] for logprobs, ids in zip(rows, own, strict=True)])
 
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sinks, soft caps, ALiBi and pictures that see both ways, over a paged cache without an engine, in strict mode: against float64 mathematics."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from attention_bounds import attend, causal
-from paged_steps import Step
+from paged_steps import Step, description, paged
 
 LENGTHS, CONTEXT = [1, 20, 1, 1, 2], [130, 0, 3, 0, 255]
 
@@ -91,6 +94,50 @@ def test_pictures_see_both_ways(window):
     compare(later)
     names, calls, _ = torch.ops.ascend_sim.counts()
     assert dict(zip(names, calls, strict=True))["npu::npu_fused_infer_attention_score"] == 1
+
+
+def test_cross_attention():
+    """A request that begins writes what the encoder said of it; all see their own encoder's keys, however many tokens the decoder has."""
+    from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
+    from vllm.v1.kv_cache_interface import CrossAttentionSpec
+    from vllm_ascend.attention.cross import AscendCrossAttentionBackend
+
+    backend = create_cross_attention_backend(AscendCrossAttentionBackend)
+    random, heads, size, block = torch.Generator().manual_seed(2), 4, 64, 128
+    encoded, decoding = [140, 30], [3, 1]  # keys of each; query tokens of each
+    table, _, blocks = paged(encoded, block, random)
+    spec = CrossAttentionSpec(
+        block_size=block, num_kv_heads=heads, head_size=size, head_size_v=size, dtype=torch.bfloat16
+    )
+    memory = torch.full((2, blocks, block, heads * size), torch.nan).bfloat16().npu()
+    cache, impl = memory.transpose(0, 1), backend.get_impl_cls()(heads, size, size**-0.5, heads)
+    builder = backend.get_builder_cls()(
+        spec, [], SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=None)), torch.device("npu")
+    )
+    layer = SimpleNamespace(kv_sharing_target_layer_name=None)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random).bfloat16()
+
+    def step(lengths, seen, key, value, query):
+        described = description(lengths, [new + old for new, old in zip(lengths, seen, strict=True)], table)
+        described.encoder_seq_lens = torch.tensor(encoded, dtype=torch.int32).npu()
+        described.encoder_seq_lens_cpu = np.array(encoded, dtype=np.int32)
+        output = torch.empty(query.shape, dtype=torch.bfloat16).npu()
+        impl.forward(layer, query.npu(), key, value, cache, builder.build(0, described), output)
+        return output.cpu().double()
+
+    keys, values = ([normal(count, heads, size) for count in encoded] for _ in range(2))
+    query = normal(sum(decoding), heads, size)
+    written = [torch.cat(rows).npu() for rows in (keys, values)]
+    first = step(decoding, [0, 0], *written, query)
+    later = step([1, 1], decoding, None, None, query[[0, 3]])
+    for number, (rows, begin) in enumerate(zip(query.split(decoding), (0, 3), strict=True)):
+        unseen = torch.zeros(len(rows), encoded[number], dtype=torch.bool)
+        out, bound = attend(rows, keys[number], values[number], size**-0.5, unseen)
+        assert ((first[begin : begin + len(rows)] - out).abs() <= bound).all()
+        assert ((later[number] - out[0]).abs() <= bound[0]).all()
+    assert cache[:, 0].flatten(0, 1).isfinite().all(-1).sum() == sum(encoded)
 
 
 def test_other_terms_are_refused():

@@ -182,7 +182,7 @@ def test_a_url_without_a_server(url, said):
 
 
 PROCESS = """
-import subprocess, sys, time
+import multiprocessing, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from prometheus_client import REGISTRY
@@ -201,8 +201,12 @@ for _ in range(2):  # vLLM may make its configuration more than once, and a proc
 address = envs.eplb_status_socket()
 assert Path(address).parent.stat().st_mode & 0o777 == 0o700
 if rank < 0:
-    subprocess.run([sys.executable, *sys.orig_argv[1:3], "0", sys.argv[2]], check=True)
-    subprocess.run([sys.executable, *sys.orig_argv[1:3], "1", sys.argv[2]], check=True)
+    for server in range(2):
+        code = f"import sys; sys.argv[1:] = '{server}', '2'; exec({SOURCE!r})"
+        child = multiprocessing.get_context("spawn").Process(target=exec, args=(code, {"SOURCE": SOURCE}))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
 elif rank == 0:
     sender, ends = StatusSender(address, "tiny"), time.monotonic() + 60
     while not moves():
@@ -210,6 +214,10 @@ elif rank == 0:
         assert time.monotonic() < ends
         time.sleep(0.01)
     assert moves() == 7
+    for method in ("fork", "spawn"):  # the process that runs the engine makes its configuration once more
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            pool.apply(serve_metrics, (SimpleNamespace(parallel_config=parallel),))
+            assert pool.apply(envs.eplb_status_socket) == address
 else:
     assert moves() is None
 print(Path(address).parent)
@@ -220,7 +228,7 @@ print(Path(address).parent)
 def test_the_processes_of_an_engine_find_each_other(rank, count):
     """The worker's part is played by the process that listens. One of two API servers listens; the folder goes with the process that made it."""
     done = subprocess.run(
-        [sys.executable, "-c", PROCESS, str(rank), str(count)],
+        [sys.executable, "-c", f"SOURCE = {PROCESS!r}; exec(SOURCE)", str(rank), str(count)],
         capture_output=True,
         text=True,
         timeout=LIMIT,

@@ -118,6 +118,18 @@ def test_a_rank_that_is_gone_ends_the_others(world, how, said):
         assert outcome["said"].startswith(said), outcome["said"]
 
 
+def test_a_pause_without_requests_ends_nothing(world):
+    for outcome in world("pauses", 2):
+        assert outcome["on_the_way"] > 3
+        assert outcome["others"] > 3
+
+
+def test_a_batch_that_does_not_arrive_is_named(world):
+    for outcome, has in zip(world("never_arrives", 2), ("all", "not all"), strict=True):
+        assert "has waited 45 seconds for the weights of experts of layer" in outcome["said"]
+        assert outcome["said"].endswith(f"this rank has {has} of its own")
+
+
 def test_ranks_that_are_not_in_one_step_are_noticed(world):
     for outcome in world("apart", 2):
         assert "ranks are not in the same step" in outcome["said"]

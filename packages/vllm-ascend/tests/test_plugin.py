@@ -131,7 +131,6 @@ def test_register_says_why_it_is_inactive():
         {"enable_flashcomm1": False},
         {"refresh": True},
         {"gdn_prefill_backend": "auto"},
-        {"weight_nz_mode": 1},
         {"enable_dsa_cp": None, "pa_shape_list": None, "enable_sparse_sfa_c8": False, "enable_sparse_li_c8": False},
         {
             "c8_enable_reshape_optim": True,

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch.nn import Parameter
+from vllm_ascend.config import AscendConfig
 from vllm_ascend.quantization.checks import check_finite, check_product, check_symmetric
 from vllm_ascend.quantization.description import Description
 from vllm_ascend.quantization.files import lacking
@@ -257,7 +258,7 @@ def test_deq_scale_is_the_product_of_the_two_others_but_for_rounding():
     ("activation", "intermediate", "message"),
     [
         ("silu", 96, r"experts 'a\.experts': 96 intermediate features on each rank, which must be a multiple of 64"),
-        ("swigluoai", 128, "MoE layer with activation 'swigluoai'"),
+        ("relu2", 128, "MoE layer with activation 'relu2'"),
     ],
 )
 def test_experts_that_kernels_cannot_take_are_named_before_weights_load(activation, intermediate, message):
@@ -317,6 +318,21 @@ def test_what_holds_a_layers_product_computes_with_weights_that_are_loaded_anew(
         "_dequantised_bias",
     ):
         assert torch.equal(getattr(held, name), getattr(wanted, name)), name
+
+
+@pytest.mark.parametrize(("mode", "streams", "wanted"), [(1, False, "NZ"), (0, False, "ND"), (1, True, "ND")])
+def test_the_format_of_weights(monkeypatch, mode, streams, wanted):
+    """Weights that an op sends from rank to rank keep their numbers in order."""
+    import torch_npu
+    from vllm_ascend import parallel
+
+    monkeypatch.setattr(parallel, "_current", SimpleNamespace(config=AscendConfig(weight_nz_mode=mode)))
+    weight = torch.arange(64 * 32, dtype=torch.int32).remainder(251).sub(125).to(torch.int8).view(64, 32)
+    layer = static_layer(weight=weight.npu())
+    layer.op = SimpleNamespace(streams_weight=streams)
+    processed(layer)
+    assert str(torch_npu.get_npu_format(layer.weight.data)).endswith(wanted)
+    assert torch.equal(layer.weight.data.cpu(), weight)
 
 
 def test_a_float16_checkpoint_has_the_scales_bits_in_an_int64():

@@ -33,6 +33,11 @@ GEMMA4 = {
     "head_dim": 64, "global_head_dim": 128, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "intermediate_size": 64,
     "hidden_size_per_layer_input": 16, "vocab_size": 512, "vocab_size_per_layer_input": 512, "max_position_embeddings": 256, "torch_dtype": "bfloat16",
 }  # fmt: skip
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "num_hidden_layers": 2, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "vocab_size": 512,
+    "max_position_embeddings": 256, "torch_dtype": "bfloat16", "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 COMPRESSED = {
     "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
     "config_groups": {"group_0": {
@@ -86,6 +91,7 @@ ALONE = {
     "int8 weights": ({}, {"quantization": "int8_per_channel_weight_only"}, {}, "quantization ('int8_per_channel_weight_only') has no kernels"),
     "mxfp8": ({}, {"quantization": "mxfp8"}, {}, "quantization ('mxfp8') has no kernels"),
     "compressed-tensors": ({"quantization_config": COMPRESSED}, {"dtype": "bfloat16"}, {}, "quantization ('compressed-tensors') has no kernels"),
+    "GPT-OSS as it is published": ({**GPT_OSS, "quantization_config": {"quant_method": "mxfp4"}}, {"dtype": "bfloat16"}, {}, "mxfp4') has no kernels"),
     "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}}, {"dtype": "bfloat16"}, {}, "awq') has no kernels"),
     "offload": ({}, {"cpu_offload_gb": 1}, {}, "cpu_offload_gb (1.0) needs a view of host memory"),
     "devices": ({"num_key_value_heads": 12}, {"tensor_parallel_size": 4, "data_parallel_size": 3}, {}, "12 NPUs are needed on this host, for 3 data parallel replicas of 4 ranks, and 8 are visible"),
@@ -106,6 +112,7 @@ GOOD = {
     "soft cap": ({"attn_logit_softcapping": 50.0}, {}, {}),
     "ALiBi": ({"alibi": True}, {}, {}),
     "sinks": ({"add_swa_attention_sink_bias": True}, {}, {}),
+    "GPT-OSS": (GPT_OSS, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, {}),
     "its own cache": ({}, {"kv_cache_dtype": "bfloat16", "block_size": 512, "attention_backend": "ASCEND_ATTN"}, {}),
     "padded heads": ({"head_dim": 24}, {"block_size": 384}, {}),
     "a checkpoint in float16": ({"torch_dtype": "float16"}, {}, {}),
@@ -238,7 +245,6 @@ def of(config=(), **model):
             "attention sinks beside ALiBi position biases (GptOssForCausalLM)",
         ),
         ({}, {"architectures": ["Step1ForCausalLM"]}, "ALiBi with roots of distances (Step1ForCausalLM)"),
-        ({}, {"is_encoder_decoder": True}, "cross-attention of encoder-decoder models (SomeModel)"),
         ({"head_dim": 64, "v_head_dim": 128}, {}, "of keys (64 wide) and of values (128) must be of one size"),
     ],
 )
@@ -264,6 +270,7 @@ def test_limits_of_the_kernels():
         ({"dtype": "float16"}, "--dtype bfloat16"),
         ({"latent": (512, 32)}, "qk_rope_head_dim of this model is 32"),
         ({"latent": (512, 64), "heads": 9}, "with 9 heads over tensor_parallel_size 2"),
+        ({"chunk": 192}, "attention_chunk_size of this model (192) must be a multiple of block_size (128)"),
         ({"latent": (512, 64), "block_size": 24}, "block_size (24) must be a multiple of 128"),
     ):
         assert any(message in found for found in broken(replace(fits, **change))), message

@@ -171,8 +171,8 @@ def object_file(source: Path) -> Path:
 
 def native_sources() -> tuple[list[Path], list[Path]]:
     """The C++ sources of the operators, and the headers that they include."""
-    folder = HERE / "native"
-    return sorted(folder.glob("*.cpp")), sorted([*folder.glob("*.h"), *RUNTIME.glob("*.h")])
+    sources = sorted((HERE / "native").glob("*.cpp"))
+    return sources, sorted({header for source in sources for header in headers_of(source)})
 
 
 def _native_name() -> str:

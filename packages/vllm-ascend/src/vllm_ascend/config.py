@@ -97,6 +97,7 @@ class AscendConfig:
         enable_shared_expert_dp: shared experts whole on every rank, which computes its share of the tokens.
         finegrained_tp_config: TP sizes per module.
         weight_prefetch_config: weight prefetch.
+        weight_nz_mode: 1: int8 weights of linear layers are kept in the format FRACTAL_NZ; 0: in their own.
         eplb_config: where experts lie.
     """
 
@@ -108,6 +109,7 @@ class AscendConfig:
     enable_shared_expert_dp: bool = False
     finegrained_tp_config: FinegrainedTP = field(default_factory=FinegrainedTP)
     weight_prefetch_config: WeightPrefetch = field(default_factory=WeightPrefetch)
+    weight_nz_mode: int = 1
     eplb_config: EplbConfig = field(default_factory=EplbConfig)
 
     @classmethod

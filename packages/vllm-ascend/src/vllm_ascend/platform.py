@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_ascend import compat, start
-from vllm_ascend.attention import BACKENDS, COMPOSED, ENCODER, SINKS
+from vllm_ascend.attention import BACKENDS, COMPOSED, CROSS, ENCODER, SINKS
 from vllm_ascend.eplb import front_end
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class AscendPlatform(Platform):
             raise ValueError(f"attention backend {selected_backend.name!r}: vllm-ascend has {name!r} for this layer")
         if asked.attn_type in ("encoder_only", "encoder"):
             return ENCODER
+        if asked.attn_type == "encoder_decoder":
+            return CROSS
         if asked.has_sink:
             return SINKS
         config = get_current_vllm_config_or_none()

@@ -23,7 +23,6 @@ KNOWN: Mapping[str, tuple[Any, ...]] = {
     "enable_prefill_mc2": (False,),
     "enable_mc2_hierarchy_comm": (False,),
     "mega_moe_max_tokens": (65536,),
-    "weight_nz_mode": (0, 1),  # a memory format of weights: the default there; here they keep their own
     "enable_mlapo": (True, False),  # one kernel for what comes before latent attention; here it is several
     "enable_kv_nz": (False,),
     "pa_shape_list": ([],),

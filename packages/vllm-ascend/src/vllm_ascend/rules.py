@@ -194,6 +194,8 @@ def _broken_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]
     yield from _broken_flashcomm_rules(config, deployment)
     yield from _broken_finegrained_rules(config, deployment)
     model, names = deployment.model, list(config.layer_sharding)
+    if config.weight_nz_mode not in (0, 1):
+        yield f"option 'weight_nz_mode' ({config.weight_nz_mode}) must be 0 or 1: weights that are not quantised keep their own format here"
     by_layer = {
         "eplb_config.expert_map_path": config.eplb_config.expert_map_path,
         "finegrained_tp_config.mlp_tensor_parallel_size": config.finegrained_tp_config.mlp_tensor_parallel_size,
@@ -208,7 +210,9 @@ def _broken_rules(config: AscendConfig, deployment: Deployment) -> Iterator[str]
         yield "option 'enable_shared_expert_dp' (True) needs a MoE model with shared experts"
     if names and not config.flashcomm2_parallel_size:
         yield f"option 'layer_sharding' ({names}) needs flashcomm2_parallel_size > 0, and must be ['o_proj'] then"
-    idle = AscendConfig(flashcomm1_dense_threshold=config.flashcomm1_dense_threshold)
+    idle = AscendConfig(
+        flashcomm1_dense_threshold=config.flashcomm1_dense_threshold, weight_nz_mode=config.weight_nz_mode
+    )
     if not config.weight_prefetch_config.enabled:  # its ratios have no effect then
         idle = replace(idle, weight_prefetch_config=config.weight_prefetch_config)
     changes_layers = replace(config, eplb_config=idle.eplb_config) != idle

@@ -26,10 +26,12 @@ class Entry:
         experts: whether it has routed experts, so that expert parallelism applies.
         ranks: ranks of the run with tensor parallelism.
         known: why a result is not equal and whose that is, where it has been found out; a sentence for the page.
+        published: the class that published checkpoints name, where transformers' is called otherwise.
         attention: transformers' way to compute attention.
         engine: more arguments of the engine.
         make: for entries with a processor: a function that returns the processor and the config's arguments.
         names: how the published checkpoints begin a tensor's name, by how transformers' `save_pretrained` does, where it differs.
+        encodes: whether an encoder takes the sound apart, and the prompt is the decoder's.
         mark: what stands for a picture, a video or a sound in a prompt.
     """
 
@@ -41,8 +43,10 @@ class Entry:
     experts: bool = False
     ranks: int = 2
     known: str = ""
+    published: str = ""
     attention: str = "eager"
     engine: dict[str, Any] = field(default_factory=dict)
     make: Callable[[], tuple[Any, dict[str, Any]]] | None = None
+    encodes: bool = False
     mark: str = ""
     names: dict[str, str] = field(default_factory=dict)

@@ -37,9 +37,28 @@ def load(task, folder, names):
     return [Image.fromarray(array) for array in arrays]
 
 
+def metadata(video):
+    """What some processors want to know of a video: two frames a second, all of which are taken."""
+    frames = len(video)
+    return {
+        "fps": 2.0, "total_num_frames": frames, "duration": frames / 2, "frames_indices": list(range(frames)), "video_backend": "opencv",
+    }  # fmt: skip
+
+
+def for_transformers(task, folder, names):
+    """The processor's arguments."""
+    if not names:
+        return {}
+    made = load(task, folder, names)
+    more = {"video_metadata": [metadata(video) for video in made], "do_sample_frames": False} if task == "video" else {}
+    return {PROCESSOR_KEYS[task]: made, **more}
+
+
 def for_vllm(task, folder, names):
     """vLLM's `multi_modal_data`."""
     made = load(task, folder, names)
+    if task == "video":
+        made = [(video, metadata(video) | {"do_sample_frames": False}) for video in made]
     if task == "audio":
         made = [(array, SAMPLING_RATE) for array in made]
     return {KEYS[task]: made} if made else {}

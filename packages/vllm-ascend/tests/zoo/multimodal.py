@@ -233,10 +233,25 @@ def qwen2_audio():
     return processor, config
 
 
-def entry(name, make, mark, *, task="images", model=None, engine=None, names=None):
+def whisper():
+    import transformers
+
+    names = ["<|startoftranscript|>"]
+    tokens = tokenizer(names)
+    sounds = transformers.WhisperFeatureExtractor(sampling_rate=16000, feature_size=16, chunk_length=2)
+    processor = transformers.WhisperProcessor(feature_extractor=sounds, tokenizer=tokens)
+    config = {
+        "vocab_size": VOCABULARY, "num_mel_bins": 16, "d_model": 256, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 320,
+        "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 320, "max_source_positions": 100, "max_target_positions": 256,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": ids_of(tokens, *names)[0],
+    }  # fmt: skip
+    return processor, config
+
+
+def entry(name, make, mark, *, task="images", model=None, engine=None, names=None, encodes=False, known=""):
     limits = {"images": {"image": 3}, "video": {"video": 2}, "audio": {"audio": 2}}[task]
     return Entry(
-        name=name, task=task, config=f"{(model or name)}Config", model=f"{model or name}ForConditionalGeneration", make=make, mark=mark, names=names or {},
+        name=name, task=task, config=f"{(model or name)}Config", model=f"{model or name}ForConditionalGeneration", make=make, mark=mark, names=names or {}, encodes=encodes, known=known,
         engine={"limit_mm_per_prompt": limits, "skip_tokenizer_init": False, "max_model_len": 512, **(engine or {})},
     )  # fmt: skip
 
@@ -247,7 +262,14 @@ MULTIMODAL = [
     entry("Qwen2VL", qwen2_vl, QWEN_IMAGE),
     entry("Qwen2VL, video", qwen2_vl, QWEN_VIDEO, task="video", model="Qwen2VL"),
     entry("Qwen2_5_VL", qwen2_5_vl, QWEN_IMAGE),
-    entry("Qwen2_5_VL, video", qwen2_5_vl, QWEN_VIDEO, task="video", model="Qwen2_5_VL"),
+    entry(
+        "Qwen2_5_VL, video",
+        qwen2_5_vl,
+        QWEN_VIDEO,
+        task="video",
+        model="Qwen2_5_VL",
+        known="After a video vLLM counts positions on from the largest of the video's, transformers from those of its height and width alone.",
+    ),
     entry("Qwen3VL", qwen3_vl, QWEN_IMAGE),
     entry("InternVL", internvl, "<IMG_CONTEXT>"),
     entry("Llava", llava, "<image>", names={"vision_tower.": "vision_tower.vision_model."}),
@@ -267,5 +289,14 @@ MULTIMODAL = [
         "<|audio_bos|> <|AUDIO|> <|audio_eos|>",
         task="audio",
         names={"language_model.model.model.": "language_model.model."},
+        known="vLLM takes transformers' own class for the tower.",
+    ),
+    entry(
+        "Whisper",
+        whisper,
+        "<|startoftranscript|>",
+        task="audio",
+        encodes=True,
+        engine={"limit_mm_per_prompt": {"audio": 1}, "max_model_len": 256},
     ),
 ]

@@ -58,12 +58,25 @@ def media_requests(entry, processor, folder):
     """The engine's requests, and of each what the model takes."""
     requests, inputs = [], []
     for text, names in media.texts(entry.mark, media.random_media(entry.task, folder)):
-        given = {media.PROCESSOR_KEYS[entry.task]: media.load(entry.task, folder, names)} if names else {}
+        given = media.for_transformers(entry.task, folder, names)
         made = dict(processor(text=[text], **given, return_tensors="pt"))
         ids = made.pop("input_ids")[0].tolist()
         made.pop("attention_mask", None)
         requests.append({"ids": processor.tokenizer(text)["input_ids"], "media": names, "expanded": ids})
         inputs.append(made)
+    return requests, inputs
+
+
+def encoded_requests(entry, processor, folder):
+    """As above for a model whose encoder takes one sound a request, and whose decoder begins with words."""
+    requests, inputs = [], []
+    for number, name in enumerate(media.random_media(entry.task, folder)):
+        text = f"{entry.mark} {media.words(7 * number, 3 + 40 * number)}"
+        ids = processor.tokenizer(text)["input_ids"]
+        (sound,) = media.load(entry.task, folder, [name])
+        made = processor.feature_extractor(sound, sampling_rate=media.SAMPLING_RATE, return_tensors="pt")
+        requests.append({"ids": ids, "media": [name], "expanded": ids, "encoded": True})
+        inputs.append({"input_features": made["input_features"], "decoder_input_ids": None})
     return requests, inputs
 
 
@@ -80,8 +93,10 @@ def inputs_of(model, ids, more):
     """Arguments of a model. What says for each token which kind it is goes on with text."""
     import torch
 
-    made = {"input_ids": torch.tensor([ids])}
+    made = {"decoder_input_ids" if "decoder_input_ids" in more else "input_ids": torch.tensor([ids])}
     for name, value in more.items():
+        if value is None:
+            continue
         if value.dim() == 2 and name in ("mm_token_type_ids", "token_type_ids"):
             value = torch.nn.functional.pad(value, (0, len(ids) - value.shape[1]))
         made[name] = value.to(model.dtype) if value.is_floating_point() else value
@@ -140,9 +155,12 @@ def checkpoint(entry, folder):
         processor, sizes = entry.make()
         processor.save_pretrained(folder)
         specials = 1 + max(processor.tokenizer.get_added_vocab().values())
-        requests, inputs = media_requests(entry, processor, folder)
+        requests, inputs = (encoded_requests if entry.encodes else media_requests)(entry, processor, folder)
     model = build(entry, sizes, specials)
     model.save_pretrained(folder)
+    if entry.published:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": [entry.published]}, indent=1))
     if entry.names:
         rename(folder / "model.safetensors", entry.names)
     return model, requests, inputs

@@ -26,11 +26,15 @@ def sampling(**more):
 
 def asked(requests, folder, task):
     """vLLM's prompts."""
-    return [
-        {"prompt_token_ids": request["ids"]}
-        | ({"multi_modal_data": media.for_vllm(task, folder, request["media"])} if request.get("media") else {})
-        for request in requests
-    ]
+    prompts = []
+    for request in requests:
+        prompt = {"prompt_token_ids": request["ids"]}
+        given = {"multi_modal_data": media.for_vllm(task, folder, request["media"])} if request.get("media") else {}
+        if request.get("encoded"):
+            prompts.append({"encoder_prompt": {"prompt": "", **given}, "decoder_prompt": prompt})
+        else:
+            prompts.append(prompt | given)
+    return prompts
 
 
 def generated(llm, prompts, new_tokens):
@@ -104,8 +108,9 @@ def engines(kind, entry):
     """(name, arguments of the engine, what to run) of each engine of a kind."""
     plain = {**SMALL, "dtype": "float32", **entry.engine}
     over_ranks = {**plain, "tensor_parallel_size": entry.ranks}
+    chunked = ("chunked", {**plain, "max_num_batched_tokens": 32}, run_generate)
     return {
-        "one": [("one", plain, run_one), ("chunked", {**plain, "max_num_batched_tokens": 32}, run_generate)],
+        "one": [("one", plain, run_one), *([] if entry.encodes else [chunked])],
         "tp": [("tp", over_ranks, run_generate)],
         "ep": [("ep", {**over_ranks, "enable_expert_parallel": True}, run_generate)],
         "bfloat16": [("bfloat16", {**plain, "dtype": "bfloat16"}, run_bfloat16)],

@@ -29,6 +29,7 @@ def digest(entry):
     said = (entry.config, entry.model, entry.sizes, entry.ranks, entry.engine, entry.mark, made)
     said += (entry.names,) if entry.names else ()
     said += (entry.attention,) if entry.attention != "eager" else ()
+    said += (entry.published,) if entry.published else ()
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
@@ -131,7 +132,14 @@ def cells(entry, folder, ended, kinds=KINDS):
     reference = json.loads((folder / "reference.json").read_text())
     found = {}
     for column, (kind, engine, judge) in CELLS.items():
-        if (kind == "ep" and not entry.experts) or (column == "tower" and entry.make is None):
+        # vLLM neither caches nor cuts the prompts of a model with an encoder.
+        absent = {
+            "ep": not entry.experts,
+            "tower": entry.make is None,
+            "cache": entry.encodes,
+            "chunked": entry.encodes,
+        }
+        if absent.get(column):
             found[column] = ["-", ""]
             continue
         if kind not in kinds and not refused(folder):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m ascend_sim.contracts PATH` writes the page of all rules to PATH."""
 
+import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from ascend_sim.contracts.page import page
 
 def main() -> None:
     """Write the page; the file at PATH is replaced as a whole or not at all."""
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m ascend_sim.contracts PATH")
-    path = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="python -m ascend_sim.contracts", description="Write the page of all rules.")
+    parser.add_argument("path", type=Path, help="such as docs/kernels.md")
+    path = parser.parse_args().path
     try:
         text = page(contracts())
         with tempfile.NamedTemporaryFile(

@@ -145,6 +145,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_matmul_swiglu_quant(const
   const char* op = "npu_grouped_matmul_swiglu_quant";
   on_device(op, "x", x);
   on_device_in_any_format(op, "weight", weight);
+  STRICT("npu_grouped_matmul_swiglu_quant.weight-format", is_fractal(weight), op, ": weight must have the format FRACTAL_NZ; npu_format_cast(weight, 29) converts it");
   on_device(op, "x_scale", x_scale);
   TORCH_CHECK(!bias && !offset, op, ": bias and offset must be None");
   TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kChar, op, ": x must be int8 [m, k], got ", x.scalar_type(), " ", x.sizes());

@@ -176,12 +176,14 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
     ) -> None:
         """Write this step's key and value `[T, Nkv, D]`. Padding tokens have no slot, and a step without requests has no tokens to write."""
         tokens = tokens_of_step()
-        if not tokens:
-            return
+        if tokens:
+            self._write(key[:tokens], value[:tokens], kv_cache, slot_mapping[:tokens])
+
+    def _write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
         shape = (kv_cache.shape[0], kv_cache.shape[2], self.num_kv_heads, self.kernel_size)
         keys, values = (cache.view(shape) for cache in self._caches(kv_cache))
-        key, value = (kernels.widened(rows[:tokens], self.kernel_size) for rows in (key, value))
-        kernels.scatter_kv(key, value, keys, values, slot_mapping[:tokens])
+        key, value = (kernels.widened(rows, self.kernel_size) for rows in (key, value))
+        kernels.scatter_kv(key, value, keys, values, slots)
 
     def forward(
         self,

@@ -69,6 +69,7 @@ class Attention:
         dtype: of keys and values, such as "bfloat16".
         cache_dtype: what the user gave as kv_cache_dtype.
         block_size: tokens of a block of the cache, where the user gave one.
+        chunk: tokens of a chunk that layers with chunked local attention look back to; 0: there are none.
         plain_form: with `latent`, whether prompts take the plain form.
         tokens: query tokens of a step at most.
         requests: of a step, at most.
@@ -87,6 +88,7 @@ class Attention:
     dtype: str = "bfloat16"
     cache_dtype: str = "auto"
     block_size: int = 0
+    chunk: int = 0
     plain_form: bool = True
     tokens: int = 0
     requests: int = 0
@@ -117,6 +119,7 @@ class Attention:
             dtype=str(model.dtype).removeprefix("torch."),
             cache_dtype=cache.cache_dtype,
             block_size=cache.block_size if cache.user_specified_block_size else 0,
+            chunk=text.get("attention_chunk_size", default=0),
             plain_form=latent is None
             or has_plain_form(text.get("qk_nope_head_dim", default=0), text.get("v_head_dim", default=0)),
             tokens=scheduler.max_num_batched_tokens,
@@ -161,8 +164,6 @@ def _missing(model: Any) -> Iterator[str]:
         yield f"sparse attention (index_topk {topk})"
     if len(sizes := head_sizes(model)) > 1:
         yield f"layers with heads of several sizes ({', '.join(map(str, sizes))}): the cache has one shape for all of them"
-    if model.is_encoder_decoder:
-        yield f"cross-attention of encoder-decoder models ({architecture})"
 
 
 def has_plain_form(qk_nope_head_dim: int, v_head_dim: int) -> bool:
@@ -224,6 +225,8 @@ def broken(attention: Attention) -> Iterator[str]:
         yield f"block_size ({block}) must be a multiple of {default}, which is the default"
     if attention.latent is None and block and block not in BLOCK_SIZES:
         yield f"block_size ({block}) must be one of {', '.join(map(str, BLOCK_SIZES))}; {default} is the default"
+    if attention.chunk % (block or default):
+        yield f"attention_chunk_size of this model ({attention.chunk}) must be a multiple of block_size ({block or default})"
     second = attention.latent is not None or attention.sinks
     tokens, requests = (_SECOND_MOST_TOKENS, _SECOND_MOST_REQUESTS) if second else (_MOST_TOKENS, _MOST_REQUESTS)
     if attention.tokens > tokens:

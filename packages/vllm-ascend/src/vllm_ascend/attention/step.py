@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +24,7 @@ class AscendAttentionMetadata(AttentionMetadata):
         block_table: int32 `[requests, blocks]`.
         mask: the compressed causal mask.
         causal: whether a query sees later keys not at all.
+        slot_mapping: set by vLLM where layers of cross-attention write the keys of an encoder.
     """
 
     num_actual_tokens: int
@@ -32,6 +33,7 @@ class AscendAttentionMetadata(AttentionMetadata):
     block_table: Tensor
     mask: Tensor
     causal: bool
+    slot_mapping: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def num_requests(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -21,20 +22,24 @@ _logger = logging.getLogger("vllm.vllm_ascend")
 
 
 def serve_metrics(vllm_config: Any) -> None:
-    """Take part in this engine's metrics. Called where vLLM has made its configuration: in the process of the engine's user, and in each API server.
+    """Take part in this engine's metrics. Called where vLLM has made its configuration: in the process of the engine's user, in each API server, and in each
+    process that runs an engine for them.
 
-    The first of these processes chooses the socket, and those that it starts inherit its path. Of several API servers, whose metrics vLLM sums up, the
-    first one listens. Where the socket cannot be opened, the log says so, and there are no metrics.
+    The first of these processes chooses the socket, and those that it starts with multiprocessing inherit its path. Metrics are where vLLM's are: in the
+    first process, or in the first of several API servers, whose metrics vLLM sums up. Where the socket cannot be opened, the log says so, and there are no
+    metrics.
 
     Args:
         vllm_config: vLLM's `VllmConfig`.
     """
     parallel = vllm_config.parallel_config
     server, servers = parallel._api_process_rank, parallel._api_process_count
-    if servers == 1 or server < 0:
-        envs.set_eplb_status_socket(str(_folder(os.getpid()) / "status"))
     address = envs.eplb_status_socket()
-    if server == 0 and address is not None:
+    is_first = address is None or multiprocessing.parent_process() is None
+    if is_first:
+        address = str(_folder(os.getpid()) / "status")
+        envs.set_eplb_status_socket(address)
+    if address is not None and server == 0 and is_first == (servers == 1):
         _listen(address)
 
 

@@ -34,6 +34,8 @@ from vllm_ascend.eplb.verify import Checksums
 __all__ = ["PLAN_SECONDS", "Rebalancer"]
 
 _WAIT_SECONDS = 45.0  # for another rank; longer than any step takes
+# What one step adds at most to the time that a batch is waited for: between two steps may lie a pause of any length without requests.
+_MOST_SECONDS_OF_A_STEP = 5.0
 PLAN_SECONDS = 120.0
 # A first guess at the time of a transfer, 10 GB/s, until one has been measured; and the weight of a new measurement.
 _SECONDS_PER_BYTE, _NEW = 1e-10, 0.25
@@ -84,7 +86,7 @@ class Rebalancer:
         self._checksums = Checksums(self.placed, tensors, group) if config.verify_moves else None
         self._expert_bytes = max(slot_bytes(one) for one in tensors)
         self._step = self._interval_began = 0
-        self._step_seconds, self._last_step = 0.0, 0.0
+        self._step_seconds, self._last_step, self._batch_seconds = 0.0, 0.0, 0.0
         self._seconds_per_byte = _SECONDS_PER_BYTE
         self._snapshot: Snapshot | None = None
         self._is_asked = False
@@ -138,6 +140,7 @@ class Rebalancer:
         """Learn how long a step takes. A pause without requests must not count as one, so that a step counts twice what is known at most."""
         now = time.perf_counter()
         took, self._last_step = now - self._last_step, now
+        self._batch_seconds += min(took, _MOST_SECONDS_OF_A_STEP)
         if self._step == 2:
             self._step_seconds = took
         elif self._step > 2:
@@ -237,11 +240,11 @@ class Rebalancer:
         """Begin the next batch, and ask in the step after whether all ranks have theirs."""
         self._batch = self._batches.pop()
         self._mover.start(self._batch)
-        self._batch_began = time.perf_counter()
+        self._batch_seconds = 0.0
         self._after(1, self._ask_for_arrival)
 
     def _ask_for_arrival(self) -> None:
-        if time.perf_counter() - self._batch_began > _WAIT_SECONDS:
+        if self._batch_seconds > _WAIT_SECONDS:
             raise TimeoutError(
                 f"dynamic EPLB has waited {_WAIT_SECONDS:.0f} seconds for the weights of experts of {self._layers[self._batch[0, 1]].name} from or to "
                 f"other ranks; this rank has {'all' if self._mover.is_complete() else 'not all'} of its own"

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.attention.mm_encoder_attention import MMEncoderAttention
+from vllm.model_executor.models.whisper import WhisperEncoderAttention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_ascend import kernels
 
-__all__ = ["AscendTowerAttention", "register"]
+__all__ = ["AscendTowerAttention", "AscendWhisperAttention", "register"]
 
 
 class AscendTowerAttention(MMEncoderAttention):
@@ -56,6 +57,10 @@ class AscendTowerAttention(MMEncoderAttention):
         return output.reshape(query.shape)
 
 
+class AscendWhisperAttention(AscendTowerAttention, WhisperEncoderAttention):
+    """The same for Whisper's encoder, whose class takes one sound `[T, N*D]` as well."""
+
+
 def _ends(x: Tensor) -> list[int]:
     """Cumulative lengths of the rows of x `[B, T, ...]`."""
     rows, tokens = x.shape[:2]
@@ -63,5 +68,6 @@ def _ends(x: Tensor) -> list[int]:
 
 
 def register() -> None:
-    """Replace vLLM's layer."""
+    """Replace vLLM's layers."""
     MMEncoderAttention.register_oot(AscendTowerAttention)
+    WhisperEncoderAttention.register_oot(AscendWhisperAttention)

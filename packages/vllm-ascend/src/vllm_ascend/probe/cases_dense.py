@@ -24,6 +24,7 @@ def cases() -> Iterator[Callable[[], Case]]:
     yield _add_rms_norm
     yield _swiglu
     yield _split_columns
+    yield _in_fractal_nz
     for size in (64, 128):
         yield lambda size=size: _apply_rotary(size)  # type: ignore[misc]
     for interleaved in (False, True):
@@ -80,6 +81,14 @@ def _split_columns() -> Case:
     return Case(
         kernel="vllm_ascend.split_columns", shape="query, key and value of 32 and 8 heads", inputs=[random(8, sum(widths))],
         call=lambda x: kernels.split_columns(x, widths), expected=lambda x: [exactly(part) for part in x.split(widths, -1)],
+    )  # fmt: skip
+
+
+def _in_fractal_nz() -> Case:
+    weight = torch.arange(96 * 64, dtype=torch.int32).remainder(251).sub(125).to(torch.int8).view(96, 64)
+    return Case(
+        kernel="vllm_ascend.in_fractal_nz", shape="int8 of 96 x 64", inputs=[weight], call=lambda x: [kernels.in_fractal_nz(x)],
+        expected=lambda x: [exactly(x)],
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
+from vllm_ascend import kernels, parallel
 from vllm_ascend.quantization.checks import (
     DUMMY_INPUT_SCALE,
     DUMMY_WEIGHT_SCALE,
@@ -78,9 +79,14 @@ class _W8A8LinearMethod(LinearMethodBase):
     def give(self, layer: Any, quant: W8A8Dynamic | W8A8Static) -> None:
         """Leave the product at `layer.quant`. Where one is there already, weights have been loaded anew, and ops hold it: it takes the new values.
 
+        The weight changes its format, unless ops send it from rank to rank, which is done with numbers in their own order.
+
         Raises:
             ValueError: a product of another type, or of other shapes.
         """
+        shared, op = parallel.current(), getattr(layer, "op", None)
+        if shared is not None and shared.config.weight_nz_mode and not (op is not None and op.streams_weight):
+            layer.weight.data = kernels.in_fractal_nz(layer.weight.data)
         held = getattr(layer, "quant", None)
         if held is None:
             layer.quant = quant
