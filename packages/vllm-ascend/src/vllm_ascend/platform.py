@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_ascend import compat, start
-from vllm_ascend.attention import BACKENDS, COMPOSED, CROSS, ENCODER, SINKS
+from vllm_ascend.attention import BACKENDS, COMPOSED, CROSS, ENCODER, PAIRED, SINKS
 from vllm_ascend.eplb import front_end
 
 if TYPE_CHECKING:
@@ -98,13 +98,12 @@ class AscendPlatform(Platform):
         if asked.has_sink:
             return SINKS
         config = get_current_vllm_config_or_none()
-        slow = (
-            not asked.use_mla
-            and config is not None
-            and config.model_config is not None
-            and composed(config.model_config)
-        )
-        return COMPOSED if slow else path
+        model = None if config is None else config.model_config
+        if asked.use_mla or model is None:
+            return path
+        if model.is_hybrid:
+            return PAIRED
+        return COMPOSED if composed(model) else path
 
     @classmethod
     def get_mla_prefill_backend_cls(cls, mla_selector_config: MLAPrefillSelectorConfig) -> type[MLAPrefillBackend]:

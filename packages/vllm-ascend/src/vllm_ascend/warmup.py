@@ -51,6 +51,7 @@ def _small_cache(runner: AscendModelRunner) -> Iterator[None]:
         yield
     finally:
         runner._cleanup_profiling_kv_cache()
+        runner._mamba_bufs = None  # what vLLM has prepared for the copies of states between blocks knows this cache
 
 
 def warm_up(worker: AscendWorker) -> None:

@@ -18,10 +18,10 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_ascend import layers, loader, parallel, warmup
+from vllm_ascend import layers, loader, parallel, states, warmup
 from vllm_ascend.attention import probe
 from vllm_ascend.attention.limits import Attention
-from vllm_ascend.layers import linear, moving
+from vllm_ascend.layers import linear, mamba, moving
 from vllm_ascend.model_runner import AscendModelRunner
 
 __all__ = ["AscendWorker"]
@@ -36,6 +36,8 @@ class AscendWorker(Worker):
         """Replace vLLM's layers and loader by ours before a model is built."""
         super().__init__(*args, **kwargs)
         layers.register()
+        if states.has_states(self.model_config):
+            mamba.register()
         loader.register()
 
     def init_device(self) -> None:
