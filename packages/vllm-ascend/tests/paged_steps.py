@@ -54,8 +54,10 @@ class Step:
         table, self.slots, blocks = paged(self.totals, block, self.random)
         spec = FullAttentionSpec(block_size=block, num_kv_heads=kv_heads, head_size=size, head_size_v=size, dtype=dtype)
         width = backend.customize_spec(spec).page_size_bytes // (2 * block * dtype.itemsize)
-        memory = torch.full((2, blocks, block, width), torch.nan).to(dtype).npu()
-        self.cache = memory.transpose(0, 1)  # [blocks, 2, block_size, Nkv * D], as vLLM gives it
+        order = backend.supported_kv_cache_layouts()[0].layer_view_order
+        shape = (blocks, 2, block, width)
+        memory = torch.full([shape[axis] for axis in order], torch.nan).to(dtype).npu()
+        self.cache = memory.permute(*(order.index(axis) for axis in range(4)))  # `shape`, as vLLM gives it
         self.impl = backend.get_impl_cls()(
             heads, size, size**-0.5, kv_heads, slopes, window, "auto", soft_cap, **options
         )  # vLLM gives them by position

@@ -28,6 +28,17 @@ def test_head_sizes_and_windows(size, window):
         assert not ((found - wrong).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize(("size", "window"), [(64, None), (40, 7), (256, None)])
+def test_keys_beside_their_values(size, window):
+    """Blocks that are one piece, as of models with recurrent states, give the same bits; what no request wrote is NaN in both."""
+    from vllm_ascend.attention.paired import AscendPairedAttentionBackend
+
+    arguments = {"lengths": [1, 20, 1, 2], "context": [130, 0, 0, 255], "heads": 4, "kv_heads": 2, "size": size}
+    paired = Step(**arguments, window=window, backend=AscendPairedAttentionBackend)
+    assert paired.cache.is_contiguous()
+    assert torch.equal(paired.run(), Step(**arguments, window=window).run())
+
+
 @pytest.mark.parametrize("window", [7, None])
 def test_another_window_or_scale_is_caught(window):
     """The bound above is smaller than what a window one key longer, or the scale of the padded size, does."""

@@ -33,6 +33,14 @@ GEMMA4 = {
     "head_dim": 64, "global_head_dim": 128, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "intermediate_size": 64,
     "hidden_size_per_layer_input": 16, "vocab_size": 512, "vocab_size_per_layer_input": 512, "max_position_embeddings": 256, "torch_dtype": "bfloat16",
 }  # fmt: skip
+HYBRID = {
+    "architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512, "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "torch_dtype": "bfloat16",
+}  # fmt: skip
+SHORT_CONVOLUTIONS = {
+    "architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
+    "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "vocab_size": 512, "torch_dtype": "bfloat16",
+}  # fmt: skip
 GPT_OSS = {
     "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
     "num_hidden_layers": 2, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "vocab_size": 512,
@@ -104,6 +112,9 @@ ALONE = {
     "MLA heads": (LATENT, {}, {}, "multi-head latent attention with 20 heads over tensor_parallel_size 1: the NPU's kernel takes 1, 2, 4,"),
     "MLA rank": ({**LATENT, "num_attention_heads": 16, "kv_lora_rank": 256}, {}, {}, "kv_lora_rank of this model is 256: the NPU's kernel for multi-head latent attention takes 512 only"),
     "MLA connector": ({**LATENT, "num_attention_heads": 16}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with multi-head latent attention"),
+    "short convolutions": (SHORT_CONVOLUTIONS, {}, {}, "Lfm2ForCausalLM has layers of linear attention or a state space of a kind that vllm-ascend does not compute; it serves those of MambaForCausalLM"),
+    "states over a connector": (HYBRID, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with FalconH1ForCausalLM"),
+    "states over ranks by tokens": (HYBRID, {"tensor_parallel_size": 2, "additional_config": {"enable_flashcomm1": True}}, {}, "option 'enable_flashcomm1' (True) cannot be used with FalconH1ForCausalLM: its layers of Mamba2 take all tokens on every rank"),
     "top k": ({**MOE, "num_experts_per_tok": 5}, {}, {}, "the model's config asks for 5 experts a token, and its MoE layers have 4"),
     "slots": (MOE, {"tensor_parallel_size": 4, "enable_expert_parallel": True, "additional_config": {"eplb_config": {"num_redundant_experts": 1}}}, {}, "option 'eplb_config.num_redundant_experts' (1)"),
 }  # fmt: skip
@@ -125,6 +136,7 @@ GOOD = {
     "MLA": ({**LATENT, "num_attention_heads": 16}, {"attention_backend": "ASCEND_MLA", "block_size": 1024, "tensor_parallel_size": 2}, {}),
     "copied weights": ({}, {"cpu_offload_gb": 1}, {"VLLM_WEIGHT_OFFLOADING_DISABLE_UVA": "1"}),
     "experts": (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, {}),
+    "states beside attention": (HYBRID, {"block_size": 256, "tensor_parallel_size": 2}, {}),
 }  # fmt: skip
 EXPERTS = (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True})
 ELSEWHERE = {  # the name of another host's chip, and what the one finding has

@@ -14,12 +14,12 @@ RESULTS = json.loads((DOCS / "models.json").read_text())
 
 @pytest.mark.slow
 def test_one_of_each_kind(engine_servers, tmp_path):
-    """A dense text model, one with experts, and one of images."""
-    entries = [ENTRIES[name] for name in ("Llama, rope YaRN", "Qwen3Moe", "Qwen2VL")]
+    """A dense text model, one with experts, one of images, and one with a recurrent state in some layers."""
+    entries = [ENTRIES[name] for name in ("Llama, rope YaRN", "Qwen3Moe", "Qwen2VL", "Qwen3Next, small state")]
     results = {}
     run.visit_all(entries, tmp_path, engine_servers, lambda entry, visit: results.update({entry.name: visit.result()}))
     assert {name: result["cells"] for name, result in results.items() if not verdict.is_good(result)} == {}
-    assert len(results) == 3
+    assert len(results) == 4
 
 
 @pytest.mark.slow
@@ -80,6 +80,7 @@ def folder(tmp_path):
     said = {
         "whole": {"tokens": tokens},
         "again": {"tokens": tokens, "cached": [0, 128]},
+        "block": 128,
         "forced": [[(-1.0, 1), (-2.0, 1)]] * 2,
         "of_torch": 0,
     }
@@ -142,6 +143,17 @@ def test_what_is_not_equal_is_not_called_so(folder, name, edit, changed):
     found = words(folder, "Qwen3Moe")
     assert found == GOOD | changed
     assert not verdict.is_good({"cells": {column: [word, ""] for column, word in found.items()}})
+
+
+@pytest.mark.parametrize(("block", "why"), [(0, "vLLM leaves the cache off"), (256, "a block has 256 tokens")])
+def test_a_cache_that_cannot_be_hit_is_said(folder, block, why):
+    """Beside a recurrent state; with blocks as of all other models it is a fault."""
+    change(
+        folder, "one", lambda said: said["one"].update(block=block, again={"tokens": [[9, 9]] * 2, "cached": [0, 0]})
+    )
+    word, reason = verdict.cells(ENTRIES["Qwen3Moe"], folder, {})["cache"]
+    assert word == "-"
+    assert reason.startswith(why)
 
 
 def test_a_tower_on_torch_is_said(folder):

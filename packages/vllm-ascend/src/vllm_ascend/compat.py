@@ -19,6 +19,7 @@ from vllm_ascend import multimodal
 
 __all__ = [
     "alias_cuda_streams",
+    "copy_states_of_blocks",
     "declare_torchvision_operators",
     "name_missing_libraries",
     "register_slot_mapping",
@@ -163,6 +164,29 @@ def register_slot_mapping() -> None:
         )
     finally:
         dispatcher.sys = kept
+
+
+def copy_states_of_blocks() -> None:
+    """Let vLLM copy a request's recurrent states to the block in which it goes on, by operators of torch.
+
+    Reason: with prefix caching a request's state stays in the block in which it was when the block was full, and the request goes on in another one. vLLM's runner
+    collects the addresses of both and copies them with a Triton kernel. Retired by: that copy as a method of the runner, or through the hook for other platforms' kernels.
+    """
+    from vllm.v1.worker import mamba_utils
+
+    def copy_at_once(
+        copy_bufs: Any, kv_cache_config: Any, mamba_state_copy_funcs: Any, mamba_group_ids: list[int],
+        src_block_idx: int, dest_block_idx: int, accept_token_bias: int, req_state: Any, forward_context: dict[str, Any],
+    ) -> None:  # fmt: skip
+        assert accept_token_bias == 0  # without speculative decoding, which `start.py` refuses
+        for group in mamba_group_ids:
+            source, target = (req_state.block_ids[group][index] for index in (src_block_idx, dest_block_idx))
+            for name in kv_cache_config.kv_cache_groups[group].layer_names:
+                for states in forward_context[name].kv_cache:
+                    states[target].copy_(states[source])
+
+    mamba_utils.collect_mamba_copy_meta = copy_at_once
+    mamba_utils.do_mamba_copy_block = lambda copy_bufs: None
 
 
 # What torchvision 0.28 registers shape functions for when it is imported. Detection models call them, image processors do not.

@@ -20,11 +20,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_ascend import compat, loader, parallel
+from vllm_ascend import compat, graphs, loader, parallel
 from vllm_ascend.attention import mla
 from vllm_ascend.eplb.rebalance import Rebalancer
 from vllm_ascend.eplb.record import LoadRecorder
@@ -56,6 +59,8 @@ class AscendModelRunner(GPUModelRunner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then give the linear ops its weights and put FlashComm1's hooks on it."""
         super().load_model(*args, **kwargs)
+        if isinstance(self.model, CUDAGraphWrapper):
+            self.model = graphs.AscendGraphWrapper(self.model.runnable, self.vllm_config)
         model = self.get_model()
         linear.finish_loading(model)
         sequence.attach(model)
@@ -72,11 +77,31 @@ class AscendModelRunner(GPUModelRunner):
         if self.warm_up is not None:
             self.warm_up()
 
+    def capture_model(self) -> int:
+        """Capture decoding steps in graphs. Returns the bytes that they take."""
+        return graphs.capture(self)
+
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: Any) -> Any:
         """Prepare a step on the host; with embeddings in the place of prompts as vLLM does it, on the device."""
         if self.enable_prompt_embeds:
             return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         return self.step_inputs.prepare(scheduler_output, num_scheduled_tokens)
+
+    def _init_kv_zero_meta(self) -> None:
+        """Nothing: vLLM prepares addresses for a Triton kernel here, which `_zero_block_ids` does without."""
+
+    def _zero_block_ids(self, block_ids: list[int]) -> None:
+        """Fill blocks of keys and values with zeros that begin to be used; what was a layer's state in the same memory need not be finite numbers."""
+        if not block_ids:
+            return
+        blocks = async_tensor_h2d(block_ids, device=self.device, dtype=torch.int64)
+        for group in self._kv_cache_spec_attn_group_iterator():
+            if not isinstance(group.kv_cache_spec, AttentionSpec):
+                continue
+            for name in group.layer_names:
+                cache = self.compilation_config.static_forward_context[name].kv_cache
+                pieces = cache.shape[0] // self.kv_cache_config.num_blocks  # the kernel's blocks in one of the cache
+                cache.unflatten(0, (-1, pieces)).index_fill_(0, blocks, 0)
 
     def reload_weights(
         self, weights_iterator: Any = None, weights_path: str | None = None, is_checkpoint_format: bool = True

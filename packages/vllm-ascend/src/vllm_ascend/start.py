@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_ascend import envs, experts, rules
+from vllm_ascend import envs, experts, rules, states
 from vllm_ascend.attention import BACKENDS, limits
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
@@ -58,6 +58,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
     if vllm_config.model_config is not None:
         deployment = Deployment.of(vllm_config)
         found += _absent_for_the_model(vllm_config)
+        found += states.broken(vllm_config, config)
         found += limits.broken(limits.Attention.of(vllm_config))
         found += rules.broken(config, deployment)
         found += rules.broken_on(config, host.chip)
@@ -70,7 +71,7 @@ def notices(vllm_config: Any) -> list[str]:
     """What a user should know of a configuration that has passed `check`."""
     if vllm_config.model_config is None:
         return []
-    return list(limits.notices(limits.Attention.of(vllm_config)))
+    return [*limits.notices(limits.Attention.of(vllm_config)), *states.notices(vllm_config.model_config)]
 
 
 def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
@@ -182,8 +183,6 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
             f"quantization ({model.quantization!r}) has no kernels in vllm-ascend, which serves ModelSlim's W8A8 checkpoints ('ascend') and those "
             "without quantisation"
         )
-    if model.is_attention_free or model.is_hybrid:
-        yield f"{model.architectures[0]} has layers of linear attention or a state space, which have no kernels in vllm-ascend"
     yield from _beyond_the_rotary_table(model)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if model.hf_text_config.model_type == "modernbert" and ranks > 1:

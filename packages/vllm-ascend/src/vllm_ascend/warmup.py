@@ -47,9 +47,11 @@ def _small_cache(runner: AscendModelRunner) -> Iterator[None]:
     try:
         with set_current_vllm_config(config):
             runner.initialize_kv_cache(small, is_profiling=True)
+        runner.cudagraph_dispatcher.keys_initialized = False  # no step is prepared for a graph before there are any
         yield
     finally:
         runner._cleanup_profiling_kv_cache()
+        runner._mamba_bufs = None  # what vLLM has prepared for the copies of states between blocks knows this cache
 
 
 def warm_up(worker: AscendWorker) -> None:

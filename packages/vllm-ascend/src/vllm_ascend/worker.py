@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.utils.mem_utils import MemorySnapshot
@@ -17,10 +18,10 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_ascend import layers, loader, parallel, warmup
+from vllm_ascend import layers, loader, parallel, states, warmup
 from vllm_ascend.attention import probe
 from vllm_ascend.attention.limits import Attention
-from vllm_ascend.layers import linear, moving
+from vllm_ascend.layers import linear, mamba, moving
 from vllm_ascend.model_runner import AscendModelRunner
 
 __all__ = ["AscendWorker"]
@@ -35,6 +36,8 @@ class AscendWorker(Worker):
         """Replace vLLM's layers and loader by ours before a model is built."""
         super().__init__(*args, **kwargs)
         layers.register()
+        if states.has_states(self.model_config):
+            mamba.register()
         loader.register()
 
     def init_device(self) -> None:
@@ -90,7 +93,9 @@ class AscendWorker(Worker):
         super().start_weight_update()
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Nothing is compiled, and the kernels were warmed up where memory was profiled (`warmup.py`)."""
+        """Nothing is compiled, and the kernels were warmed up where memory was profiled (`warmup.py`). Graphs are captured."""
+        if self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            self.model_runner.capture_model()
         set_random_seed(self.model_config.seed)
         return CompilationTimes(language_model=0.0, encoder=0.0)
 

@@ -22,6 +22,7 @@ GPT = {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512, "n_inner": 
 WINDOW = {"sliding_window": 32}
 # Small enough for the scores of random weights to feel it.
 SOFT_CAP = {"attn_logit_softcapping": 0.1}
+MAMBA2 = {"hidden_size": 256, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 64, "state_size": 16, "n_groups": 1}
 ALTERNATING = {"num_hidden_layers": 4, **WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 
@@ -42,9 +43,9 @@ def moe(prefix, **options):
     return text(prefix, experts=True, **options)
 
 
-def gpt(prefix, causal=None, **sizes):
+def gpt(prefix, causal=None, name=None, **sizes):
     ids = {"vocab_size": SIZES["vocab_size"], "bos_token_id": 1, "eos_token_id": 2}
-    return text(prefix, causal, own_sizes=True, **ids, **sizes)
+    return text(prefix, causal, name=name, own_sizes=True, **ids, **sizes)
 
 
 TEXT = [
@@ -232,6 +233,20 @@ TEXT = [
     ),
     moe("GptOss", **ALTERNATING, head_dim=64, num_local_experts=8, num_experts_per_tok=2),
     moe("Qwen3Next", num_hidden_layers=4, head_dim=64, num_experts=8, shared_expert_intermediate_size=128, **MOE),
+    # A block of the cache must hold a state: with this one a block has 128 tokens, and prompts come from the prefix cache.
+    moe(
+        "Qwen3Next",
+        name="Qwen3Next, small state",
+        num_hidden_layers=4,
+        head_dim=64,
+        num_experts=8,
+        shared_expert_intermediate_size=128,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        **MOE,
+    ),
     moe("Jamba", num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, num_experts=4, num_experts_per_tok=2),
     text("FalconH1", mamba_d_ssm=256, mamba_n_heads=4, mamba_d_head=64, mamba_d_state=16),
     moe(
@@ -243,5 +258,6 @@ TEXT = [
         mamba_n_heads=8,
     ),
     gpt("Mamba", hidden_size=256, num_hidden_layers=2, state_size=16),
-    gpt("Mamba2", hidden_size=256, num_hidden_layers=2, num_heads=8, head_dim=64, state_size=16, n_groups=1),
+    gpt("Mamba2", **MAMBA2),
+    replace(gpt("Mamba2", name="Mamba2, prefix cache", **MAMBA2), engine={"enable_prefix_caching": True}),
 ]

@@ -47,6 +47,12 @@ def generated(llm, prompts, new_tokens):
     }
 
 
+def cached_block(llm):
+    """Tokens of a block of the prefix cache; 0 for a model with a recurrent state for which vLLM leaves it off."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    return cache.block_size if cache.mamba_block_size is None else cache.enable_prefix_caching * cache.mamba_block_size
+
+
 def own_logprobs(llm, prompts):
     """(log-probability, rank) of each prompt's own tokens but the first."""
     outputs = llm.generate(prompts, sampling(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
@@ -91,6 +97,7 @@ def run_whole(llm, reference, ask):
     return {
         "whole": generated(llm, ask(reference["requests"]), new),
         "again": generated(llm, ask(reference["requests"]), new),
+        "block": cached_block(llm),
         "forced": [row[-new:] for row in own_logprobs(llm, ask(answered))],
     }
 

@@ -63,8 +63,16 @@ def of_prompts(said, reference):
 
 
 def of_cache(said, reference):
-    """The cell of the second run: the prompts of more than a block must have come from the cache."""
-    long = [n for n, request in enumerate(reference["requests"]) if len(request["ids"]) > BLOCK_TOKENS]
+    """The cell of the second run: the prompts of more than a block must have come from the cache. Beside a recurrent state blocks may be longer than all prompts."""
+    block = said["block"]
+    long = [n for n, request in enumerate(reference["requests"]) if block < len(request["ids"])]
+    if block == 0 or (block > BLOCK_TOKENS and not long):
+        why = (
+            f"a block has {block} tokens, more than any prompt"
+            if block
+            else "vLLM leaves the cache off for such models"
+        )
+        return ["-", why]
     hits = [said["again"]["cached"][n] for n in long]
     if not all(hits):
         return ["no hit", f"{hits} tokens of the prompts beyond a block came from the cache"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention backends, one a file."""
 
-__all__ = ["BACKENDS", "COMPOSED", "CROSS", "ENCODER", "SINKS"]
+__all__ = ["BACKENDS", "COMPOSED", "CROSS", "ENCODER", "PAIRED", "SINKS"]
 
 # By whether a layer computes multi-head latent attention: the name in vLLM's table of backends, and the class.
 BACKENDS = {
@@ -13,3 +13,4 @@ ENCODER = "vllm_ascend.attention.encoder.AscendEncoderAttentionBackend"
 SINKS = "vllm_ascend.attention.sinks.AscendSinkAttentionBackend"
 COMPOSED = "vllm_ascend.attention.composed.AscendComposedAttentionBackend"
 CROSS = "vllm_ascend.attention.cross.AscendCrossAttentionBackend"
+PAIRED = "vllm_ascend.attention.paired.AscendPairedAttentionBackend"

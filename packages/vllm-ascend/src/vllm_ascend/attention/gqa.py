@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionLayer,
     AttentionMetadataBuilder,
@@ -22,7 +23,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, EncoderOnlyAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ascend import kernels
+from vllm_ascend import graphs, kernels
 from vllm_ascend.attention.limits import BLOCK_SIZES, check_cache, kernel_head_size
 from vllm_ascend.attention.step import AscendAttentionMetadata, describe, tokens_of_step
 
@@ -94,7 +95,15 @@ class AscendAttentionBackend(AttentionBackend):
 
 
 class AscendAttentionMetadataBuilder(AttentionMetadataBuilder[AscendAttentionMetadata]):
-    """Turns vLLM's description of a step into kernel arguments."""
+    """Turns vLLM's description of a step into kernel arguments.
+
+    Attributes:
+        kernel_tensor_blocks: blocks of the kernel's tensor of keys for each block of the cache.
+    """
+
+    kernel_tensor_blocks: ClassVar[int] = 1
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -111,7 +120,9 @@ class AscendAttentionMetadataBuilder(AttentionMetadataBuilder[AscendAttentionMet
         if isinstance(kv_cache_spec, AttentionSpec) and (blocks := vllm_config.cache_config.num_gpu_blocks):
             # `customize_spec` wrote there the bytes of a token's keys.
             width = kv_cache_spec.state_content_size_bytes // get_dtype_size(kv_cache_spec.dtype)
-            check_cache(blocks, kv_cache_spec.block_size, width)
+            # Where vLLM has cut blocks into smaller ones for the kernel, `num_gpu_blocks` counts the larger ones.
+            tokens = max(kv_cache_spec.block_size, vllm_config.cache_config.block_size)
+            check_cache(blocks, tokens, width * self.kernel_tensor_blocks)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -177,7 +188,7 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
             self._write(key[:tokens], value[:tokens], kv_cache, slot_mapping[:tokens])
 
     def _write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
-        shape = (kv_cache.shape[0], kv_cache.shape[2], self.num_kv_heads, self.kernel_size)
+        shape = (-1, kv_cache.shape[2], self.num_kv_heads, self.kernel_size)
         keys, values = (cache.view(shape) for cache in self._caches(kv_cache))
         key, value = (kernels.widened(rows, self.kernel_size) for rows in (key, value))
         kernels.scatter_kv(key, value, keys, values, slots)
@@ -200,6 +211,7 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
             return output.zero_()
         tokens = step.num_actual_tokens
         keys, values = self._caches(kv_cache)
+        graphs.note_attention(layer)
         result = self._kernel(
             kernels.widened(query[:tokens], self.kernel_size),
             keys,

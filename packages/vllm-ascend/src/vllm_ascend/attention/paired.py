@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over a cache whose blocks hold keys and values side by side, for models that have layers with a recurrent state as well.
+
+There vLLM lets a layer's state lie in the memory of another layer's keys and values, block for block, so that every block must be one piece: the keys of its tokens, then
+their values (layout LBHNC). The kernel takes keys and values as two contiguous tensors of blocks with one table for both. Both are views of the whole: the blocks of
+the values' tensor begin one half block later than those of the keys', and block b is number 2b of either.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_ascend.attention.gqa import AscendAttentionBackend, AscendAttentionImpl, AscendAttentionMetadataBuilder
+from vllm_ascend.attention.step import AscendAttentionMetadata
+
+__all__ = ["AscendPairedAttentionBackend", "AscendPairedAttentionImpl"]
+
+
+class AscendPairedAttentionBackend(AscendAttentionBackend):
+    """The form for blocks that are one piece each."""
+
+    @staticmethod
+    def get_impl_cls() -> type[AscendPairedAttentionImpl]:
+        """The class a layer runs."""
+        return AscendPairedAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[PairedMetadataBuilder]:
+        """The class that prepares a step."""
+        return PairedMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Keys and values within blocks."""
+        return (KVCacheLayout.LBHNC,)
+
+
+class PairedMetadataBuilder(AscendAttentionMetadataBuilder):
+    """Numbers blocks as `AscendPairedAttentionImpl` views them."""
+
+    kernel_tensor_blocks = 2
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> AscendAttentionMetadata:
+        """One step."""
+        step = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        step.block_table = step.block_table * 2
+        return step
+
+
+class AscendPairedAttentionImpl(AscendAttentionImpl):
+    """One layer's attention."""
+
+    backend = AscendPairedAttentionBackend
+
+    def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's cache `[blocks, 2, block_size, Nkv*D]`, contiguous, as keys and values, each `[2 blocks - 1, block_size, Nkv*D]`."""
+        halves = kv_cache.flatten(0, 1)
+        return halves[:-1], halves[1:]
+
+    def _write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+        """Keys and values into slots that are counted over all half blocks."""
+        size = kv_cache.shape[2]
+        super()._write(key, value, kv_cache, slots + slots.div(size, rounding_mode="floor") * size)
