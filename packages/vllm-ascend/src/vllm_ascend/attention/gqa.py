@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionLayer,
     AttentionMetadataBuilder,
@@ -22,7 +23,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, EncoderOnlyAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ascend import kernels
+from vllm_ascend import graphs, kernels
 from vllm_ascend.attention.limits import BLOCK_SIZES, check_cache, kernel_head_size
 from vllm_ascend.attention.step import AscendAttentionMetadata, describe, tokens_of_step
 
@@ -101,6 +102,8 @@ class AscendAttentionMetadataBuilder(AttentionMetadataBuilder[AscendAttentionMet
     """
 
     kernel_tensor_blocks: ClassVar[int] = 1
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -208,6 +211,7 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
             return output.zero_()
         tokens = step.num_actual_tokens
         keys, values = self._caches(kv_cache)
+        graphs.note_attention(layer)
         result = self._kernel(
             kernels.widened(query[:tokens], self.kernel_size),
             keys,
