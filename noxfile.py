@@ -126,16 +126,20 @@ def tests(session: nox.Session, package: str) -> None:
 @nox.session(python=PYTHON)
 def eplb(session: nox.Session) -> None:
     """Experts that move while engines run: the models, arrangements of ranks, chips and faults beyond the few that the default tests have."""
+    run_more_engines(session, "moving_experts.py")
+
+
+@nox.session(python=PYTHON)
+def graphs(session: nox.Session) -> None:
+    """Decoding steps that are captured in graphs: the arrangements of ranks and options beyond the few that the default tests have."""
+    run_more_engines(session, "graph_engines.py")
+
+
+def run_more_engines(session: nox.Session, file: str) -> None:
+    """Tests of vllm-ascend in a file that pytest does not find by its name."""
     install_in_place(session, "vllm-ascend")
-    run = "packages/vllm-ascend/tests/moving_experts.py"
-    session.run(
-        "pytest",
-        "-q",
-        "--durations=5",
-        run,
-        *session.posargs,
-        env={"ASCEND_TEST_MODELS": str(MODELS), "HF_HUB_OFFLINE": "1"},
-    )
+    env = {"ASCEND_TEST_MODELS": str(MODELS), "HF_HUB_OFFLINE": "1"}
+    session.run("pytest", "-q", "--durations=5", f"packages/vllm-ascend/tests/{file}", *session.posargs, env=env)
 
 
 def install_in_place(session: nox.Session, package: str) -> None:

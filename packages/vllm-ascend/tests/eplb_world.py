@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from ascend_moe import (
     CommMethod,
     FloatExperts,
     MoeEnv,
+    Soc,
     W8A8Experts,
     forward_selected,
     make_comm,
@@ -60,11 +62,13 @@ class Layer:
         self.quantised = quantised
         self.x = torch.randn(TOKENS, HIDDEN, generator=mine).to(torch.bfloat16 if quantised else torch.float32).npu()
         self.ids = torch.stack([torch.randperm(EXPERTS, generator=mine)[:CHOSEN] for _ in range(TOKENS)]).int().npu()
-        self.weights = torch.tensor([0.5, 0.25]).repeat(TOKENS, 1).npu()
+        weights = torch.rand(TOKENS, CHOSEN, generator=mine) if method is CommMethod.MC2 else torch.tensor([0.5, 0.25]).repeat(TOKENS, 1)  # fmt: skip
+        self.weights = weights.npu()
         self.heat = torch.zeros(EXPERTS, dtype=torch.int32, device="npu")
         self.table = torch.zeros(ROWS, EXPERTS, dtype=torch.int32, device="npu")
         self.place(placed)
-        env = MoeEnv(ep=group, tp=_solo(), dp=group, num_slots=placed.slots)
+        mc2 = {"mc2": _another(group), "soc": Soc.A3} if method is CommMethod.MC2 else {}
+        env = MoeEnv(ep=group, tp=_solo(), dp=group, num_slots=placed.slots, **mc2)
         self.comm = make_comm(method, env)
 
     def place(self, placed):
@@ -82,11 +86,17 @@ class Layer:
 def _bound(w13, w2):
     """How far outputs in float32 may be apart. A kernel may add up the terms of a row in another order when an expert has more rows or fewer, in each of
     two products after one another of which one is of two factors: four times 64 terms, each rounded, of the greatest sum of magnitudes. int8 products are
-    exact, and a sum of two products by powers of two is rounded once."""
+    exact; MC2 adds up a token's experts one by one, and elsewhere a sum of two products by powers of two is rounded once."""
     largest = 6.0  # of a normal sample
     gate_up = largest * w13.abs().sum(dim=1)
     magnitudes = torch.bmm((gate_up[:, :INTERMEDIATE] * gate_up[:, INTERMEDIATE:])[:, None], w2.abs())
     return 4 * 64 * 2.0**-24 * float(magnitudes.max())
+
+
+@cache
+def _another(group):
+    """A communicator over the ranks of a group."""
+    return TorchGroup(dist.new_group(list(group.ranks)), dist.new_group(list(group.ranks), backend="gloo"))
 
 
 def _solo():

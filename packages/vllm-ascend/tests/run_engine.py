@@ -55,6 +55,14 @@ def operators(worker):
     return {name: count.calls for name, count in counters.snapshot().operators.items() if name.startswith("npu::")}
 
 
+def graphs(worker):
+    """Replays of graphs, and what was launched from the host, so far in one worker."""
+    from ascend_sim import counters
+
+    counts = counters.snapshot()
+    return {"replays": counts.graphs.replays, "updates": counts.graphs.updates, "launches": counts.launches}
+
+
 def all_operators(worker):
     """Calls of each operator so far, in one worker."""
     from ascend_sim import counters
@@ -178,7 +186,7 @@ def start(rendezvous=None, **engine):
             return config
 
     with mock.patch("vllm.entrypoints.llm.EngineArgs", RendezvousArgs if rendezvous else EngineArgs):
-        return LLM(enforce_eager=True, **engine)
+        return LLM(**{"enforce_eager": True, **engine})
 
 
 def main(job_file, result_file):
@@ -213,6 +221,7 @@ def main(job_file, result_file):
                 "experts": llm.collective_rpc(experts) if engine.get("experts") else None,
                 "rebalances": llm.collective_rpc(rebalances) if inspected else None,
                 "operators": llm.collective_rpc(operators) if inspected else None,
+                "graphs": llm.collective_rpc(graphs) if inspected else None,
             }
         )
         llm.llm_engine.engine_core.shutdown()

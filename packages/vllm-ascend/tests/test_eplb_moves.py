@@ -2,6 +2,7 @@
 """Experts that move between ranks on the simulated NPU, without an engine: `eplb_world.py` runs the ranks."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def world(tmp_path):
         options["config"] = FAST | options.get("config", {})
         done = subprocess.run(
             [sys.executable, str(script), str(tmp_path), case, str(ranks), json.dumps(options)],
-            capture_output=True, text=True, timeout=600, check=False,
+            env=os.environ | ({"ASCEND_SIM_SOC": "Ascend910_9391"} if options.get("method") == "mc2" else {}), capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         files = [tmp_path / f"{rank}.json" for rank in range(ranks)]
@@ -44,10 +45,10 @@ def world(tmp_path):
     [
         (4, 10, {}),
         (4, 5, {"method": "all-to-all-v", "redundant": 8, "slow": True}),
-        (2, 5, {"quantised": True, "method": "all-to-all-v"}),
+        (3, 5, {"quantised": True, "method": "mc2", "redundant": 2}),
         (2, 5, {"quantised": True, "method": "all-to-all-v", "redundant": 0, "config": {"move_buffer_experts": 1}}),
     ],
-    ids=["all-gather", "all-to-all-v-slow-ranks", "w8a8", "w8a8-no-redundancy"],
+    ids=["all-gather", "all-to-all-v-slow-ranks", "w8a8-mc2", "w8a8-no-redundancy"],
 )
 def test_outputs_stay_the_same_while_experts_move(world, ranks, rebalances, options):
     """Before, during and after: in every step each rank's outputs are those of the first step, and every slot holds its expert, whole."""

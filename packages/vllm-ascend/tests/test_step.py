@@ -53,6 +53,7 @@ def test_a_step_without_requests_has_none(nothing):
         ({"a": paged([1, 4])}, [1, 4]),
         ({"a": latent([1, 30], prefills=1)}, [1, 30]),
         ([{"a": paged([2])}], [2]),
+        ({"a": SimpleNamespace(num_prefills=1), "b": paged([1, 4])}, [1, 4]),  # a layer with a recurrent state
         (None, []),
         ({}, []),
     ],

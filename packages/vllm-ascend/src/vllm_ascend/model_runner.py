@@ -20,13 +20,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_ascend import compat, loader, parallel
+from vllm_ascend import compat, graphs, loader, parallel
 from vllm_ascend.attention import mla
 from vllm_ascend.eplb.rebalance import Rebalancer
 from vllm_ascend.eplb.record import LoadRecorder
@@ -58,6 +59,8 @@ class AscendModelRunner(GPUModelRunner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then give the linear ops its weights and put FlashComm1's hooks on it."""
         super().load_model(*args, **kwargs)
+        if isinstance(self.model, CUDAGraphWrapper):
+            self.model = graphs.AscendGraphWrapper(self.model.runnable, self.vllm_config)
         model = self.get_model()
         linear.finish_loading(model)
         sequence.attach(model)
@@ -73,6 +76,10 @@ class AscendModelRunner(GPUModelRunner):
         super().profile_run(randomize_inputs=randomize_inputs)
         if self.warm_up is not None:
             self.warm_up()
+
+    def capture_model(self) -> int:
+        """Capture decoding steps in graphs. Returns the bytes that they take."""
+        return graphs.capture(self)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: Any) -> Any:
         """Prepare a step on the host; with embeddings in the place of prompts as vLLM does it, on the device."""

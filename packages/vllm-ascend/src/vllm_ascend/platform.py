@@ -28,7 +28,7 @@ logger = init_logger("vllm.vllm_ascend")  # a child of vLLM's logger, whose hand
 
 
 class AscendPlatform(Platform):
-    """Ascend NPU. Graph capture and compilation are off: every step runs operator by operator."""
+    """Ascend NPU. Nothing is compiled; decoding steps can be captured in graphs (`graphs_config.py`)."""
 
     _enum = PlatformEnum.OOT
     device_name = "npu"
@@ -114,13 +114,16 @@ class AscendPlatform(Platform):
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: VllmConfig) -> None:
-        """Turn compilation off, before vLLM decides about it, and choose the quantisation method by the checkpoint's folder."""
+        """Turn compilation off and choose what is captured, before vLLM decides about it, and choose the quantisation method by the checkpoint's folder."""
         from vllm.config.compilation import CompilationMode
 
+        from vllm_ascend import graphs_config
         from vllm_ascend.quantization.config import choose_by_folder
 
         choose_by_folder(vllm_config)
         vllm_config.compilation_config.mode = CompilationMode.NONE
+        if notice := graphs_config.choose(vllm_config):
+            logger.warning_once(notice)
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
@@ -129,14 +132,11 @@ class AscendPlatform(Platform):
         Raises:
             ValueError: everything that this plugin cannot do.
         """
-        from vllm.config import CUDAGraphMode
-
         host = start.Host(devices=torch.npu.device_count(), chip=torch.npu.get_device_name(0))
         config = start.check(vllm_config, host)
         for notice in start.notices(vllm_config):
             logger.warning_once(notice)
         cls.lmhead_is_shared |= config.finegrained_tp_config.lmhead_tensor_parallel_size > 0
-        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = "vllm_ascend.worker.AscendWorker"
@@ -207,6 +207,16 @@ class AscendPlatform(Platform):
     @classmethod
     def check_if_supports_dtype(cls, dtype: torch.dtype) -> None:
         """Accept every type here; `attention/probe.py` finds what the kernels refuse."""
+
+    @classmethod
+    def support_static_graph_mode(cls) -> bool:
+        """Steps can be captured in graphs."""
+        return True
+
+    @classmethod
+    def graph_pool_handle(cls) -> Any:
+        """A new pool of memory for graphs."""
+        return torch.npu.graph_pool_handle()
 
     @classmethod
     def is_pin_memory_available(cls) -> bool:

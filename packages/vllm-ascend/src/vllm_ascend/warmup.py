@@ -47,6 +47,7 @@ def _small_cache(runner: AscendModelRunner) -> Iterator[None]:
     try:
         with set_current_vllm_config(config):
             runner.initialize_kv_cache(small, is_profiling=True)
+        runner.cudagraph_dispatcher.keys_initialized = False  # no step is prepared for a graph before there are any
         yield
     finally:
         runner._cleanup_profiling_kv_cache()

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.utils.mem_utils import MemorySnapshot
@@ -92,7 +93,9 @@ class AscendWorker(Worker):
         super().start_weight_update()
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Nothing is compiled, and the kernels were warmed up where memory was profiled (`warmup.py`)."""
+        """Nothing is compiled, and the kernels were warmed up where memory was profiled (`warmup.py`). Graphs are captured."""
+        if self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            self.model_runner.capture_model()
         set_random_seed(self.model_config.seed)
         return CompilationTimes(language_model=0.0, encoder=0.0)
 

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * What the recorder of operators (native/graph.cpp) and the stub's graphs (graph.c) have in common. */
-#ifndef ASCEND_SIM_GRAPH_H
-#define ASCEND_SIM_GRAPH_H
+#pragma once
 #include "streams.h"
 
 #ifdef __cplusplus
@@ -49,5 +48,4 @@ void ascend_sim_graph_reset_counts(void);
 
 #ifdef __cplusplus
 }
-#endif
 #endif

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Streams and events as the files of the stub see them: streams.c runs them, graph.c captures what is asked of them. */
-#ifndef ASCEND_SIM_STATE_H
-#define ASCEND_SIM_STATE_H
+#pragma once
 #include <pthread.h>
 #include <stdint.h>
 #include <time.h>
@@ -62,5 +61,3 @@ int ascend_sim_graph_wait(Stream *stream, Event *event, aclError *error);
 
 /* An error where the host would wait during a capture: for `stream` or `event`, or for the device where both are NULL. */
 aclError ascend_sim_graph_host_waits(const char *function, Stream *stream, Event *event);
-
-#endif

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata
 
 from vllm_ascend.attention.gqa import AscendAttentionBackend, AscendAttentionImpl, AscendAttentionMetadataBuilder
 from vllm_ascend.attention.step import AscendAttentionMetadata, describe
@@ -109,6 +109,8 @@ class ComposedMetadata(AscendAttentionMetadata):
 
 class ComposedMetadataBuilder(AscendAttentionMetadataBuilder):
     """Adds to the kernel's arguments what single operators need."""
+
+    _cudagraph_support = AttentionCGSupport.NEVER  # the parts of a step depend on its lengths
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionLayer,
     AttentionMetadataBuilder,
@@ -22,7 +23,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, EncoderOnlyAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ascend import kernels
+from vllm_ascend import graphs, kernels
 from vllm_ascend.attention.limits import BLOCK_SIZES, check_cache, kernel_head_size
 from vllm_ascend.attention.step import AscendAttentionMetadata, describe, tokens_of_step
 
@@ -101,6 +102,15 @@ class AscendAttentionMetadataBuilder(AttentionMetadataBuilder[AscendAttentionMet
     """
 
     kernel_tensor_blocks: ClassVar[int] = 1
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        """Decoding steps; of layers with a sliding window none, for no test has shown that captured ones compute the same."""
+        specs = getattr(kv_cache_spec, "kv_cache_specs", {"": kv_cache_spec}).values()
+        windows = any(getattr(spec, "sliding_window", None) is not None for spec in specs)
+        return AttentionCGSupport.NEVER if windows else cls._cudagraph_support
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -208,6 +218,7 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
             return output.zero_()
         tokens = step.num_actual_tokens
         keys, values = self._caches(kv_cache)
+        graphs.note_attention(layer)
         result = self._kernel(
             kernels.widened(query[:tokens], self.kernel_size),
             keys,

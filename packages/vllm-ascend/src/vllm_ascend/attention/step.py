@@ -87,8 +87,11 @@ def has_prompts(attn_metadata: object) -> bool:
 
 
 def _of_one_layer(attn_metadata: Any) -> Any:
-    """The description of the step by one of the layers, for in what it is read here they are alike; of the first of several microbatches. None without requests."""
+    """The description of the step by one of the attention layers, for in what it is read here they are alike; of the first of several microbatches.
+
+    None without requests. Layers with a recurrent state have descriptions of vLLM's own, which lack what is read here.
+    """
     if not attn_metadata:
         return None
     layers = attn_metadata if isinstance(attn_metadata, dict) else attn_metadata[0]
-    return next(iter(layers.values()), None)
+    return next((one for one in layers.values() if hasattr(one, "query_ends")), None)

@@ -12,14 +12,26 @@ __all__ = ["register"]
 @cache
 def register() -> Any:
     """Put every replacement layer in vLLM's registry, once a process. What is returned keeps operators defined, and is cached for that."""
-    from vllm_ascend.layers import activation, gpt_oss, linear, moe, rotary, routing, tower, transformers_moe, vocab
+    from vllm_ascend.layers import (
+        activation,
+        gpt_oss,
+        linear,
+        moe,
+        rotary,
+        routing,
+        topk,
+        tower,
+        transformers_moe,
+        vocab,
+    )
 
     activation.register()
     linear.register()
+    moe.register()
     rotary.register()
     routing.register()
     tower.register()
     transformers_moe.register()
     gpt_oss.register()
     vocab.register()
-    return moe.register()
+    return topk.define()

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoding step as one launch: the model's operators are captured once for each padded batch, and replayed.
+
+vLLM's dispatcher pads a batch of decoding requests to the next size that was captured, and its buffers keep their addresses. What the host knows alone
+and changes from step to step are the lengths of the requests' keys: torch_npu captures each attention operator in a task group, and `NPUGraph.update`
+gives it new lengths on a stream of its own while the graph runs. docs/graphs.md has the whole with a picture.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from vllm.compilation.cuda_graph import CUDAGraphWrapper
+from vllm.config import CUDAGraphMode
+from vllm.distributed.parallel_state import is_global_first_rank
+from vllm.forward_context import BatchDescriptor, ForwardContext, get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from vllm_ascend.model_runner import AscendModelRunner
+
+__all__ = ["AscendGraphWrapper", "capture", "note_attention"]
+
+logger = init_logger("vllm.vllm_ascend")
+
+_LAYERS = "ascend_graph_layers"  # key in the forward context, while a step is captured
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """One graph.
+
+    Args:
+        graph: torch_npu's.
+        output: what the model returned, which a replay writes.
+        layers: the layer of each attention operator, in the order of capture.
+    """
+
+    graph: Any
+    output: Any
+    layers: list[str]
+
+    def replay(self, steps: dict[str, Any]) -> None:
+        """Launch the graph, and give its attention operators the lengths of this step.
+
+        Args:
+            steps: the attention's description of the step, by layer.
+        """
+        lengths = [steps[layer].kv_lengths for layer in self.layers]
+        if all(each is lengths[0] for each in lengths):
+            del lengths[1:]
+        # An earlier replay reads the lengths that are written now.
+        self.graph.graph_dispatch_mode.update_stream.wait_stream(torch.npu.current_stream())
+        self.graph.replay()
+        # The two versions of the operator have two names for the argument.
+        self.graph.update(
+            cpu_update_input=[{"actual_seq_lengths_kv": each, "actual_seq_kvlen": each} for each in lengths]
+        )
+
+
+class AscendGraphWrapper(CUDAGraphWrapper):
+    """What the runner calls in the place of the model: a captured step is replayed, any other one runs.
+
+    It takes the place of vLLM's own wrapper, which names torch.cuda, and is one for all who ask vLLM's model for what is in it.
+    """
+
+    def __init__(self, runnable: Callable[..., Any], vllm_config: Any) -> None:
+        """Wrap a model. Nothing is captured before `capture`."""
+        super().__init__(runnable, vllm_config, CUDAGraphMode.FULL)
+        self.captures = False
+        self.captured: dict[BatchDescriptor, _Captured] = {}
+
+    def clear_graphs(self) -> None:
+        """Drop all graphs."""
+        self.captured.clear()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One step of the model."""
+        context = get_forward_context() if is_forward_context_available() else None
+        if context is None or context.cudagraph_runtime_mode != self.runtime_mode:
+            return self.runnable(*args, **kwargs)
+        batch = context.batch_descriptor
+        assert batch is not None and isinstance(context.attn_metadata, dict)  # noqa: PT018  # so prepared in this mode
+        if found := self.captured.get(batch):
+            found.replay(context.attn_metadata)
+            return found.output
+        if not self.captures:
+            raise RuntimeError(f"no graph was captured for {batch}, and the step was prepared for one")
+        self.captured[batch] = self._capture(context, args, kwargs)
+        return self.captured[batch].output
+
+    def _capture(self, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Captured:
+        graph = torch.npu.NPUGraph()
+        layers: list[str] = []
+        context.additional_kwargs[_LAYERS] = layers
+        with _capturing(graph, self.graph_pool):
+            context.slot_mapping = _writable(context.slot_mapping)
+            output = self.runnable(*args, **kwargs)
+        del context.additional_kwargs[_LAYERS]
+        return _Captured(graph, output, layers)
+
+
+@contextmanager
+def _capturing(graph: Any, pool: Any) -> Iterator[None]:
+    """Capture what the block does on the current stream. Where that fails the stream and torch's dispatch modes are as before, which torch_npu's own context leaves to chance."""
+    stream = torch.npu.current_stream()
+    context = torch.npu.graph(graph, pool=pool, stream=stream, auto_dispatch_capture=True)
+    context.__enter__()
+    failure: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        said = (type(failure), failure, failure.__traceback__) if failure else (None, None, None)
+        try:
+            context.__exit__(*said)
+        except RuntimeError:  # the end of the capture failed, and what comes after it was left out
+            graph.graph_dispatch_mode.__exit__(*said)
+            context.stream_ctx.__exit__(*said)
+            if failure is None:
+                raise
+
+
+def _writable(slot_mapping: Any) -> dict[str, Tensor]:
+    """The slots of each layer with slot 0, in the block that no request has, for padding tokens: vLLM gives them -1, which the cache kernels do not take."""
+    found: dict[int, Tensor] = {}
+    for slots in slot_mapping.values():
+        if id(slots) not in found:
+            found[id(slots)] = slots.clamp(min=0)
+    return {layer: found[id(slots)] for layer, slots in slot_mapping.items()}
+
+
+def note_attention(layer: Any) -> None:
+    """Called by a layer before its attention operator: while a step is captured, the order is kept for updates."""
+    if is_forward_context_available():
+        layers = get_forward_context().additional_kwargs.get(_LAYERS)
+        if layers is not None:
+            layers.append(layer.layer_name)
+
+
+def capture(runner: AscendModelRunner) -> int:
+    """Capture a decoding step of each size that the dispatcher has. Collective over all ranks.
+
+    A size that cannot be captured is named with the reason, and its steps run operator by operator.
+
+    Returns:
+        Bytes of device memory that the graphs take.
+    """
+    dispatcher, model = runner.cudagraph_dispatcher, runner.model
+    assert isinstance(model, AscendGraphWrapper)
+    sizes = [batch for mode, found in dispatcher.get_capture_descs() if mode == CUDAGraphMode.FULL for batch in found]
+    started, free = time.perf_counter(), _free_memory()
+    stream = torch.npu.Stream()
+    stream.wait_stream(torch.npu.current_stream())
+    shown = is_global_first_rank() and runner.load_config.use_tqdm_on_load
+    model.captures = True
+    try:
+        with runner._freeze_gc(), torch.npu.stream(stream):
+            for batch in tqdm(sizes, disable=not shown, desc="Capturing NPU graphs (decode, FULL)"):
+                try:
+                    runner._warmup_and_capture(batch, cudagraph_runtime_mode=CUDAGraphMode.FULL)
+                except RuntimeError as error:
+                    dispatcher.cudagraph_keys[CUDAGraphMode.FULL].discard(batch)
+                    logger.warning(
+                        "A decoding step of %d tokens cannot be captured in a graph, and runs operator by operator: %s",
+                        batch.num_tokens,
+                        error,
+                    )
+    finally:
+        model.captures = False
+    torch.npu.synchronize()
+    taken = free - _free_memory()
+    logger.info_once(
+        "Captured %d graphs of decoding steps in %.0f s, in %.2f GiB.",
+        len(model.captured),
+        time.perf_counter() - started,
+        taken / (1 << 30),
+    )
+    return taken
+
+
+def _free_memory() -> int:
+    torch.npu.synchronize()
+    torch.npu.empty_cache()
+    return int(torch.npu.mem_get_info()[0])

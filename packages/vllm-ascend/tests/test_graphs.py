@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Graphs without an engine: the way into a capture and out of it, slots of padding, and lengths of layers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from vllm_ascend import graphs, kernels
+
+BLOCK, HEADS, SIZE, REQUESTS = 128, 2, 64, 3
+
+
+@pytest.fixture
+def side():
+    """A side stream, which is the current one for the test."""
+    stream = torch.npu.Stream()
+    with torch.npu.stream(stream):
+        yield stream
+
+
+def test_a_failed_capture_leaves_the_stream_and_no_mode(side):
+    x = torch.ones(3, device="npu")
+    refused = pytest.raises(RuntimeError, match="_local_scalar_dense needs numbers of the device")
+    with refused, graphs._capturing(torch.npu.NPUGraph(), None):
+        x.sum().item()
+    assert torch.npu.current_stream() == side
+    assert _get_current_dispatch_mode() is None
+    graph = torch.npu.NPUGraph()
+    with graphs._capturing(graph, None):
+        y = x + 1
+    graph.replay()
+    assert y.eq(2).all()
+
+
+def test_an_end_that_fails_is_an_error(side):
+    """Work on another stream that nothing waits for is found when the capture ends."""
+    x, other = torch.ones(3, device="npu"), torch.npu.Stream()
+    refused = pytest.raises(RuntimeError, match="has not joined")
+    with refused, graphs._capturing(torch.npu.NPUGraph(), None):
+        other.wait_stream(side)
+        with torch.npu.stream(other):
+            x.neg()
+    assert torch.npu.current_stream() == side
+    assert _get_current_dispatch_mode() is None
+
+
+def test_slots_of_padding():
+    """Layers of one KV-cache group share one tensor."""
+    slots = torch.tensor([5, 300, -1, -1]).npu()
+    writable = graphs._writable({"0": slots, "1": slots, "2": slots.clone()})
+    assert writable["0"] is writable["1"]
+    assert writable["0"] is not writable["2"]
+    assert writable["2"].tolist() == [5, 300, 0, 0]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_lengths_of_layers(side, shared):
+    """Two layers of one group share the lengths of a step; two of different groups have their own."""
+    torch.manual_seed(0)
+    caches = [torch.randn(4, BLOCK, HEADS * SIZE).to(torch.bfloat16).npu() for _ in range(4)]
+    table = torch.arange(REQUESTS, dtype=torch.int32).view(-1, 1).npu()
+    query = torch.zeros(REQUESTS, HEADS, SIZE, dtype=torch.bfloat16, device="npu")
+    mask = kernels.causal_mask(query.device)
+
+    def step(lengths):
+        x = query
+        for layer in range(2):
+            x = x + kernels.attention(
+                x, *caches[2 * layer : 2 * layer + 2], num_heads=HEADS, num_key_value_heads=HEADS, scale=0.1, block_table=table, block_size=BLOCK,
+                actual_seq_lengths=[1, 2, 3], actual_seq_lengths_kv=lengths[layer], sparse_mode=kernels.SPARSE_CAUSAL, atten_mask=mask,
+            )  # fmt: skip
+        return x
+
+    graph = torch.npu.NPUGraph()
+    with graphs._capturing(graph, None):
+        out = step([[1, 1, 1], [1, 1, 1]])
+    captured = graphs._Captured(graph, out, ["first", "second"])
+    for _ in range(3):
+        query.copy_(torch.randn(query.shape).to(torch.bfloat16))
+        first = [*torch.randint(1, BLOCK, (2,)).tolist(), 0]  # the last request is padding
+        lengths = [first, first if shared else [*torch.randint(1, BLOCK, (2,)).tolist(), 0]]
+        captured.replay(
+            {name: SimpleNamespace(kv_lengths=each) for name, each in zip(captured.layers, lengths, strict=True)}
+        )
+        assert torch.equal(out, step(lengths))
