@@ -92,7 +92,7 @@ class LatentRequests:
         """Write all latents and rotated keys to the cache."""
         from vllm.forward_context import override_forward_context
 
-        metadata = {"layer": SimpleNamespace(num_actual_tokens=sum(self.totals))}
+        metadata = {"layer": SimpleNamespace(num_actual_tokens=sum(self.totals), query_ends=[])}
         latents, rotated, slots = (torch.cat(part).npu() for part in (self.latents, self.rotated, self.slots))
         with override_forward_context(SimpleNamespace(attn_metadata=metadata)):
             self.impl.do_kv_cache_update(latents, rotated.unsqueeze(1), self.cache, slots, "auto", None)

@@ -84,7 +84,7 @@ class Step:
         """Write all keys and values, and attend. `[T, N, D]` on the host."""
         from vllm.forward_context import override_forward_context
 
-        tokens = SimpleNamespace(num_actual_tokens=sum(self.totals))
+        tokens = SimpleNamespace(num_actual_tokens=sum(self.totals), query_ends=[])
         with override_forward_context(SimpleNamespace(attn_metadata={"layer": tokens})):
             self.impl.do_kv_cache_update(None, *self.rows[1:], self.cache, torch.cat(self.slots).npu())
         output = torch.empty(self.rows[0].shape, dtype=self.dtype).npu()

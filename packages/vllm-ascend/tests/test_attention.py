@@ -73,7 +73,7 @@ def test_views_of_a_fused_projection(fused):
 
 
 @pytest.mark.parametrize(
-    ("metadata", "kept"), [(None, 0), ({}, 0), ({"layer": SimpleNamespace(num_actual_tokens=1)}, 1)]
+    ("metadata", "kept"), [(None, 0), ({}, 0), ({"layer": SimpleNamespace(num_actual_tokens=1, query_ends=[1])}, 1)]
 )
 def test_no_padding_slots(metadata, kept):
     """Padding tokens, and all tokens of a rank without requests, have slots of -1, which the kernel does not take."""

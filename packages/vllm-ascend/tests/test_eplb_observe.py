@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from vllm_ascend.eplb.observe import CountedRows, Snapshot, counted_rows
+from vllm_ascend.eplb.observe import CountedRows, LoadSnapshot, counted_rows
 
 ENDS = [1, 4, 5, 7]  # requests of 1, 3, 1 and 2 tokens
 
@@ -61,7 +61,7 @@ def test_layers_add_their_own_choices_with_one_kernel_each(dtype):
             if layer:  # the first layer of a step also brings the weights of its rows
                 assert computing == {"aten::index_add_": 1}, called
     assert torch.stack(heat).tolist() == expected.tolist()
-    snapshot = Snapshot(heat)
+    snapshot = LoadSnapshot(heat)
     assert snapshot.is_there()
     assert snapshot.counts().tolist() == expected.tolist()
     assert not torch.stack(heat).any()

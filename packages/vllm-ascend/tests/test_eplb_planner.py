@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ascend_eplb import spread
 from vllm_ascend.eplb.client import Planner, Question
-from vllm_ascend.eplb.decide import Decision, Rules, decide
+from vllm_ascend.eplb.decide import RebalanceDecision, Rules, decide
 
 RULES = Rules(
     policy="balanced", weighting="decayed", max_moves=100, buffer_experts=2, expert_bytes=100, horizon_steps=10
@@ -129,4 +129,4 @@ def test_it_closes_while_the_process_is_asked(started, caplog):
 
 
 def test_nothing_moves_by_default():
-    assert Decision().transfers.shape == (0, 7)
+    assert RebalanceDecision().transfers.shape == (0, 7)

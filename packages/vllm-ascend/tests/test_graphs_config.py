@@ -5,12 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm_ascend import graphs_config
+from vllm_ascend.attention.composed import ComposedMetadataBuilder
+from vllm_ascend.attention.gqa import AscendAttentionMetadataBuilder
+from vllm_ascend.attention.sinks import AscendSinkMetadataBuilder
 
 
 def config(asked, additional_config=None, **changed):
     model = {
         "enforce_eager": False, "runner_type": "generate", "is_encoder_decoder": False, "is_multimodal_model": False, "use_mla": False,
+        "is_hybrid": False, "is_attention_free": False,
         "quantization": None, "enable_prompt_embeds": False,
     }  # fmt: skip
     parallel = {"pipeline_parallel_size": 1, "data_parallel_size": 1}
@@ -56,6 +61,7 @@ def test_enforce_eager():
         ({"runner_type": "pooling"}, "pooling models"),
         ({"is_multimodal_model": True}, "multimodal models"),
         ({"use_mla": True}, "models with multi-head latent attention"),
+        ({"is_hybrid": True}, "models with a recurrent state"),
         ({"experts": 8}, "mixtures of experts"),
         ({"quantization": "ascend"}, "models quantised by ascend"),
         ({"data_parallel_size": 2}, "data parallel replicas"),
@@ -69,3 +75,19 @@ def test_what_is_not_captured_is_named(changed, feature):
     assert f"FULL_DECODE_ONLY: {feature}" in notice
     assert "every step runs operator by operator" in notice
     assert given.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+
+
+@pytest.mark.parametrize(
+    ("builder", "window", "support"),
+    [
+        (AscendAttentionMetadataBuilder, None, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        (AscendAttentionMetadataBuilder, 64, AttentionCGSupport.NEVER),
+        (ComposedMetadataBuilder, None, AttentionCGSupport.NEVER),
+        (AscendSinkMetadataBuilder, None, AttentionCGSupport.NEVER),
+    ],
+)
+def test_what_attention_supports(builder, window, support):
+    spec = SimpleNamespace(sliding_window=window)
+    assert builder.get_cudagraph_support(None, spec) == support
+    together = SimpleNamespace(kv_cache_specs={"0": SimpleNamespace(sliding_window=None), "1": spec})
+    assert builder.get_cudagraph_support(None, together) == support

@@ -46,6 +46,7 @@ def uncovered(vllm_config: Any) -> Iterator[str]:
         "models with an encoder and a decoder": model.is_encoder_decoder,
         "multimodal models": model.is_multimodal_model,
         "models with multi-head latent attention": model.use_mla,
+        "models with a recurrent state": model.is_hybrid or model.is_attention_free,
         "mixtures of experts": model.get_num_experts() > 0,
         f"models quantised by {model.quantization}": model.quantization is not None,
         "prompt embeddings (enable_prompt_embeds)": model.enable_prompt_embeds,

@@ -21,7 +21,7 @@ import numpy as np
 from ascend_eplb import LoadWindow, Placement
 from numpy.typing import NDArray
 
-from vllm_ascend.eplb.decide import Decision, Rules, placement_after
+from vllm_ascend.eplb.decide import RebalanceDecision, Rules, placement_after
 from vllm_ascend.eplb.planner import HEADER_BYTES, as_decision, as_request
 
 __all__ = ["Planner", "Question"]
@@ -67,7 +67,7 @@ class Planner:
         self._loads: LoadWindow | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: SimpleQueue[tuple[Callable[[], NDArray[np.float64]], Question | None] | None] = SimpleQueue()
-        self._replies: SimpleQueue[Decision] = SimpleQueue()
+        self._replies: SimpleQueue[RebalanceDecision] = SimpleQueue()
         self._closing = False
         self._starts_or_ends = Lock()  # a process is not started when `close` has looked for one to end
         self.failures = 0
@@ -83,12 +83,14 @@ class Planner:
         """
         self._asked.put((load, question))
 
-    def reply(self) -> Decision | None:
+    def reply(self) -> RebalanceDecision | None:
         """The decision for the question, once, as soon as there is one. A thread that has ended is a decision to move nothing."""
         try:
             return self._replies.get_nowait()
         except Empty:
-            return None if self._thread.is_alive() else Decision(reason="failed: the planner's thread has ended")
+            return (
+                None if self._thread.is_alive() else RebalanceDecision(reason="failed: the planner's thread has ended")
+            )
 
     def close(self) -> None:
         """End the thread and the process. More calls do nothing."""
@@ -114,7 +116,7 @@ class Planner:
                 self.failures += 1
                 _logger.warning("no plan for the experts of this interval: %s", error)
                 if question is not None:
-                    self._replies.put(Decision(reason=f"failed: {error}"))
+                    self._replies.put(RebalanceDecision(reason=f"failed: {error}"))
         self._end_process()
 
     def _keep(self, load: NDArray[np.float64]) -> None:
@@ -122,7 +124,7 @@ class Planner:
             self._loads = LoadWindow(layers=len(load), num_experts=load.shape[1], capacity=self._window)
         self._loads.push(load)
 
-    def _ask(self, question: Question) -> Decision:
+    def _ask(self, question: Question) -> RebalanceDecision:
         """The planner's decision, checked. Any exception: there is none, or it is wrong."""
         assert self._loads is not None  # a load comes with each question
         history = self._loads.history()

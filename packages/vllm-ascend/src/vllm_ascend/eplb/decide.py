@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From recorded load to a `Decision`: which experts move, in which order, or why none does. NumPy and ascend-eplb alone.
+"""From recorded load to a `RebalanceDecision`: which experts move, in which order, or why none does. NumPy and ascend-eplb alone.
 
 Legend: T intervals, M MoE layers, E experts, R ranks, K slots of a rank, N transfers.
 """
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from vllm_ascend.eplb.options import POLICIES, WEIGHTINGS
 
-__all__ = ["COLUMNS", "Decision", "Rules", "decide", "placement_after"]
+__all__ = ["COLUMNS", "RebalanceDecision", "Rules", "decide", "placement_after"]
 
 COLUMNS = ("batch", "layer", "expert", "source_rank", "source_slot", "target_rank", "target_slot")
 # The part of a step that the experts of a MoE model take, for the prediction of what a better balance saves.
@@ -64,7 +64,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Decision:
+class RebalanceDecision:
     """What to do.
 
     Args:
@@ -92,7 +92,7 @@ def decide(
     *,
     step_seconds: float,
     seconds_per_byte: float,
-) -> Decision:
+) -> RebalanceDecision:
     """Plan for the load of a window of intervals.
 
     The plan is dropped unless what it saves repays what it costs:
@@ -116,15 +116,15 @@ def decide(
     load = _weighted(history, rules.weighting)
     before = float(balancedness(placed, load).mean())
     if not load.any():
-        return Decision(reason="no load", before=before, after=before)
+        return RebalanceDecision(reason="no load", before=before, after=before)
     wanted = _planned(placed, load, rules)
     placement, transfers = _batched(placed, wanted, load, rules.buffer_experts)
     after = float(balancedness(placement, load).mean())
     if not len(transfers):
-        return Decision(reason="nothing to move", before=before, after=after)
+        return RebalanceDecision(reason="nothing to move", before=before, after=after)
     saved = rules.horizon_steps * step_seconds * EXPERT_SHARE * (1.0 - before / after)
     cost = seconds_per_byte * rules.expert_bytes * _busiest(transfers, placed.ranks)
-    found = Decision(transfers=transfers, before=before, after=after, saved_seconds=saved, cost_seconds=cost)
+    found = RebalanceDecision(transfers=transfers, before=before, after=after, saved_seconds=saved, cost_seconds=cost)
     if rules.policy != "random" and saved <= cost:
         return replace(found, transfers=_NO_TRANSFERS.copy(), reason="does not repay its bytes")
     return found

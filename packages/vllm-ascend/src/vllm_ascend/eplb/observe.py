@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CountedRows", "Snapshot", "counted_rows"]
+__all__ = ["CountedRows", "LoadSnapshot", "counted_rows"]
 
 
 def counted_rows(query_ends: Sequence[int], rows: int, stage: str, *, first: int = 0) -> np.ndarray:
@@ -66,7 +66,7 @@ class CountedRows:
         heat.index_add_(0, ids.flatten(), self._weights)
 
 
-class Snapshot:
+class LoadSnapshot:
     """The counts of one interval on their way to the host. The counters begin anew.
 
     Args:

@@ -20,7 +20,7 @@ import numpy as np
 from ascend_eplb import Placement
 from numpy.typing import NDArray
 
-from vllm_ascend.eplb.decide import Decision, Rules, decide
+from vllm_ascend.eplb.decide import RebalanceDecision, Rules, decide
 
 __all__ = ["HEADER_BYTES", "Arrays", "as_decision", "as_request", "pack", "serve", "unpack"]
 
@@ -51,13 +51,13 @@ def as_request(
     return pack({"ids": placed.physical_to_logical, "history": history, "text": np.array(text)})
 
 
-def as_decision(body: bytes) -> Decision:
+def as_decision(body: bytes) -> RebalanceDecision:
     """The decision in a reply. ValueError: the planner has failed, or the reply is none."""
     arrays = unpack(body)
     told = json.loads(str(arrays["text"]))
     if "error" in told:
         raise ValueError(told["error"])
-    return Decision(transfers=arrays["transfers"].astype(np.int32), **told)
+    return RebalanceDecision(transfers=arrays["transfers"].astype(np.int32), **told)
 
 
 def answer(body: bytes) -> bytes:

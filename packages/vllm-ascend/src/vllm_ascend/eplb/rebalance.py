@@ -24,10 +24,10 @@ from torch import Tensor
 from vllm_ascend.eplb import report
 from vllm_ascend.eplb.client import Planner, Question
 from vllm_ascend.eplb.control import NOT_YET, NOTHING, Control, Waits
-from vllm_ascend.eplb.decide import COLUMNS, Decision, Rules, placement_after
+from vllm_ascend.eplb.decide import COLUMNS, RebalanceDecision, Rules, placement_after
 from vllm_ascend.eplb.metrics import StatusSender
 from vllm_ascend.eplb.move import MovableLayer, Mover, check_tensors, slot_bytes
-from vllm_ascend.eplb.observe import Snapshot
+from vllm_ascend.eplb.observe import LoadSnapshot
 from vllm_ascend.eplb.options import EplbConfig
 from vllm_ascend.eplb.verify import Checksums
 
@@ -88,10 +88,10 @@ class Rebalancer:
         self._step = self._interval_began = 0
         self._step_seconds, self._last_step, self._batch_seconds = 0.0, 0.0, 0.0
         self._seconds_per_byte = _SECONDS_PER_BYTE
-        self._snapshot: Snapshot | None = None
+        self._snapshot: LoadSnapshot | None = None
         self._is_asked = False
         self._next: tuple[int, Callable[[], None]] | None = None
-        self._decision: Decision | None = None
+        self._decision: RebalanceDecision | None = None
         self._batches: list[NDArray[np.int32]] = []
         self._began = (0, 0.0)
         self._map: report.MapWriter | None = None
@@ -160,7 +160,7 @@ class Rebalancer:
             self._put(snapshot.counts())
         elif self._snapshot is None and since >= self._config.expert_heat_collection_interval:
             self._interval_began = self._step
-            self._snapshot = Snapshot([one.heat for one in self._layers])
+            self._snapshot = LoadSnapshot([one.heat for one in self._layers])
 
     def _put(self, counts: Tensor) -> None:
         """Sum the counts `[M, E]`, and ask the planner, unless a plan is asked for or carried out."""
