@@ -18,7 +18,7 @@ from vllm_ascend.eplb.placement import ExpertPlacement, LayerSlots
 
 __all__ = ["ExpertGroups", "LayerComm", "MoeContext", "broken", "dispatch_config", "uses_mc2"]
 
-_CAPTURED_TOKENS = 512  # no graph is captured here: the largest decoding batch takes its place, up to this many tokens
+_CAPTURED_TOKENS = 512  # steps of MoE models are not captured: the largest decoding batch takes the place of what is, up to this many tokens
 _MC2_TOP_K, _MC2_HIDDEN, _MC2_HIDDEN_MULTIPLE = 16, 8192, 32  # what MC2's kernels accept
 _MB = 1 << 20
 
