@@ -8,16 +8,17 @@ layer. `limits.notices` says so at the start. Numbers are float32 throughout.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from itertools import groupby
+from dataclasses import dataclass, fields
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_ascend.attention.gqa import AscendAttentionBackend, AscendAttentionImpl, AscendAttentionMetadataBuilder
-from vllm_ascend.attention.step import AscendAttentionMetadata, describe
+from vllm_ascend.attention.step import AscendAttentionMetadata
 
 __all__ = ["AscendComposedAttentionBackend", "AscendComposedAttentionImpl", "ComposedMetadata", "Scores", "attend"]
 
@@ -73,38 +74,18 @@ class Part:
 
 @dataclass(slots=True)
 class ComposedMetadata(AscendAttentionMetadata):
-    """One step, with the device's own lengths.
+    """One step, with the pieces that are computed at once.
 
     Attributes:
-        ends: `[requests]`, keys of each, on the device.
-        spans: by request, first and last position of each picture whose tokens see each other.
+        parts: the step's requests, in their order.
     """
 
-    ends: Tensor
-    spans: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    parts: list[Part]
 
     @property
     def sees_both_ways(self) -> bool:
         """Whether a picture with several tokens is among the step's queries."""
-        return any(part_spans for *_, part_spans in self._runs())
-
-    def parts(self, block_size: int) -> Iterator[Part]:
-        """The step in the pieces that are computed at once."""
-        for first, last, rows, spans in self._runs():
-            blocks = -(-max(self.kv_lengths[first:last]) // block_size)
-            yield Part(rows, self.block_table[first:last, :blocks], self.ends[first:last], spans)
-
-    def _runs(self) -> Iterator[tuple[int, int, slice, list[tuple[int, int]]]]:
-        """First request, the one after the last, rows, and the pictures that are in sight of several of these rows."""
-        starts = [0, *self.query_ends]
-        single = [end - start == 1 for start, end in zip(starts, self.query_ends, strict=False)]
-        for several, group in groupby(range(len(single)), key=lambda request: None if single[request] else request):
-            requests = list(group)
-            first, last = requests[0], requests[-1] + 1
-            rows = slice(starts[first], starts[last])
-            seen = self.kv_lengths[first] - (rows.stop - rows.start)  # tokens of earlier steps
-            spans = [] if several is None else [span for span in self.spans.get(first, []) if span[1] >= seen]
-            yield first, last, rows, spans
+        return any(part.spans for part in self.parts)
 
 
 class ComposedMetadataBuilder(AscendAttentionMetadataBuilder):
@@ -116,10 +97,35 @@ class ComposedMetadataBuilder(AscendAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> ComposedMetadata:
         """One step."""
-        step = describe(common_attn_metadata, self.mask)
-        shared = {name.name: getattr(step, name.name) for name in fields(AscendAttentionMetadata)}
-        ends = common_attn_metadata.seq_lens[: step.num_requests]
-        return ComposedMetadata(**shared, ends=ends, spans=common_attn_metadata.mm_req_doc_ranges or {})
+        step = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        shared = {item.name: getattr(step, item.name) for item in fields(AscendAttentionMetadata)}
+        spans = common_attn_metadata.mm_req_doc_ranges or {}
+        assert isinstance(self.kv_cache_spec, AttentionSpec)
+        parts = _parts(step, common_attn_metadata.seq_lens, spans, self.kv_cache_spec.block_size)
+        return ComposedMetadata(**shared, parts=list(parts))
+
+
+def _parts(
+    step: AscendAttentionMetadata, ends: Tensor, spans: dict[int, list[tuple[int, int]]], block_size: int
+) -> Iterator[Part]:
+    """The step in the pieces that are computed at once.
+
+    Args:
+        step: the kernel's arguments.
+        ends: keys of each request, on the device.
+        spans: by request, first and last position of each picture whose tokens see each other.
+        block_size: tokens of a block.
+    """
+    starts = [0, *step.query_ends]
+    single = [end - start == 1 for start, end in pairwise(starts)]
+    for several, group in groupby(range(len(single)), key=lambda request: None if single[request] else request):
+        requests = list(group)
+        first, last = requests[0], requests[-1] + 1
+        rows = slice(starts[first], starts[last])
+        blocks = -(-max(step.kv_lengths[first:last]) // block_size)
+        seen = step.kv_lengths[first] - (rows.stop - rows.start)  # tokens of earlier steps
+        in_sight = [] if several is None else [span for span in spans.get(first, []) if span[1] >= seen]
+        yield Part(rows, step.block_table[first:last, :blocks], ends[first:last], in_sight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,11 @@ class Scores:
     scale: float
     soft_cap: float = 0.0
     slopes: Tensor | None = None
+
+    @property
+    def are_products(self) -> bool:
+        """Whether nothing but scaling becomes of it, as in the kernel."""
+        return not self.soft_cap and self.slopes is None
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, distance: Tensor, scores: Scores) -> Tensor:
@@ -158,7 +169,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, distanc
     if scores.soft_cap:
         found = torch.tanh(found / scores.soft_cap) * scores.soft_cap
     if scores.slopes is not None:
-        found = found + scores.slopes.view(1, groups, -1, 1, 1) * distance[:, None, None]
+        found = found + scores.slopes.to(distance.device).view(1, groups, -1, 1, 1) * distance[:, None, None]
     weights = found.masked_fill(~allowed[:, None, None], -torch.inf).softmax(dim=-1)
     out = weights.view(batch, groups, -1, shape[-1]) @ values.float().transpose(1, 2)
     return out.view(*shape[:-1], size).permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, size)
@@ -176,27 +187,21 @@ class AscendComposedAttentionImpl(AscendAttentionImpl):
         slopes = torch.tensor(self.alibi_slopes, dtype=torch.float32) if self.alibi_slopes else None
         self.scores = Scores(self.scale, self.logits_soft_cap or 0.0, slopes)
 
-    def forward(
+    def _attend(
         self,
         layer: AttentionLayer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: AscendAttentionMetadata | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
+        step: AscendAttentionMetadata,
     ) -> Tensor:
         """As the class above."""
-        step = attn_metadata
-        plain = not self.scores.soft_cap and self.scores.slopes is None
-        if not isinstance(step, ComposedMetadata) or (plain and not step.sees_both_ways):
-            return super().forward(layer, query, key, value, kv_cache, step, output)
-        for part in step.parts(kv_cache.shape[2]):
-            out = output[part.rows]
-            out.copy_(self._of_part(query[part.rows], kv_cache, part, causal=step.causal).reshape(out.shape))
-        return output
+        assert isinstance(step, ComposedMetadata)  # of this backend's builder
+        if self.scores.are_products and not step.sees_both_ways:
+            return super()._attend(layer, query, key, value, kv_cache, step)
+        parts = [self._of_part(query[part.rows], kv_cache, part, causal=step.causal) for part in step.parts]
+        return torch.cat(parts).to(query.dtype)
 
     def _of_part(self, query: Tensor, kv_cache: Tensor, part: Part, *, causal: bool) -> Tensor:
         """`[B * T, N, D]`, float32."""
@@ -217,7 +222,7 @@ class AscendComposedAttentionImpl(AscendAttentionImpl):
         outs = []
         for rows, at in zip(torch.split(queries, most, dim=1), torch.split(positions, most, dim=1), strict=True):
             allowed, distance = self._sight(at, held, part.spans, causal=causal)
-            outs.append(attend(rows, keys, values, allowed, distance, self._on(query.device)))
+            outs.append(attend(rows, keys, values, allowed, distance, self.scores))
         return torch.cat(outs, dim=1).flatten(0, 1)
 
     def _sight(
@@ -233,10 +238,3 @@ class AscendComposedAttentionImpl(AscendAttentionImpl):
             inside = (positions >= first) & (positions <= last)
             allowed = allowed | (inside[..., None] & (keys >= first) & (keys <= last))
         return allowed & held[:, None], distance
-
-    def _on(self, device: torch.device) -> Scores:
-        """The scores' terms, with the slopes on the device; they are moved at the first step."""
-        slopes = self.scores.slopes
-        if slopes is not None and slopes.device != device:
-            self.scores = Scores(self.scores.scale, self.scores.soft_cap, slopes.to(device))
-        return self.scores

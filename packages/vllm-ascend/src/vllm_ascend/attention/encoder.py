@@ -43,27 +43,20 @@ class AscendEncoderAttentionImpl(AscendAttentionImpl):
     ) -> None:
         """Nothing: the layer has no cache."""
 
-    def forward(
+    def _attend(
         self,
         layer: AttentionLayer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: AscendAttentionMetadata | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
+        step: AscendAttentionMetadata,
     ) -> Tensor:
-        """Query `[T, N, D]`, key and value `[T, Nkv, D]` -> output `[T, N, D]`, written and returned. Without metadata (profiling) it is zero."""
-        step = attn_metadata
-        if step is None:
-            return output.zero_()
-        tokens = step.num_actual_tokens
-        result = kernels.attention_of_any_size(
-            query[:tokens],
-            key[:tokens],
-            value[:tokens],
+        """As the class above, over key and value `[T, Nkv, D]` of this step."""
+        return kernels.attention_of_any_size(
+            query,
+            key[: len(query)],
+            value[: len(query)],
             num_heads=self.num_heads,
             num_key_value_heads=self.num_kv_heads,
             scale=self.scale,
@@ -71,5 +64,3 @@ class AscendEncoderAttentionImpl(AscendAttentionImpl):
             actual_seq_lengths_kv=step.query_ends,
             **self._masking(step.mask, causal=False),
         )
-        output[:tokens].copy_(result)
-        return output

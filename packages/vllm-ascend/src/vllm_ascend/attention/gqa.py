@@ -217,10 +217,27 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
         if step is None:
             return output.zero_()
         tokens = step.num_actual_tokens
+        result = self._attend(layer, query[:tokens], key, value, kv_cache, step)
+        if tokens == output.shape[0] and result.is_contiguous():
+            output.set_(result.view(output.shape))  # type: ignore[call-overload]  # the tensor takes the result's memory: no copy
+        else:
+            output[:tokens].copy_(result.reshape(output[:tokens].shape))
+        return output
+
+    def _attend(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        step: AscendAttentionMetadata,
+    ) -> Tensor:
+        """Query `[T, N, D]` of the step's T tokens, without padding -> `[T, N, D]` in its type; key and value are those of `forward`."""
         keys, values = self._caches(kv_cache)
         graphs.note_attention(layer)
         result = self._kernel(
-            kernels.widened(query[:tokens], self.kernel_size),
+            kernels.widened(query, self.kernel_size),
             keys,
             values,
             num_heads=self.num_heads,
@@ -232,11 +249,7 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
             actual_seq_lengths_kv=step.kv_lengths,
             **self._masking(step.mask, causal=step.causal),
         )
-        if tokens == output.shape[0] and self.kernel_size == self.head_size:
-            output.set_(result.view(output.shape))  # type: ignore[call-overload]  # the tensor takes the result's memory: no copy
-        else:
-            output[:tokens].copy_(result[..., : self.head_size].reshape(output[:tokens].shape))
-        return output
+        return result if self.kernel_size == self.head_size else result[..., : self.head_size]
 
     def _kernel(self, query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
         return kernels.attention(query, keys, values, **options)

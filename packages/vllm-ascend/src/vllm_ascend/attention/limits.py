@@ -127,6 +127,11 @@ class Attention:
             cached=cached,
         )
 
+    @property
+    def kernel_size(self) -> int:
+        """Of the kernel's heads, to which the model's are padded; 0 where it takes none so large."""
+        return SINK_HEAD_SIZE if self.sinks else kernel_head_size(self.head_size)
+
 
 def head_sizes(model: Any) -> list[int]:
     """The head sizes of a model's layers, ascending, of vLLM's `ModelConfig`."""
@@ -253,8 +258,7 @@ def _broken_heads(attention: Attention) -> Iterator[str]:
     for size in sorted({attention.head_size, attention.value_size}):
         if size > largest:
             yield f"the model's heads are {size} wide: the kernel takes at most {largest}"
-    size = SINK_HEAD_SIZE if attention.sinks else kernel_head_size(attention.head_size)
-    width = max(kv_heads // ranks, 1) * size
+    width = max(kv_heads // ranks, 1) * attention.kernel_size
     if width > _MOST_NUMBERS_A_TOKEN:
         yield f"the keys of a token have {width} numbers on each rank; the kernel takes at most {_MOST_NUMBERS_A_TOKEN}; raise tensor_parallel_size"
 

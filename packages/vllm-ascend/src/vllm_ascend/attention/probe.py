@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from vllm_ascend import kernels
-from vllm_ascend.attention.limits import BLOCK_SIZES, LATENT_BLOCK_SIZE, PLAIN_SIZE, Attention, kernel_head_size
+from vllm_ascend.attention.limits import BLOCK_SIZES, LATENT_BLOCK_SIZE, PLAIN_SIZE, Attention
 
 __all__ = ["check"]
 
@@ -43,8 +43,7 @@ def check(attention: Attention, device: torch.device) -> None:
 
 def _grouped(attention: Attention, device: torch.device) -> None:
     heads, kv_heads = attention.heads // attention.ranks, max(attention.kv_heads // attention.ranks, 1)
-    size = kernels.SINK_HEAD_SIZE if attention.sinks else kernel_head_size(attention.head_size)
-    block = BLOCK_SIZES[0]
+    size, block = attention.kernel_size, BLOCK_SIZES[0]
     options = {"dtype": getattr(torch, attention.dtype), "device": device}
     rows = torch.zeros(1, kv_heads, size, **options)
     keys, values = torch.zeros(2, 1, block, kv_heads, size, **options).unbind()
