@@ -81,11 +81,8 @@ class Buffers:
     def __init__(self, layers: Sequence[Mapping[str, Tensor]], experts: int) -> None:
         """Take the memory."""
         self._of: dict[_Signature, dict[str, Tensor]] = {}
-        for tensors in layers:
-            self._of.setdefault(
-                _signature(tensors),
-                {name: values.new_empty((experts, *values.shape[1:])) for name, values in tensors.items()},
-            )
+        for form, tensors in {_signature(tensors): tensors for tensors in layers}.items():
+            self._of[form] = {name: values.new_empty((experts, *values.shape[1:])) for name, values in tensors.items()}
 
     @property
     def num_bytes(self) -> int:

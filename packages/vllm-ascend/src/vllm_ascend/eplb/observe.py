@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CountedRows", "LoadSnapshot", "counted_rows"]
+__all__ = ["CountedRows", "HostCopy", "LoadSnapshot", "counted_rows", "taken"]
 
 
 def counted_rows(query_ends: Sequence[int], rows: int, stage: str, *, first: int = 0) -> np.ndarray:
@@ -66,7 +66,40 @@ class CountedRows:
         heat.index_add_(0, ids.flatten(), self._weights)
 
 
-class LoadSnapshot:
+def taken(counters: Sequence[Tensor]) -> Tensor:
+    """`[M, ...]`: what M counters have counted. They begin anew."""
+    counts = torch.stack(tuple(counters))
+    torch._foreach_zero_(list(counters))
+    return counts
+
+
+class HostCopy:
+    """A tensor on its way to the host, without a wait.
+
+    Args:
+        values: on the device.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        """Begin the copy."""
+        self._values = values  # kept until it is copied
+        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._host.copy_(values, non_blocking=True)
+        self._copied = torch.npu.Event()
+        self._copied.record()
+
+    def is_there(self) -> bool:
+        """Whether the copy is complete."""
+        return bool(self._copied.query())
+
+    def result(self) -> Tensor:
+        """The copy, which any thread may wait for."""
+        torch.npu.set_device(self._values.device)  # of the thread
+        self._copied.synchronize()
+        return self._host
+
+
+class LoadSnapshot(HostCopy):
     """The counts of one interval on their way to the host. The counters begin anew.
 
     Args:
@@ -75,17 +108,7 @@ class LoadSnapshot:
 
     def __init__(self, heat: Sequence[Tensor]) -> None:
         """Begin the copy."""
-        counts = torch.stack(tuple(heat))
-        torch._foreach_zero_(list(heat))
-        self._counts = counts  # kept until it is copied
-        self._host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-        self._host.copy_(counts, non_blocking=True)
-        self._copied = torch.npu.Event()
-        self._copied.record()
-
-    def is_there(self) -> bool:
-        """Whether the copy is complete."""
-        return bool(self._copied.query())
+        super().__init__(taken(heat))
 
     def counts(self) -> Tensor:
         """int64 `[M, E]` on the host, where `is_there`."""

@@ -18,6 +18,7 @@ from ascend_comm import CommGroup
 from ascend_eplb import Placement, logical_load
 from torch import Tensor
 
+from vllm_ascend.eplb.observe import HostCopy, taken
 from vllm_ascend.eplb.options import EplbConfig
 from vllm_ascend.eplb.writer import LoadWriter
 
@@ -70,7 +71,7 @@ class LoadRecorder:
         if self._steps < self._interval:
             return
         self._steps = 0
-        here = self._counts_so_far()
+        here = taken(self._counts)
         try:
             everywhere = self._ep.all_gather(here, 0).view(self._ep.world_size, *here.shape)
         except RuntimeError as error:
@@ -78,7 +79,7 @@ class LoadRecorder:
                 f"the experts' loads of {self._ep.world_size} ranks, for option 'eplb_config.expert_load_record_path', cannot be gathered: {error}"
             ) from error
         if self._writer is not None:
-            self._writer.put(partial(self._entry, _on_host_soon(everywhere)))
+            self._writer.put(partial(self._entry, HostCopy(everywhere).result))
 
     def close(self) -> None:
         """Write the steps since the last whole interval, and everything that still waits. More calls do nothing.
@@ -89,18 +90,11 @@ class LoadRecorder:
         writer, self._writer = self._writer, None
         if self._steps:
             self._steps = 0
-            everywhere = self._gathered_at_the_end(self._counts_so_far().cpu())
+            everywhere = self._gathered_at_the_end(taken(self._counts).cpu())
             if writer is not None and everywhere is not None:
                 writer.put(partial(self._entry, lambda: everywhere))
         if writer is not None:
             writer.close(_SECONDS_TO_WRITE)
-
-    def _counts_so_far(self) -> Tensor:
-        """`[M, K]` of this rank, which are 0 afterwards."""
-        here = torch.stack(tuple(self._counts))
-        for count in self._counts:
-            count.zero_()
-        return here
 
     def _entry(self, counts: Callable[[], Tensor]) -> np.ndarray:
         """Counts `[R, M, K]` of slots -> loads `[M, E]` of experts. Runs in the writer's thread."""
@@ -121,18 +115,3 @@ class LoadRecorder:
             )
             return None
         return torch.stack(parts)
-
-
-def _on_host_soon(counts: Tensor) -> Callable[[], Tensor]:
-    """A copy on the host, begun now and waited for in the thread that calls what is returned."""
-    host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-    host.copy_(counts, non_blocking=True)
-    copied, device = torch.npu.Event(), counts.device
-    copied.record()
-
-    def finished() -> Tensor:
-        torch.npu.set_device(device)  # of the thread
-        copied.synchronize()
-        return host
-
-    return finished

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from queue import SimpleQueue
-from threading import Thread
 
 import numpy as np
 from ascend_eplb import Placement, save_placement
 from numpy.typing import NDArray
+
+from vllm_ascend.eplb.writer import WriterThread
 
 __all__ = ["MapWriter", "Status", "cells", "log_dropped", "log_rebalance", "write_map"]
 
@@ -104,43 +104,29 @@ def write_map(placed: Placement, path: str) -> None:
         _logger.error("the placement of the experts cannot be written to %r: %s", path, error)
 
 
-class MapWriter:
-    """A thread that writes the placement in force to a file, so that no step waits for a disk. Of placements that wait, the last one is written.
+class MapWriter(WriterThread[Placement]):
+    """Writes the placement in force to a file, which is replaced as a whole each time. Of placements that wait, the last one is written.
 
     Args:
-        path: the file, which is replaced as a whole each time.
+        path: the file.
     """
 
     def __init__(self, path: str) -> None:
         """Start the thread."""
-        self._path = path
-        self._waiting: SimpleQueue[Placement | None] = SimpleQueue()
-        self._thread = Thread(target=self._run, name="expert map", daemon=True)
-        self._thread.start()
-
-    def put(self, placed: Placement) -> None:
-        """Have a placement written."""
-        self._waiting.put(placed)
+        super().__init__(path, name="expert map", what="placements of the experts")
 
     def close(self) -> None:
         """Write what waits, and end the thread; what is not written within 1.5 seconds is lost, which the log says."""
-        self._waiting.put(None)
-        self._thread.join(_SECONDS_TO_WRITE)
-        if self._thread.is_alive():
-            _logger.error(
-                "the placement of the experts was not written to %r within %g seconds", self._path, _SECONDS_TO_WRITE
-            )
+        self.finish(_SECONDS_TO_WRITE)
 
-    def _run(self) -> None:
-        goes_on = True
-        while goes_on:
-            waiting = [self._waiting.get()]
-            while not self._waiting.empty():
-                waiting.append(self._waiting.get())
-            goes_on = waiting[-1] is not None
-            placements = [placed for placed in waiting if placed is not None]
-            if placements:
-                write_map(placements[-1], self._path)
+    def not_written(self, seconds: float) -> None:
+        """See `WriterThread`."""
+        _logger.error("the placement of the experts was not written to %r within %g seconds", self._path, seconds)
+
+    def write(self, entries: list[Placement]) -> None:
+        """See `WriterThread`."""
+        if entries:
+            write_map(entries[-1], self._path)
 
 
 def cells(heat: list[list[float]]) -> list[tuple[str, str, float]]:

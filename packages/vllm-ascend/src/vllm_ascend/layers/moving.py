@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from functools import partial
 
 from ascend_eplb import Placement
@@ -42,23 +43,23 @@ def rebalancer(model: nn.Module, model_name: str) -> Rebalancer | None:
     if shared is None or shared.moe is None or shared.moe.groups.moves is None or not layers:
         return None
     options, group = shared.moe.options, shared.moe.groups.moves
-    movable = [_movable(layer, shared.moe) for layer in layers]
-    planner = Planner(window=options.load_window, seconds=PLAN_SECONDS) if group.rank_in_group == 0 else None
-    address = envs.eplb_status_socket() if planner is not None else None
-    sender = StatusSender(address, model_name) if address else None
-    try:
-        return Rebalancer(options, movable, group, planner, sender)
-    except NoMemoryError as error:
-        _logger.warning("experts do not move while the engine runs: %s", error)
-    except ValueError:
-        if planner is not None:
-            planner.close()
-        raise
-    if planner is not None:
-        planner.close()
-    for layer in layers:
-        layer.heat = None
-    return None
+    with ExitStack() as unless_experts_move:
+        planner = sender = None
+        if group.rank_in_group == 0:
+            planner = Planner(window=options.load_window, seconds=PLAN_SECONDS)
+            unless_experts_move.callback(planner.close)
+            if address := envs.eplb_status_socket():
+                sender = StatusSender(address, model_name)
+                unless_experts_move.callback(sender.close)
+        try:
+            found = Rebalancer(options, [_movable(layer, shared.moe) for layer in layers], group, planner, sender)
+        except NoMemoryError as error:
+            _logger.warning("experts do not move while the engine runs: %s", error)
+            for layer in layers:
+                layer.heat = None
+            return None
+        unless_experts_move.pop_all()  # the rebalancer closes both
+        return found
 
 
 def refuse_to_reload() -> None:
