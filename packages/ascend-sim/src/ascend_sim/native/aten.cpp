@@ -8,7 +8,7 @@
 
 #include <set>
 
-#include "alias.h"
+#include "deferred.h"
 #include "matmul.h"
 
 namespace ascend_sim {
@@ -77,11 +77,6 @@ class BorrowedGenerator {
   at::Tensor saved_;
 };
 
-bool draws_without_generator(const std::string& name) {
-  static const std::set<std::string> names = {"aten::native_dropout", "aten::dropout", "aten::dropout_", "aten::scaled_dot_product_attention"};
-  return names.count(name) > 0;
-}
-
 // Operators for which a CPU tensor beside npu tensors is right on hardware too.
 bool takes_cpu_tensors(const std::string& name) {
   static const std::set<std::string> names = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_",
@@ -127,22 +122,13 @@ struct Pair {
 class AtenKernel : public c10::OperatorKernel {
  public:
   explicit AtenKernel(const c10::FunctionSchema& schema)
-      : name_(schema.name()), tally_(tally(schema.name())), left_(left_matrix(schema.name())), mixed_(takes_cpu_tensors(schema.name())), draws_(draws_without_generator(schema.name())) {
+      : name_(schema.name()), tally_(tally(schema.name())), left_(left_matrix(schema.name())), mixed_(takes_cpu_tensors(schema.name())), draws_(draws_without_generator(schema.name())), returns_(arguments_of_results(schema)) {
     for (const auto& argument : schema.arguments()) {
       Argument info;
       info.kind = kind_of(argument.real_type());
       info.write = argument.alias_info() && argument.alias_info()->isWrite();
       info.out = info.write && argument.kwarg_only();
       arguments_.push_back(info);
-    }
-    for (const auto& ret : schema.returns()) {
-      int written = -1;
-      if (ret.alias_info() && ret.alias_info()->isWrite())
-        for (size_t i = 0; i < schema.arguments().size(); ++i) {
-          const auto* info = schema.arguments()[i].alias_info();
-          if (info && info->isWrite() && info->beforeSets() == ret.alias_info()->beforeSets()) written = static_cast<int>(i);
-        }
-      returns_.push_back(written);
     }
   }
 
@@ -420,11 +406,6 @@ void install() {
   aten.impl("_local_scalar_dense", TORCH_FN(local_scalar_dense));
 }
 
-// The dispatcher warns about every kernel that replaces another; replacing torch_npu's is what this library is for.
-struct Silence final : c10::WarningHandler {
-  void process(const c10::Warning&) override {}
-};
-
 std::tuple<std::vector<std::string>, std::vector<int64_t>, std::vector<int64_t>> counts() {
   std::lock_guard<std::mutex> lock(tally_mutex);
   std::vector<std::string> names;
@@ -461,8 +442,7 @@ void install_graph(const std::set<std::string>& immediate);
 
 TORCH_LIBRARY(ascend_sim, m) {
   m.def("install() -> ()", [] {
-    Silence silence;
-    c10::WarningUtils::WarningHandlerGuard guard(&silence);
+    const Silence silence;
     install();
     install_memory();
     install_kernels();

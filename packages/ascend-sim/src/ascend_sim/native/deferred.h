@@ -1,10 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What operators that run after they were called have in common: those of lazy streams (streams.cpp) and those of graphs (graph.cpp).
+// What operators that run after they were called have in common, those of lazy streams (streams.cpp) and those of graphs (graph.cpp), with each other
+// and some of it with operators that run at once (aten.cpp).
 #pragma once
+#include <functional>
+#include <set>
+
 #include "alias.h"
+#include "streams.h"
 
 namespace ascend_sim {
+
+inline void check(aclError error) { TORCH_CHECK(error == ACL_SUCCESS, aclGetRecentErrMsg()); }
+
+// As long as it lives, this thread's warnings are not shown: the dispatcher warns about every kernel that replaces another, and replacing torch_npu's
+// is what this library is for.
+class Silence {
+ public:
+  Silence() : guard_(&none_) {}
+
+ private:
+  struct None final : c10::WarningHandler {
+    void process(const c10::Warning&) override {}
+  };
+  None none_;
+  c10::WarningUtils::WarningHandlerGuard guard_;
+};
+
+// For each result of an operator the argument that it is, or -1.
+std::vector<int> arguments_of_results(const c10::FunctionSchema& schema);
+
+// Whether an operator draws random numbers without saying so by an argument `generator`.
+bool draws_without_generator(const std::string& name);
+
+// Put what `make` returns for an operator, of "aten", "npu" or "c10d", in the place of its kernel for npu tensors. Views keep theirs, and the operators `but`.
+using MakeKernel = std::function<torch::CppFunction(const std::string& space, const c10::OperatorHandle& op)>;
+void replace_kernels(const std::set<std::string>& but, const MakeKernel& make);
 
 // Apply f to every tensor of an argument: a tensor, a list of them, or a list of lists.
 template <class F>

@@ -9,8 +9,6 @@
 #include <torch_npu/csrc/core/NPUStorageImpl.h>
 #include <torch_npu/csrc/core/npu/NPUStream.h>
 
-#include <set>
-
 #include "deferred.h"
 #include "graph.h"
 
@@ -23,8 +21,6 @@ using torch::jit::Stack;
 thread_local bool inside = false;  // of an operator that is captured or replayed: what its kernel calls is part of it
 std::atomic<int64_t> replayed{0};
 std::set<std::string> immediate_names;
-
-void check(aclError error) { TORCH_CHECK(error == ACL_SUCCESS, aclGetRecentErrMsg()); }
 
 // An npu tensor over the same memory that does not keep it. Numbers on the host are kept as they are now.
 at::Tensor unowned(const at::Tensor& t) {
@@ -67,7 +63,6 @@ class Recorder final : public c10::OperatorKernel {
  public:
   explicit Recorder(const c10::OperatorHandle& op)
       : inner_(op.getComputedKernelForDispatchKey(c10::DispatchKey::PrivateUse1)), name_(op.schema().name()) {
-    static const std::set<std::string> draw = {"aten::native_dropout", "aten::dropout", "aten::dropout_", "aten::scaled_dot_product_attention"};
     static const std::set<std::string> lists = {"actual_seq_lengths", "actual_seq_lengths_kv", "actual_seq_qlen", "actual_seq_kvlen", "group_list"};
     const auto& arguments = op.schema().arguments();
     for (size_t i = 0; i < arguments.size(); ++i) {
@@ -78,7 +73,7 @@ class Recorder final : public c10::OperatorKernel {
       if (arguments[i].name() == "non_blocking") non_blocking_ = static_cast<int>(i);
       if (arguments[i].name() == "output_size") output_size_ = static_cast<int>(i);
     }
-    random_ |= draw.count(name_) > 0;
+    random_ |= draws_without_generator(name_);
     collective_ = name_.starts_with("c10d::");
     writes_ |= !name_.starts_with("aten::");  // torch_npu's schemas do not always say what is written
     reads_ = op.hasTag(at::Tag::data_dependent_output) || op.hasTag(at::Tag::dynamic_output_shape) || name_ == "aten::_local_scalar_dense";
@@ -258,26 +253,11 @@ class Recorder final : public c10::OperatorKernel {
   std::vector<size_t> host_lists_;
 };
 
-struct Silence final : c10::WarningHandler {
-  void process(const c10::Warning&) override {}
-};
-
 void install_recorder() {
-  Silence silence;
-  c10::WarningUtils::WarningHandlerGuard guard(&silence);
-  auto& dispatcher = c10::Dispatcher::singleton();
-  std::map<std::string, std::unique_ptr<torch::Library>> libraries;
-  for (const char* space : {"aten", "npu", "c10d"})
-    libraries[space] = std::make_unique<torch::Library>(torch::Library::IMPL, space, c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
-  for (const auto& name : dispatcher.getAllOpNames()) {
-    const auto library = libraries.find(name.name.substr(0, name.name.find("::")));
-    const std::string full = name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
-    if (library == libraries.end() || immediate_names.count(full)) continue;
-    const auto op = dispatcher.findSchema(name);
-    if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1) || op->hasTag(at::Tag::inplace_view)) continue;
-    library->second->impl(full.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Recorder>(*op)));
-  }
-  static const auto kept = std::move(libraries);
+  const Silence silence;
+  replace_kernels(immediate_names, [](const std::string&, const c10::OperatorHandle& op) {
+    return torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Recorder>(op));
+  });
 }
 
 std::tuple<int64_t, int64_t, int64_t> counts() {

@@ -30,8 +30,6 @@ aclrtStream side_stream() {
   return current == usual ? nullptr : current.stream(false);
 }
 
-void check(aclError error) { TORCH_CHECK(error == ACL_SUCCESS, aclGetRecentErrMsg()); }
-
 // Append a task to a stream.
 uint64_t enqueue(aclrtStream stream, std::function<void()> work) {
   auto* kept = new std::function<void()>(std::move(work));
@@ -111,15 +109,7 @@ class Late : public c10::OperatorKernel {
  public:
   explicit Late(const c10::OperatorHandle& op) : inner_(op.getComputedKernelForDispatchKey(c10::DispatchKey::PrivateUse1)), name_(op.schema().name()) {
     const auto& schema = op.schema();
-    for (const auto& ret : schema.returns()) {
-      int written = -1;
-      if (ret.alias_info() && ret.alias_info()->isWrite())
-        for (size_t i = 0; i < schema.arguments().size(); ++i) {
-          const auto* info = schema.arguments()[i].alias_info();
-          if (info && info->isWrite() && info->beforeSets() == ret.alias_info()->beforeSets()) written = static_cast<int>(i);
-        }
-      written_.push_back(written);
-    }
+    written_ = arguments_of_results(schema);
     for (size_t i = 0; i < schema.arguments().size(); ++i) {
       const auto& argument = schema.arguments()[i];
       at_once_ |= argument.name() == "generator";
@@ -353,20 +343,10 @@ AtOnce::~AtOnce() { in_task = outer_; }
 
 void install_streams(const std::set<std::string>& immediate) {
   if (!lazy()) return;
-  auto& dispatcher = c10::Dispatcher::singleton();
-  std::map<std::string, std::unique_ptr<torch::Library>> libraries;
-  for (const char* space : {"aten", "npu", "c10d"})
-    libraries[space] = std::make_unique<torch::Library>(torch::Library::IMPL, space, c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
-  for (const auto& name : dispatcher.getAllOpNames()) {
-    const auto library = libraries.find(name.name.substr(0, name.name.find("::")));
-    const std::string full = name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
-    if (library == libraries.end() || immediate.count(full)) continue;
-    const auto op = dispatcher.findSchema(name);
-    if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1) || op->hasTag(at::Tag::inplace_view)) continue;
-    library->second->impl(full.c_str(), library->first == "c10d" ? torch::CppFunction::makeFromBoxedFunctor(std::make_unique<LateCollective>(*op))
-                                                                 : torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Late>(*op)));
-  }
-  static const auto kept = std::move(libraries);
+  replace_kernels(immediate, [](const std::string& space, const c10::OperatorHandle& op) {
+    return space == "c10d" ? torch::CppFunction::makeFromBoxedFunctor(std::make_unique<LateCollective>(op))
+                           : torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Late>(op));
+  });
 }
 
 }  // namespace ascend_sim
