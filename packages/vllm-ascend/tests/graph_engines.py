@@ -2,10 +2,9 @@
 """`nox -s graphs`: captured decoding steps over more arrangements of ranks and options than the default tests have."""
 
 import pytest
-from graph_jobs import GREEDY, ONE_PROCESS, captured, tokens
+from engine_jobs import BLOCK_BYTES, GREEDY, ONE_PROCESS, captured, tokens
 
 INSPECTED = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-BLOCK_BYTES = 128 * 2 * 3 * 64 * 4 * 30  # tokens x (key, value) x heads x head size x float32 x layers
 
 
 def test_three_ranks(smollm2, prompts, greedy, run_engines):

@@ -7,6 +7,7 @@ The prompts are chunked (64 tokens a step), some are longer than a block of 128 
 import pytest
 import torch
 from ascend_comm import Topology
+from engine_jobs import tokens
 from moe_families import TOKENS, made_families
 from rounding import assert_as_near, assert_caught, errors, in_bfloat16, load, own_logprobs, prompt_logprobs
 from vllm_ascend.config import AscendConfig
@@ -25,10 +26,6 @@ SMALL = {
 }
 INSPECT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 ATLAS_A3 = {"ASCEND_SIM_SOC": "Ascend910_9391"}
-
-
-def tokens(result, run=0):
-    return [output["tokens"] for output in result["runs"][run]]
 
 
 def cached(result, run=0):

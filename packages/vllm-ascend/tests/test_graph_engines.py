@@ -2,7 +2,7 @@
 """Tokens of captured decoding steps against Hugging Face transformers; `nox -s graphs` has more models and arrangements of ranks (graph_engines.py)."""
 
 import pytest
-from graph_jobs import GREEDY, ONE_PROCESS, captured, tokens
+from engine_jobs import GREEDY, ONE_PROCESS, captured, tokens
 
 pytestmark = pytest.mark.slow
 

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from ascend_comm import Topology
+from engine_jobs import tokens
 from rounding import assert_as_near, assert_caught, errors, in_bfloat16, load, own_logprobs, prompt_logprobs
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.explain import explain
@@ -26,10 +27,6 @@ INSPECT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_WORKER_MULTIPROC_METHOD": "fork",
 }
-
-
-def tokens(result, run=0):
-    return [output["tokens"] for output in result["runs"][run]]
 
 
 def ops(result, rank=0):

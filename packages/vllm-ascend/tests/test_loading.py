@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engine_jobs import ONE_PROCESS
 from int8_models import PROMPTS as MANY
 from int8_models import quantise_statically
 from torch import nn
@@ -28,7 +29,6 @@ SMALL = {
 }
 PROMPTS = MANY[1:4]
 ENVIRONMENT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 # Loading anew, layer by layer

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from engine_jobs import tokens
 from rounding import assert_as_near, assert_caught, errors, in_bfloat16, load, own_logprobs, prompt_logprobs
 
 pytestmark = pytest.mark.slow
@@ -21,10 +22,6 @@ KERNELS = {
     "npu::npu_grouped_matmul",
     "npu::npu_moe_token_unpermute",
 }
-
-
-def tokens(result, run=0):
-    return [output["tokens"] for output in result["runs"][run]]
 
 
 @pytest.fixture(scope="module")

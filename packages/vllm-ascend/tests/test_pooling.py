@@ -14,6 +14,7 @@ import os
 import pooling_models
 import pytest
 import torch
+from engine_jobs import ONE_PROCESS
 from engine_processes import wait
 from pooling_models import CASES, FIRST_WORD, LONGEST, VOCABULARY, WINDOW, answers, build, texts
 from rounding import OtherOrder, excess
@@ -27,7 +28,6 @@ SMALL = {
     "max_num_batched_tokens": 1024,
     "kv_cache_memory_bytes": 64 << 20,
 }
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # One of each kind, in either precision; `nox -s pooling` runs all of them.
 if os.environ.get("ASCEND_TEST_ALL"):
     IN_FLOAT32 = IN_BFLOAT16 = list(CASES)

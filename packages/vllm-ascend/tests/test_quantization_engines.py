@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_jobs import ONE_PROCESS
 from int8_models import PROMPTS, int8_model, quantise_statically
 from rounding import assert_as_near, assert_caught, ensemble, errors, own_logprobs, prompt_logprobs
 
@@ -22,7 +23,6 @@ SMALL = {
     "kv_cache_memory_bytes": 256 << 20,
 }
 STRICT = {"ASCEND_SIM_STRICT": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 READ = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0}
 # Three texts whose perplexity is measured, and one that smoothing is calibrated with.
 *TEXTS, CALIBRATION = (

@@ -5,23 +5,10 @@ float32 as Hugging Face's bfloat16 is."""
 from pathlib import Path
 
 import pytest
+from engine_jobs import BLOCK_BYTES, GREEDY, ONE_PROCESS, SMALL, tokens
 from rounding import assert_as_near, assert_caught, errors, in_bfloat16, load, own_logprobs, prompt_logprobs
 
 pytestmark = pytest.mark.slow
-GREEDY = {"temperature": 0, "max_tokens": 32, "ignore_eos": True}
-SMALL = {
-    "dtype": "float32",
-    "max_model_len": 512,
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 512,
-    "kv_cache_memory_bytes": 256 << 20,
-}
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-BLOCK_BYTES = 128 * 2 * 3 * 64 * 4 * 30  # tokens x (key, value) x heads x head size x float32 x layers
-
-
-def tokens(result, run=0):
-    return [output["tokens"] for output in result["runs"][run]]
 
 
 def test_one_process(smollm2, prompts, greedy, run_engines):

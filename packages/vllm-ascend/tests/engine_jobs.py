@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines whose decoding steps are captured in graphs, beside those that run operator by operator."""
+"""What jobs of `run_engines` have in common: an engine small enough for a test, greedy sampling, and the tokens of a result."""
 
-__all__ = ["GREEDY", "ONE_PROCESS", "SMALL", "captured", "tokens"]
+__all__ = ["BLOCK_BYTES", "GREEDY", "ONE_PROCESS", "SMALL", "captured", "tokens"]
 
 GREEDY = {"temperature": 0, "max_tokens": 32, "ignore_eos": True}
 SMALL = {
@@ -12,10 +12,11 @@ SMALL = {
     "kv_cache_memory_bytes": 256 << 20,
 }
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+BLOCK_BYTES = 128 * 2 * 3 * 64 * 4 * 30  # of SmolLM2: tokens x (key, value) x heads x head size x float32 x layers
 
 
 def captured(model, **options):
-    """The options of an engine that captures steps of 1, 2, 4 and 8 requests."""
+    """The options of an engine that captures steps of 1, 2, 4 and 8 requests in graphs."""
     compilation = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
     return {"model": str(model), **SMALL, "enforce_eager": False, "compilation_config": compilation, **options}
 
