@@ -14,6 +14,13 @@ namespace {
 
 using torch::jit::Stack;
 
+// Of the logarithms of the sums; empty where they are not wanted.
+std::vector<int64_t> sums_shape(const Layout& layout, const Sizes& query, int64_t heads, bool wanted) {
+  if (!wanted) return {0};
+  if (layout.packed) return {query.tokens, heads, 1};
+  return {query.batch, heads, query.tokens, 1};
+}
+
 class AttentionKernel final : public c10::OperatorKernel {
  public:
   AttentionKernel(const c10::FunctionSchema& schema, Names names)
@@ -95,9 +102,7 @@ class AttentionKernel final : public c10::OperatorKernel {
     };
     at::Tensor out = wanted(0, shape_of(layout.out, result), call.type);
     call.out = {out, out.data_ptr(), result.size, axes_of(layout.out, result)};
-    const std::vector<int64_t> lse_shape =
-        layout.packed ? std::vector<int64_t>{query.tokens, query.heads, 1} : std::vector<int64_t>{query.batch, query.heads, query.tokens, 1};
-    at::Tensor lse = wanted(1, wants_lse ? lse_shape : std::vector<int64_t>{0}, at::kFloat);
+    at::Tensor lse = wanted(1, sums_shape(layout, query, query.heads, wants_lse), at::kFloat);
     if (wants_lse) {
       call.lse = static_cast<float*>(lse.data_ptr());
       call.lse_axes = axes_of(layout.packed ? "TND" : "BNSD", {query.batch, query.tokens, query.heads, 1});
@@ -151,9 +156,8 @@ class InferOutput final : public c10::OperatorKernel {
     Sizes result = sizes_of(args, "query", query, layout.in, heads);
     if (args["block_table"].isNone()) result.size = sizes_of(args, "value", value, layout.in, kv_heads).size;
     else result.size = value.dim() == 3 ? value.size(2) / kv_heads : value.size(3);
-    const std::vector<int64_t> lse = layout.packed ? std::vector<int64_t>{result.tokens, heads, 1} : std::vector<int64_t>{result.batch, heads, result.tokens, 1};
     at::Tensor out = at::empty(shape_of(layout.out, result), query.options());
-    at::Tensor sums = at::empty(args[names_.lse].toBool() ? lse : std::vector<int64_t>{0}, query.options().dtype(at::kFloat));
+    at::Tensor sums = at::empty(sums_shape(layout, result, heads, args[names_.lse].toBool()), query.options().dtype(at::kFloat));
     stack->resize(base);
     stack->emplace_back(std::move(out));
     stack->emplace_back(std::move(sums));
