@@ -135,6 +135,12 @@ def graphs(session: nox.Session) -> None:
     run_more_engines(session, "graph_engines.py")
 
 
+@nox.session(python=PYTHON)
+def features(session: nox.Session) -> None:
+    """What a user switches on (LoRA, sleep mode, new weights), beyond what the default tests have."""
+    run_more_engines(session, "feature_engines.py")
+
+
 def run_more_engines(session: nox.Session, file: str) -> None:
     """Tests of vllm-ascend in a file that pytest does not find by its name."""
     install_in_place(session, "vllm-ascend")

@@ -52,6 +52,7 @@ def uncovered(vllm_config: Any) -> Iterator[str]:
         "prompt embeddings (enable_prompt_embeds)": model.enable_prompt_embeds,
         "pipeline stages (pipeline_parallel_size)": parallel.pipeline_parallel_size > 1,
         "data parallel replicas (data_parallel_size)": parallel.data_parallel_size > 1,
+        "LoRA adapters (enable_lora)": vllm_config.lora_config is not None,
         "KV connectors (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
         f"the options {', '.join(vllm_config.additional_config or {})} of additional_config": bool(
             vllm_config.additional_config

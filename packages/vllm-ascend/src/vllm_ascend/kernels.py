@@ -23,6 +23,7 @@ __all__ = [
     "kernel_head_size",
     "latent_attention",
     "merge_attention",
+    "pluggable_allocator",
     "prompt_latent_attention",
     "rms_norm",
     "rotary_mul",
@@ -317,3 +318,13 @@ def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Ten
     rows = [out.view(-1, out.shape[-1]) for out in outs]
     out, lse = _npu().npu_attention_update([lse.view(-1) for lse in lses], rows, 1)
     return out.view(outs[0].shape), lse.view(lses[0].shape)
+
+
+def pluggable_allocator(allocate: int, free: int) -> Any:
+    """An allocator for `torch.npu.MemPool`, as `torch.npu.memory.NPUPluggableAllocator` makes it of two functions of a library.
+
+    Args:
+        allocate: address of `void *(ssize_t bytes, int device, aclrtStream stream)`.
+        free: address of `void (void *pointer, size_t bytes, aclrtStream stream)`.
+    """
+    return _npu()._C._npu_customAllocator(allocate, free)

@@ -17,7 +17,9 @@ from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.findings import found_by, refuse
+from vllm_ascend.lora import limits as adapters
 from vllm_ascend.moe_layers import ConfigReader
+from vllm_ascend.sleep import limits as sleep
 
 __all__ = ["Host", "check", "notices"]
 
@@ -60,6 +62,8 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         found += _absent_for_the_model(vllm_config)
         found += states.broken(vllm_config, config)
         found += limits.broken(limits.Attention.of(vllm_config))
+        found += adapters.broken(vllm_config, config)
+        found += sleep.broken(vllm_config, config)
         found += rules.broken(config, deployment)
         found += rules.broken_on(config, host.chip)
         found += _wrong_with_experts(config, deployment, vllm_config.scheduler_config.max_num_seqs, host)
@@ -82,10 +86,6 @@ def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
     if (draft := vllm_config.speculative_config) is not None:
         yield (
             f"speculative decoding (method {draft.method!r}) is not supported by vllm-ascend; leave --speculative-config out"
-        )
-    if (adapters := vllm_config.lora_config) is not None:
-        yield (
-            f"LoRA (max_lora_rank {adapters.max_lora_rank}) has no kernels in vllm-ascend; leave --enable-lora out, and merge the adapter into the model"
         )
     if asked := _of_vllms_load_balancing(parallel):
         yield (

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.config import CUDAGraphMode
@@ -23,6 +23,8 @@ from vllm_ascend.attention import probe
 from vllm_ascend.attention.limits import Attention
 from vllm_ascend.layers import linear, mamba, moving
 from vllm_ascend.model_runner import AscendModelRunner
+from vllm_ascend.sleep import backend as sleep_backend
+from vllm_ascend.sleep.backend import AscendSleepBackend
 
 __all__ = ["AscendWorker"]
 
@@ -39,6 +41,7 @@ class AscendWorker(Worker):
         if states.has_states(self.model_config):
             mamba.register()
         loader.register()
+        sleep_backend.register()
 
     def init_device(self) -> None:
         """Take the device, join vLLM's process groups and ours, measure free memory."""
@@ -84,7 +87,12 @@ class AscendWorker(Worker):
         return runner
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
-        return nullcontext()
+        """Where what is allocated for the model ("weights"), the KV cache ("kv_cache") and beside it ("runtime") lies."""
+        if not self.model_config.enable_sleep_mode:
+            return nullcontext()
+        backend = cast(AscendSleepBackend, self.sleep_mode_backend)
+        backend.parameters = lambda: self.model_runner.get_model().parameters()
+        return backend.pool(tag)
 
     def start_weight_update(self) -> None:
         """Begin to receive weights from a trainer. ValueError as of `AscendModelRunner.reload_weights`."""
