@@ -44,7 +44,7 @@ def make(folder, base, prompts, length, generate, adapters):
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers), init_lora_weights=False)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config).eval()
         made.folders[name] = str(folder / name)
-        model.save_pretrained(made.folders[name])
+        model.save_pretrained(made.folders[name], save_embedding_layers=False)
         with torch.inference_mode():
             made.tokens[name] = generate(model, prompts, length)
             made.merged[name] = generate(model.merge_and_unload(), prompts, length)

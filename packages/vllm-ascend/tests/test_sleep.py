@@ -132,7 +132,10 @@ def test_a_device_that_has_no_room_to_wake_up(memory):
     memory.sleep(keep_all)
     free, _ = torch.npu.mem_get_info()
     other = bytes_of(free - 128 * MIB, 1)
-    with pytest.raises(RuntimeError, match=r"cannot wake up: \d+ bytes of NPU 0 are still to be taken, and \d+ are free; end what else uses it"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"cannot wake up: \d+ bytes of NPU 0 are still to be taken, and \d+ are free; end what else uses it",
+    ):
         memory.wake()
     del other
     torch.npu.empty_cache()

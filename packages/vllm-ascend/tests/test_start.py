@@ -85,6 +85,11 @@ ALONE = {
     "head size": ({"head_dim": 264}, {}, {}, "the model's heads are 264 wide: the kernel takes at most 256"),
     "MLA pieces": ({**LATENT, "num_attention_heads": 16, "v_head_dim": 256}, {"max_num_batched_tokens": 65536, "max_num_seqs": 96}, {}, "max_num_batched_tokens (65536) must be at most 64000 with max_num_seqs (96)"),
     "decode context": ({"num_key_value_heads": 1}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, {}, "decode_context_parallel_size (2) must be 1"),
+    "offloaded cache": ({}, {"kv_offloading_size": 0.5}, {}, "kv_offloading_size (0.5) cannot be used on an NPU: vLLM's copies between the KV cache and host memory are CUDA's; leave it out"),
+    "simply offloaded cache": ({}, {"kv_transfer_config": {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": [{"kv_connector": "SimpleCPUOffloadConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20}}]}}}, {}, "kv_transfer_config (connector 'SimpleCPUOffloadConnector') cannot be used on an NPU"),
+    "example of a connector": ({}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": "/tmp"}}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with enable_chunked_prefill (True)"),
+    "profiler": ({}, {"profiler_config": {"profiler": "cuda"}}, {}, "profiler_config.profiler ('cuda') must be 'torch' on an NPU"),
+    "what is profiled": ({}, {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "/tmp", "torch_profiler_activities": ["CPU", "CUDA"]}}, {}, "profiler_config.torch_profiler_activities (['CPU', 'CUDA']) must be ['CPU'] on an NPU"),
     "prefill context": ({}, {"prefill_context_parallel_size": 2}, {}, "prefill_context_parallel_size (2) must be 1"),
     "backend": ({}, {"attention_backend": "FLASH_ATTN"}, {}, "attention_config.backend ('FLASH_ATTN') is not a backend of vllm-ascend for this model; leave it out, or give 'ASCEND_ATTN'"),
     "backend of MLA": ({}, {"attention_backend": "ASCEND_MLA"}, {}, "('ASCEND_MLA') is not a backend of vllm-ascend for this model"),
@@ -129,6 +134,8 @@ GOOD = {
     "as it is": ({}, {}, {}),
     "LoRA": ({}, {"enable_lora": True, "additional_config": {"weight_nz_mode": 0}}, {}),
     "LoRA beside experts": (MOE, {"enable_lora": True, "lora_target_modules": ["q_proj", "o_proj"]}, {}),
+    "torch's profiler": ({}, {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "/tmp"}}, {}),
+    "example of whole prompts": ({}, {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096, "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": "/tmp"}}}, {}),
     "sleep": ({}, {"enable_sleep_mode": True}, {}),
     "soft cap": ({"attn_logit_softcapping": 50.0}, {}, {}),
     "ALiBi": ({"alibi": True}, {}, {}),
@@ -160,7 +167,7 @@ FIVE = {
     "kv_cache_dtype": "fp8",
     "block_size": 8,
     "attention_backend": "FLASH_ATTN",
-    "enable_lora": True,
+    "profiler_config": {"profiler": "cuda"},
     "additional_config": {"nope": 1},
 }
 RUN = """
@@ -235,7 +242,7 @@ def test_what_is_supported_is_taken(answers, name):
 def test_five_faults_are_one_error(answers):
     lines = answers["five"].splitlines()
     first = next(index for index, line in enumerate(lines) if "5 things are wrong with this configuration:" in line)
-    for number, name in enumerate(("'nope'", "LoRA", "FLASH_ATTN", "'fp8'", "block_size (8)"), 1):
+    for number, name in enumerate(("'nope'", "profiler_config", "FLASH_ATTN", "'fp8'", "block_size (8)"), 1):
         assert lines[first + number].startswith(f"{number}. ")
         assert name in lines[first + number]
 

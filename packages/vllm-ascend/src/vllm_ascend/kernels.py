@@ -18,6 +18,7 @@ __all__ = [
     "attention_of_any_size",
     "attention_with_sinks",
     "causal_mask",
+    "device_profiler",
     "gather_kv",
     "in_fractal_nz",
     "kernel_head_size",
@@ -328,3 +329,25 @@ def pluggable_allocator(allocate: int, free: int) -> Any:
         free: address of `void (void *pointer, size_t bytes, aclrtStream stream)`.
     """
     return _npu()._C._npu_customAllocator(allocate, free)
+
+
+def device_profiler(
+    *, folder: str, name: str, steps: tuple[int, int, int] | None, device: bool, **options: bool
+) -> Any:
+    """A profiler of the host, and of the device, which writes its traces when it stops.
+
+    Args:
+        folder: where each trace gets a folder.
+        name: how that folder's name begins.
+        steps: how many steps it waits, warms up and records. None: it records from its start to its end.
+        device: whether the device is recorded.
+        options: `record_shapes`, `profile_memory`, `with_stack`, `with_flops`.
+    """
+    npu = _npu().profiler
+    schedule = None if steps is None else npu.schedule(wait=steps[0], warmup=steps[1], active=steps[2], repeat=1)
+    return npu.profile(
+        activities=[npu.ProfilerActivity.CPU, *([npu.ProfilerActivity.NPU] if device else [])],
+        schedule=schedule,
+        on_trace_ready=npu.tensorboard_trace_handler(folder, worker_name=name),
+        **options,
+    )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -203,11 +203,12 @@ class AscendModelRunner(GPUModelRunner):
         if self.lora_config is None or not self.num_prompt_logprobs:
             return super()._get_prompt_logprobs_dict(*args, **kwargs)
         # vLLM has the adapters of the rows that are sampled alone, and these rows are others: of one request at a time.
-        found, wanted = {}, self.num_prompt_logprobs
+        manager, wanted = cast(AscendLoRAManager, self.lora_manager), self.num_prompt_logprobs
+        found: dict[str, Any] = {}
         for request, number in list(wanted.items()):
             adapter = self.requests[request].lora_request
             self.num_prompt_logprobs = {request: number}
-            with self.lora_manager.sampling_as(0 if adapter is None else adapter.lora_int_id):
+            with manager.sampling_as(0 if adapter is None else adapter.lora_int_id):
                 found |= super()._get_prompt_logprobs_dict(*args, **kwargs)
             if not self.num_prompt_logprobs:
                 del wanted[request]

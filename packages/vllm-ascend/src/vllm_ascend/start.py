@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_ascend import envs, experts, rules, states
+from vllm_ascend import envs, experts, rules, states, transfer
 from vllm_ascend.attention import BACKENDS, limits
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
@@ -64,6 +64,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         found += limits.broken(limits.Attention.of(vllm_config))
         found += adapters.broken(vllm_config, config)
         found += sleep.broken(vllm_config, config)
+        found += transfer.broken(vllm_config)
         found += rules.broken(config, deployment)
         found += rules.broken_on(config, host.chip)
         found += _wrong_with_experts(config, deployment, vllm_config.scheduler_config.max_num_seqs, host)
@@ -91,6 +92,13 @@ def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
         yield (
             f"{', '.join(asked)}: vLLM's own balancing of experts does not run on this platform; give its counterpart, "
             f"--additional-config '{json.dumps({'eplb_config': _as_our_load_balancing(parallel)})}'"
+        )
+    profiler = vllm_config.profiler_config
+    if profiler.profiler not in (None, "torch"):
+        yield f"profiler_config.profiler ({profiler.profiler!r}) must be 'torch' on an NPU, which is torch_npu's profiler here"
+    if profiler.profiler and profiler.torch_profiler_activities not in (None, ["CPU"]):
+        yield (
+            f"profiler_config.torch_profiler_activities ({profiler.torch_profiler_activities}) must be ['CPU'] on an NPU; without it the device is recorded too"
         )
     for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
         if (size := getattr(parallel, name)) > 1:
@@ -171,11 +179,6 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
     for option, backend in asked.items():
         if backend is not None and backend.name != name:
             yield f"{option} ({backend.name!r}) is not a backend of vllm-ascend for this model; leave it out, or give {name!r}"
-    if (transfer := vllm_config.kv_transfer_config) is not None and model.use_mla:
-        yield (
-            f"kv_transfer_config (connector {transfer.kv_connector!r}) cannot be used with multi-head latent attention: the cache's blocks do "
-            "not lie in one piece here; leave it out"
-        )
     method = vllm_config.quant_config
     # Every method of vLLM's own needs kernels for other devices. Those for experts alone ("experts_int8") would leave a dense model as it is.
     if type(method).__module__.startswith("vllm."):

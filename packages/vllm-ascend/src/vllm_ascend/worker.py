@@ -18,11 +18,12 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_ascend import layers, loader, parallel, states, warmup
+from vllm_ascend import compat, layers, loader, parallel, states, warmup
 from vllm_ascend.attention import probe
 from vllm_ascend.attention.limits import Attention
 from vllm_ascend.layers import linear, mamba, moving
 from vllm_ascend.model_runner import AscendModelRunner
+from vllm_ascend.profiler import NpuProfiler
 from vllm_ascend.sleep import backend as sleep_backend
 from vllm_ascend.sleep.backend import AscendSleepBackend
 
@@ -36,6 +37,7 @@ class AscendWorker(Worker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Replace vLLM's layers and loader by ours before a model is built."""
+        compat.accept_profiler()
         super().__init__(*args, **kwargs)
         layers.register()
         if states.has_states(self.model_config):
@@ -106,6 +108,12 @@ class AscendWorker(Worker):
             self.model_runner.capture_model()
         set_random_seed(self.model_config.seed)
         return CompilationTimes(language_model=0.0, encoder=0.0)
+
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None, **options: Any) -> None:
+        """Start or end a trace, as vLLM does, by torch_npu's profiler."""
+        if self.profiler is None and self.profiler_config.profiler == "torch":
+            self.profiler = NpuProfiler(self.profiler_config, f"rank{self.rank}")  # vLLM names it before it starts
+        super().profile(is_start, profile_prefix, **options)
 
     def shutdown(self) -> None:
         """Destroy this plugin's groups, then what vLLM built."""

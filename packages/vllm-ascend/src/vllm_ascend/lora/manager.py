@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,19 @@ class AscendLoRAManager(LRUCacheWorkerLoRAManager):
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> Any:
         """Put vLLM's LoRA layers into the model, and lay out their weights as `products.add_expanded` reads them."""
         adapted = super().create_lora_manager(model, vllm_config)
-        for layer in [*self._adapter_manager.modules.values()]:
-            stacked = getattr(layer, "lora_b_stacked", None)
+        for layer in self._adapter_manager.modules.values():
+            stacked: Any = getattr(layer, "lora_b_stacked", None)
             if isinstance(stacked, Tensor):
-                layer.lora_b_stacked = products.lay_out(stacked)
+                vars(layer)["lora_b_stacked"] = products.lay_out(stacked)
             elif isinstance(stacked, tuple):
-                layer.lora_b_stacked = tuple(map(products.lay_out, stacked))
+                vars(layer)["lora_b_stacked"] = tuple(map(products.lay_out, stacked))
         return adapted
 
     def sampling_as(self, adapter: int) -> AbstractContextManager[None]:
         """Let all rows whose logits are computed inside have one adapter, 0 for none."""
         manager = self._adapter_manager
         language = manager.mm_mapping.language_model[0] if manager.supports_mm else DEFAULT_LANGUAGE_WRAPPER_KEY
-        wrapper: AscendPunicaWrapper = manager.punica_wrapper_mapping[language]
+        wrapper = cast(AscendPunicaWrapper, manager.punica_wrapper_mapping[language])
         return wrapper.sampling_as(adapter, manager.lora_index_to_id)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
@@ -48,7 +48,8 @@ class AscendLoRAManager(LRUCacheWorkerLoRAManager):
         """
         adapter = super()._load_adapter(lora_request)
         for name, weights in adapter.loras.items():
-            for letter, given in (("A", weights.lora_a), ("B", weights.lora_b)):
+            matrices: dict[str, Any] = {"A": weights.lora_a, "B": weights.lora_b}
+            for letter, given in matrices.items():
                 for matrix in given if isinstance(given, list) else [given]:
                     if matrix is not None and not torch.isfinite(matrix).all():
                         raise ValueError(

@@ -111,9 +111,7 @@ class AscendPunicaWrapper(PunicaWrapperBase):
         finally:
             self._of_samples = before
 
-    def add_shrink(
-        self, y: Any, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any
-    ) -> None:
+    def add_shrink(self, y: Any, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any) -> None:
         """`y[s] += scale * x @ A[s].T` with each row's own adapter, for each part s of a fused layer.
 
         Args:

@@ -23,11 +23,11 @@ _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
 
 
 class _Location(ctypes.Structure):
-    _fields_ = [("id", c_uint32), ("type", c_int)]  # noqa: RUF012
+    _fields_ = [("id", c_uint32), ("type", c_int)]
 
 
 class _Properties(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("handle_type", c_int),
         ("allocation_type", c_int),
         ("attribute", c_int),

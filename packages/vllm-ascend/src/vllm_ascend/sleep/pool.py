@@ -27,6 +27,12 @@ _ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ct
 _FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
+def _address_of(function: Any) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None  # ctypes has made it
+    return address
+
+
 @dataclass(slots=True, kw_only=True)
 class _Segment:
     """Addresses of a pool.
@@ -57,8 +63,7 @@ class SleepingMemory:
         self._pools: list[tuple[str, Any]] = []
         self._tag = ""
         self._functions = _ALLOCATE(self._allocate), _FREE(self._free)
-        addresses = (ctypes.cast(function, ctypes.c_void_p).value for function in self._functions)
-        self._allocator = kernels.pluggable_allocator(*addresses)
+        self._allocator = kernels.pluggable_allocator(*(_address_of(function) for function in self._functions))
         SleepingMemory._alive.append(self)
 
     @contextmanager
