@@ -52,17 +52,17 @@ def used_memory(worker):
     return total - free
 
 
-def act(llm, name, *arguments):
-    """Do what a job asks for before a run. Returns what is said if it is refused, and the memory that is taken on each device then."""
+def act(llm, inspected, name, *arguments):
+    """Do what a job asks for before a run. Returns what is said if it is refused, and the memory that is taken on each device then if that may be asked."""
     actions = {
         "sleep": llm.sleep,
         "wake_up": llm.wake_up,
-        "reload": lambda **options: reload(llm, options),
+        "reload": lambda: llm.collective_rpc("reload_weights"),
         "load_adapter": lambda folder: llm.llm_engine.add_lora(adapter(folder)),
         "drop_adapter": lambda folder: llm.llm_engine.remove_lora(adapter(folder).lora_int_id),
     }
     said = refusal(actions[name], *arguments)
-    return {"said": said, "memory": llm.collective_rpc(used_memory)}
+    return {"said": said, "memory": llm.collective_rpc(used_memory) if inspected else None}
 
 
 def preemptions(llm):
@@ -233,7 +233,7 @@ def main(job_file, result_file):
         runs, collectives, refusals, calls = [], [], [], [llm.collective_rpc(all_operators) if inspected else None]
         for run in engine["runs"]:
             refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
-            actions.append([act(llm, *action) for action in run.get("before", ())])
+            actions.append([act(llm, inspected, *action) for action in run.get("before", ())])
             if run.get("watch"):
                 llm.collective_rpc(watch_copies)
             runs.append(generate(llm, run))

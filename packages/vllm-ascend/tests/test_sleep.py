@@ -17,20 +17,34 @@ def used():
     return total - free
 
 
-@pytest.fixture
-def memory():
+@pytest.fixture(params=[False, True], ids=["fixed segments", "segments that grow"])
+def memory(request):
     """A pool; the tensors of a test and its memory end before the next one begins."""
+    from vllm_ascend import kernels
     from vllm_ascend.sleep.pool import SleepingMemory
 
     torch.npu.set_device(0)
     torch.zeros(1, device="npu")
     before = used()
-    made = SleepingMemory()
+    kernels.let_segments_grow(request.param)
+    made = SleepingMemory(segments_grow=request.param)
     yield made
+    assert grows() == request.param
+    kernels.let_segments_grow(False)
     made._pools.clear()
     gc.collect()
     assert made._segments == {}
     assert used() == before
+
+
+def grows():
+    """Whether what is allocated outside of pools lies in segments that grow."""
+    torch.npu.empty_cache()
+    probe = bytes_of(30 * MIB)
+    segments = torch.npu.memory.memory_snapshot()
+    return next(
+        one["is_expandable"] for one in segments if probe.data_ptr() in (part["address"] for part in one["blocks"])
+    )
 
 
 def bytes_of(size, value=1):
@@ -42,6 +56,7 @@ def keep_all(tag, address):
 
 
 def test_what_lies_there_comes_back_at_its_address(memory):
+    assert grows() == memory._segments_grow
     outside = bytes_of(MIB, 7)
     with memory.pool("weights"):
         large, small = torch.arange(20 * MIB, device="npu", dtype=torch.float32), torch.arange(3.0, device="npu")

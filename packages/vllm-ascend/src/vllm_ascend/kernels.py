@@ -23,6 +23,7 @@ __all__ = [
     "in_fractal_nz",
     "kernel_head_size",
     "latent_attention",
+    "let_segments_grow",
     "merge_attention",
     "pluggable_allocator",
     "prompt_latent_attention",
@@ -351,3 +352,8 @@ def device_profiler(
         on_trace_ready=npu.tensorboard_trace_handler(folder, worker_name=name),
         **options,
     )
+
+
+def let_segments_grow(grow: bool) -> None:
+    """Whether torch_npu's allocator makes segments that grow from now on (`expandable_segments`, the one setting that it changes in a process that runs)."""
+    torch.npu.memory._set_allocator_settings(f"expandable_segments:{grow}")  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.device_allocator import DEFERRABLE_TAGS
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeBackendFactory
 
+from vllm_ascend import envs
 from vllm_ascend.sleep.limits import BACKEND
 from vllm_ascend.sleep.pool import SleepingMemory
 
@@ -27,7 +28,7 @@ class AscendSleepBackend(SleepModeBackend):
     def __init__(self) -> None:
         """No memory yet."""
         super().__init__()
-        self._memory = SleepingMemory()
+        self._memory = SleepingMemory(segments_grow=envs.segments_grow())
 
     def pool(self, tag: str) -> AbstractContextManager[None]:
         """Where what is allocated can sleep."""

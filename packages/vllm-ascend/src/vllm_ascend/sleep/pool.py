@@ -52,13 +52,18 @@ class _Segment:
 
 
 class SleepingMemory:
-    """The memory of one engine that can sleep."""
+    """The memory of one engine that can sleep.
+
+    Args:
+        segments_grow: whether torch_npu's allocator makes segments that grow. It takes those from CANN itself, so that it must not in a pool.
+    """
 
     _alive: ClassVar[list[SleepingMemory]] = []
     """All there were in this process. torch_npu returns memory through the functions of one long after its engine has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, segments_grow: bool) -> None:
         """Make the functions by which torch_npu takes and returns memory."""
+        self._segments_grow = segments_grow
         self._segments: dict[int, _Segment] = {}
         self._pools: list[tuple[str, Any]] = []
         self._tag = ""
@@ -72,11 +77,13 @@ class SleepingMemory:
         before, self._tag = self._tag, tag
         pool = torch.npu.MemPool(self._allocator)
         self._pools.append((tag, pool))
+        kernels.let_segments_grow(False)
         try:
             with torch.npu.use_mem_pool(pool):
                 yield
         finally:
             self._tag = before
+            kernels.let_segments_grow(self._segments_grow and not before)
             self._drop_unused(pool)
 
     def sleep(self, discards: Callable[[str, int], bool], tags: tuple[str, ...] | None = None) -> None:
