@@ -7,11 +7,12 @@ What only a device can say, `attention/probe.py` asks in the worker before it lo
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_ascend import envs, experts, rules, states, transfer
+from vllm_ascend import envs, experts, ray_cluster, rules, states, transfer
 from vllm_ascend.attention import BACKENDS, limits
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
@@ -57,6 +58,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
     found += found_by(envs.hccl_buffsize_mb)
     found += _absent_of_vllm(vllm_config)
     found += _wrong_with_the_host(vllm_config.parallel_config, host)
+    found += ray_cluster.broken(vllm_config.parallel_config, sys.modules.get("ray"))
     if vllm_config.model_config is not None:
         deployment = Deployment.of(vllm_config)
         found += _absent_for_the_model(vllm_config)
@@ -74,9 +76,10 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
 
 def notices(vllm_config: Any) -> list[str]:
     """What a user should know of a configuration that has passed `check`."""
+    of_ray = ray_cluster.notices(vllm_config.parallel_config, sys.modules.get("ray"))
     if vllm_config.model_config is None:
-        return []
-    return [*limits.notices(limits.Attention.of(vllm_config)), *states.notices(vllm_config.model_config)]
+        return of_ray
+    return [*of_ray, *limits.notices(limits.Attention.of(vllm_config)), *states.notices(vllm_config.model_config)]
 
 
 def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
