@@ -2,14 +2,18 @@
 """`nox -s features`: LoRA, sleep mode and engines that a launcher starts, over more models and arrangements of ranks than the default tests have."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import openai
 import pytest
+import torch
 from engine_jobs import GREEDY, ONE_PROCESS, captured, tokens
 from engine_processes import LIMIT, end, listening_port, start, until, what_it_said
+from int8_models import PROMPTS, quantise_statically
 from lora_adapters import ALL, make
+from vllm_ascend.quantization.linear import float_scale
 
 INSPECTED = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 LENGTH = 16
@@ -105,6 +109,61 @@ def test_an_engine_of_two_ranks_with_graphs_sleeps(smollm2, prompts, greedy, run
         assert actions[0]["memory"][0] < awake[0] - (256 << 20)  # the KV cache
         assert actions[-1]["memory"] == awake
     assert result["graphs"][0]["replays"] > 60
+
+
+def as_compressed(modelslim, folder, *, static):
+    """A ModelSlim checkpoint as compressed-tensors would have it: the same int8 weights and scales."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(modelslim, folder)
+    file = folder / "quant_model_weights.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(".deq_scale")]:
+        layer = name.removesuffix(".deq_scale")
+        scale = tensors.pop(f"{layer}.input_scale")
+        tensors[f"{layer}.weight_scale"] = (float_scale(tensors.pop(name)) / scale)[:, None]
+        tensors |= {f"{layer}.input_scale": scale.float().reshape(1), f"{layer}.input_zero_point": tensors.pop(f"{layer}.input_offset").to(torch.int8).reshape(1)}  # fmt: skip
+        del tensors[f"{layer}.quant_bias"]
+    save_file({name: x for name, x in tensors.items() if not name.endswith("weight_offset")}, folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    file.unlink()
+    (folder / "quant_model_description.json").unlink()
+    inputs = {"dynamic": False, "strategy": "tensor", "symmetric": False} if static else {"dynamic": True, "strategy": "token", "symmetric": True}  # fmt: skip
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}, "input_activations": {"num_bits": 8, "type": "int", **inputs}}  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed", "ignore": ["lm_head"], "config_groups": {"group_0": group}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_int8_of_compressed_tensors(ranks, static, tmp_path, run_engines):
+    """The tokens of the same weights in ModelSlim's form. Its weights are kept after a sleep without them."""
+    from ascend_sim.checkpoints import quantise
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(4)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=500, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=128,
+        max_position_embeddings=256, initializer_range=0.1, tie_word_embeddings=False,
+    )).float().eval()  # fmt: skip
+    model.save_pretrained(tmp_path / "float")
+    if static:
+        modelslim = quantise_statically(model, tmp_path / "float", tmp_path / "modelslim", PROMPTS[:1])
+    else:
+        modelslim = quantise(tmp_path / "float", tmp_path / "modelslim", keep_float=("lm_head",))
+    folder = as_compressed(modelslim, tmp_path / "compressed", static=static)
+    sampling = {"prompts": PROMPTS[:4], "sampling": SAMPLING}
+    asleep = sampling | {"before": [["sleep", 2], ["wake_up", ["weights"]], ["reload"], ["wake_up", ["kv_cache"]]]}
+    engine = {name: value for name, value in TINY.items() if "lora" not in name} | {"tensor_parallel_size": ranks}
+    jobs = [
+        {"engine": engine | {"model": str(modelslim)}, "runs": [sampling]},
+        {"engine": engine | {"model": str(folder), "enable_sleep_mode": True}, "runs": [sampling, asleep]},
+    ]
+    expected, result = run_engines(jobs, **(ONE_PROCESS if ranks == 1 else {}))
+    assert [one["said"] for one in result["actions"][1]] == [None] * 4
+    assert tokens(result) == tokens(expected)
+    assert tokens(result, 1) == tokens(expected)
 
 
 LAUNCHED = """

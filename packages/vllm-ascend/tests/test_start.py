@@ -53,6 +53,16 @@ COMPRESSED = {
         "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     }},
 }  # fmt: skip
+
+
+def compressed(**changes):
+    """COMPRESSED with other weights or activations."""
+    (group,) = COMPRESSED["config_groups"].values()
+    return COMPRESSED | {
+        "config_groups": {"group_0": group | {name: group[name] | changed for name, changed in changes.items()}}
+    }
+
+
 ENCODER = {  # heads of 40, which are filled up to 64
     "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 480, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 40,
     "position_embedding_type": "absolute", "pad_token_id": 0,
@@ -110,7 +120,11 @@ ALONE = {
     "int8 experts of a dense model": ({}, {"quantization": "experts_int8"}, {}, "quantization ('experts_int8') has no kernels"),
     "int8 weights": ({}, {"quantization": "int8_per_channel_weight_only"}, {}, "quantization ('int8_per_channel_weight_only') has no kernels"),
     "mxfp8": ({}, {"quantization": "mxfp8"}, {}, "quantization ('mxfp8') has no kernels"),
-    "compressed-tensors": ({"quantization_config": COMPRESSED}, {"dtype": "bfloat16"}, {}, "quantization ('compressed-tensors') has no kernels"),
+    "compressed experts": ({**MOE, "quantization_config": COMPRESSED}, {"dtype": "bfloat16"}, {}, "quantization ('compressed-tensors') with routed experts has no kernels in vllm-ascend"),
+    "compressed weights alone": ({"quantization_config": compressed(weights={"num_bits": 4, "strategy": "group", "group_size": 128})}, {"dtype": "bfloat16"}, {}, "quantization ('compressed-tensors') with int4 weights and int8 activations (target 'Linear') has no kernels"),
+    "compressed activations with a zero point": ({"quantization_config": compressed(input_activations={"symmetric": False})}, {"dtype": "bfloat16"}, {}, "activations static for each tensor, or dynamic and symmetric for each token"),
+    "compressed in float8": ({"quantization_config": compressed(weights={"type": "float"}, input_activations={"type": "float"})}, {"dtype": "bfloat16"}, {}, "with float8 weights and float8 activations (target 'Linear') has no kernels"),
+    "compressed and an option": ({"quantization_config": COMPRESSED, "num_key_value_heads": 12}, {"dtype": "bfloat16", "tensor_parallel_size": 2, "additional_config": {"enable_matmul_allreduce": True}}, {}, "option 'enable_matmul_allreduce' (True) cannot be used with quantization ('compressed-tensors')"),
     "GPT-OSS as it is published": ({**GPT_OSS, "quantization_config": {"quant_method": "mxfp4"}}, {"dtype": "bfloat16"}, {}, "mxfp4') has no kernels"),
     "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}}, {"dtype": "bfloat16"}, {}, "awq') has no kernels"),
     "offload": ({}, {"cpu_offload_gb": 1}, {}, "cpu_offload_gb (1.0) needs a view of host memory"),
@@ -137,6 +151,8 @@ GOOD = {
     "torch's profiler": ({}, {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "/tmp"}}, {}),
     "example of whole prompts": ({}, {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096, "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": "/tmp"}}}, {}),
     "sleep": ({}, {"enable_sleep_mode": True}, {}),
+    "compressed-tensors": ({"quantization_config": COMPRESSED}, {"dtype": "bfloat16"}, {}),
+    "compressed-tensors, static": ({"quantization_config": compressed(input_activations={"dynamic": False, "strategy": "tensor", "symmetric": False})}, {"dtype": "bfloat16"}, {}),
     "soft cap": ({"attn_logit_softcapping": 50.0}, {}, {}),
     "ALiBi": ({"alibi": True}, {}, {}),
     "sinks": ({"add_swa_attention_sink_bias": True}, {}, {}),

@@ -20,6 +20,7 @@ from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.findings import found_by, refuse
 from vllm_ascend.lora import limits as adapters
 from vllm_ascend.moe_layers import ConfigReader
+from vllm_ascend.quantization import foreign
 from vllm_ascend.sleep import limits as sleep
 
 __all__ = ["Host", "check", "notices"]
@@ -67,6 +68,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         found += adapters.broken(vllm_config, config)
         found += sleep.broken(vllm_config, config)
         found += transfer.broken(vllm_config)
+        found += foreign.broken(vllm_config, config)
         found += rules.broken(config, deployment)
         found += rules.broken_on(config, host.chip)
         found += _wrong_with_experts(config, deployment, vllm_config.scheduler_config.max_num_seqs, host)
@@ -182,13 +184,6 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
     for option, backend in asked.items():
         if backend is not None and backend.name != name:
             yield f"{option} ({backend.name!r}) is not a backend of vllm-ascend for this model; leave it out, or give {name!r}"
-    method = vllm_config.quant_config
-    # Every method of vLLM's own needs kernels for other devices. Those for experts alone ("experts_int8") would leave a dense model as it is.
-    if type(method).__module__.startswith("vllm."):
-        yield (
-            f"quantization ({model.quantization!r}) has no kernels in vllm-ascend, which serves ModelSlim's W8A8 checkpoints ('ascend') and those "
-            "without quantisation"
-        )
     yield from _beyond_the_rotary_table(model)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if model.hf_text_config.model_type == "modernbert" and ranks > 1:

@@ -24,6 +24,7 @@ from vllm_ascend.attention.limits import Attention
 from vllm_ascend.layers import linear, mamba, moving
 from vllm_ascend.model_runner import AscendModelRunner
 from vllm_ascend.profiler import NpuProfiler
+from vllm_ascend.quantization import compressed
 from vllm_ascend.sleep import backend as sleep_backend
 from vllm_ascend.sleep.backend import AscendSleepBackend
 
@@ -44,6 +45,7 @@ class AscendWorker(Worker):
             mamba.register()
         loader.register()
         sleep_backend.register()
+        compressed.register()
 
     def init_device(self) -> None:
         """Take the device, join vLLM's process groups and ours, measure free memory."""

@@ -10,7 +10,7 @@ from typing import Any
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.findings import shown
 
-__all__ = ["broken"]
+__all__ = ["broken", "of_linear_layers"]
 
 # Options that do not touch a layer to which vLLM adds the products of adapters.
 _INDEPENDENT = frozenset({"flashcomm1_dense_threshold", "weight_nz_mode"})
@@ -25,24 +25,25 @@ def broken(vllm_config: Any, config: AscendConfig) -> Iterator[str]:
     """
     if vllm_config.lora_config is None or vllm_config.model_config is None:
         return
-    yield from (f"{what} cannot be used with LoRA adapters: {why}" for what, why in _of_options(config))
+    yield from (
+        f"{what} cannot be used with LoRA adapters: vLLM's LoRA layers call a layer's product themselves, and pass by what the option puts around it; leave the option or "
+        "--enable-lora out"
+        for what in of_linear_layers(config)
+    )
     yield from (
         f"LoRA adapters (--enable-lora) cannot be used with {what}: {why}" for what, why in _of_the_engine(vllm_config)
     )
 
 
-def _of_options(config: AscendConfig) -> Iterator[tuple[str, str]]:
+def of_linear_layers(config: AscendConfig) -> Iterator[str]:
+    """Each option that is on and changes linear layers, with its value."""
     defaults = AscendConfig()
     for option in fields(config):
         value = getattr(config, option.name)
         if option.name in _INDEPENDENT or value == getattr(defaults, option.name):
             continue
-        if option.name == "weight_prefetch_config" and not value.enabled:
-            continue
-        yield (
-            f"option {option.name!r} ({shown(value)})",
-            "vLLM's LoRA layers call a layer's product themselves, and pass by what the option puts around it; leave the option or --enable-lora out",
-        )
+        if option.name != "weight_prefetch_config" or value.enabled:
+            yield f"option {option.name!r} ({shown(value)})"
 
 
 def _of_the_engine(vllm_config: Any) -> Iterator[tuple[str, str]]:
