@@ -31,7 +31,7 @@ def memory(request):
     yield made
     assert grows() == request.param
     kernels.let_segments_grow(False)
-    made._pools.clear()
+    made.close()
     gc.collect()
     assert made._segments == {}
     assert used() == before

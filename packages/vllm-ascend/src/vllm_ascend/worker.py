@@ -121,3 +121,5 @@ class AscendWorker(Worker):
         """Destroy this plugin's groups, then what vLLM built."""
         parallel.close()
         super().shutdown()
+        if isinstance(self._sleep_mode_backend, AscendSleepBackend):
+            self._sleep_mode_backend.close()

@@ -132,6 +132,10 @@ class SleepingMemory:
                 cann.to_device(address + offset, host.data_ptr(), host.numel())
             segment.kept = []
 
+    def close(self) -> None:
+        """End the pools: torch_npu returns their memory when no tensor lies in it and its caches are emptied."""
+        self._pools.clear()
+
     def tags(self) -> set[str]:
         """The tags of what there is."""
         return {segment.tag for segment in self._segments.values()}
