@@ -224,6 +224,10 @@ def plot(panels: dict[str, dict[str, list[float]]], path: Path) -> None:
 SIMULATED = f"""A plan is made from the loads before it, serves loads that it has not seen, and is in force after the steps that its transfers take. `simulation.py` has the assumptions:
 {simulation.STEP_SECONDS * 1e3:.0f} ms a step, {1 / simulation.SECONDS_PER_BYTE / 1e9:.0f} GB/s, {simulation.EXPERT_BYTES / 2**20:.0f} MB an expert. "Near" is within {simulation.NEAR} of the balancedness of an offline plan of each window, which no engine can carry out.
 The intervals to follow are counted from the one after the shift. vLLM's policy is its own file, run as it is, with one layer moving a step.
+
+What the goal leaves out: the first plan and the shift. In these intervals nearly all slots would have to change at once, as they do in the offline plan; within the budget it takes the
+first one or two intervals at 32 and 64 ranks, and five or six at 320, where a rank has two slots. In steady drift `incremental` stays near at 32 and 64 ranks, and at 320 the budget is what
+limits it: {simulation.WIDE:.0%} of the slots instead of {simulation.BUDGET:.0%} are the row below it.
 """
 LIVE = f"""Engines on the simulated NPU: the stream is mostly prose, then mostly Python, then mostly numbers. "Static" is planned from the first phase. `deepseek` is the algorithm that
 vLLM's default policy is, without two replicas of an expert on one rank. An interval has {INTERVAL} steps. Where experts stay, nothing is moved or waited for. Seconds are those of this
