@@ -136,6 +136,12 @@ def graphs(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def states(session: nox.Session) -> None:
+    """Models with a recurrent state over pipeline stages and over replicas that share experts."""
+    run_more_engines(session, "state_engines.py")
+
+
+@nox.session(python=PYTHON)
 def media(session: nox.Session) -> None:
     """Servers of a model that reads pictures and of one that writes sound down, with right and wrong input."""
     run_more_engines(session, "served_media.py")

@@ -10,7 +10,8 @@ import openai
 import pytest
 from PIL import Image
 from served import Server
-from zoo import ENTRIES, Entry, media, reference
+from zoo import ENTRIES, media, reference
+from zoo.entries import Entry
 from zoo.multimodal import ids_of, tokenizer
 
 pytestmark = pytest.mark.slow
