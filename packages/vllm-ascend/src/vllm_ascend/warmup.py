@@ -11,7 +11,7 @@ ranks run the same steps, at the same place of their start.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vllm import PoolingParams, SamplingParams
@@ -56,8 +56,12 @@ def _small_cache(runner: AscendModelRunner) -> Iterator[int]:
         runner._mamba_bufs = None  # what vLLM has prepared for the copies of states between blocks knows this cache
 
 
-def warm_up(worker: AscendWorker) -> None:
+def warm_up(worker: AscendWorker, *, cached: bool = True) -> None:
     """Run the steps, and leave no trace of them in the runner. Collective over all ranks of all replicas.
+
+    Args:
+        worker: whose model is loaded.
+        cached: whether the model has a KV cache, which then has no size yet. An encoder has none: its runner is ready for steps.
 
     Encoder-decoder models are left out: their prompt is nothing without what the encoder makes of an input.
     """
@@ -66,7 +70,7 @@ def warm_up(worker: AscendWorker) -> None:
     tokens = min(PROMPT, runner.max_num_tokens, runner.max_model_len - (not pools))
     if runner.model_config.is_encoder_decoder or tokens < 1 or (pools and not _pooling_task(runner)):
         return
-    with _small_cache(runner) as groups, _uncounted(runner):
+    with _small_cache(runner) if cached else nullcontext(0) as groups, _uncounted(runner):
         _step(worker, _prompt(runner, tokens, groups))
         if not pools:
             _step(worker, _decoding(tokens))
