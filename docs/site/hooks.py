@@ -16,7 +16,15 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("*.md", "docs/**/*.md", "packages/*/README.md", "packages/*/docs/*.md", "benchmarks/*/*.md")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
+# Pages that join the guides as soon as they are there.
+GUIDES = {"Speculative decoding": "docs/speculation.md", "LoRA": "docs/lora.md", "Features": "docs/features.md"}
 API = ("ascend_eplb", "ascend_comm", "ascend_linear", "ascend_moe", "ascend_sim.counters")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Put `GUIDES` into the navigation."""
+    guides = next(section["Guides"] for section in config.nav if "Guides" in section)
+    guides += [{title: uri} for title, uri in GUIDES.items() if (ROOT / uri).is_file()]
 
 
 def _page(uri: str) -> str:
