@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine with a stream that needs no rebalancing: python balanced.py JOB.json RESULT.json. Started by run.py, with experts that may move and without.
 
-Two tensor parallel ranks share the experts, which lie where a plan for this very stream puts them.
+Tensor parallel ranks share the experts, which lie where a plan for this very stream puts them.
 """
 
 from __future__ import annotations

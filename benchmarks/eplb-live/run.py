@@ -140,18 +140,20 @@ def engines(source: Path, folder: Path, console: Console) -> dict[str, dict]:
 
 
 def balanced(source: Path, folder: Path) -> Table:
-    """What it costs that experts may move, where a stream gives no reason to: two ranks whose experts lie as planned for this stream."""
+    """What it costs that experts may move, where a stream gives no reason to: three ranks whose experts lie as planned for this stream."""
     import ascend_eplb as eplb
 
-    ranks, record, planned = 2, folder / "balanced.npz", folder / "balanced.json"
+    ranks, redundant, record, planned = 3, 1, folder / "balanced.npz", folder / "balanced.json"
     prompts = [prompt for phase in phases(source) for prompt in phase[:8]]
     ways = {
-        "recorded": {"expert_load_record_path": str(record), "expert_heat_collection_interval": BALANCED_INTERVAL},
+        "recorded": {
+            "expert_load_record_path": str(record), "expert_heat_collection_interval": BALANCED_INTERVAL, "num_redundant_experts": redundant
+        },
         "experts stay": {"expert_map_path": str(planned)},
         "experts may move": {"expert_map_path": str(planned), **MOVES, "expert_heat_collection_interval": BALANCED_INTERVAL},
     }  # fmt: skip
     table = table_of(
-        f"{LAYERS} layers of {EXPERTS} experts over {ranks} ranks, intervals of {BALANCED_INTERVAL} steps",
+        f"{LAYERS} layers of {EXPERTS} experts and {redundant} redundant one over {ranks} ranks, intervals of {BALANCED_INTERVAL} steps",
         ["way", "tokens equal", "steps", "operators a step", "collectives a step", "intervals", "slots moved", "steps a second, best of 5"],
     )  # fmt: skip
     found: dict[str, dict] = {}
@@ -165,7 +167,7 @@ def balanced(source: Path, folder: Path) -> Table:
             {"engine": engine, "tokens": TOKENS, "prompts": prompts}, folder, "balanced.py"
         )
         if way == "recorded":
-            plan = eplb.rebalance(eplb.read_loads(record).sum(axis=0), ranks=ranks, slots=EXPERTS).placement
+            plan = eplb.rebalance(eplb.read_loads(record).sum(axis=0), ranks=ranks, slots=EXPERTS + redundant).placement
             eplb.save_placement(plan, planned)
             continue
         steps = result["steps"]

