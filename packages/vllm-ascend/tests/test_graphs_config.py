@@ -19,13 +19,14 @@ def config(asked, additional_config=None, **changed):
         "quantization": None, "enable_prompt_embeds": False,
     }  # fmt: skip
     parallel = {"pipeline_parallel_size": 1, "data_parallel_size": 1}
-    experts = changed.pop("experts", 0)
+    experts, lora = changed.pop("experts", 0), changed.pop("lora", None)
     parallel |= {name: changed.pop(name) for name in tuple(changed) if name in parallel}
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=asked),
         model_config=SimpleNamespace(**model | changed, get_num_experts=lambda: experts),
         parallel_config=SimpleNamespace(**parallel),
         kv_transfer_config=None,
+        lora_config=lora,
         additional_config=additional_config,
     )
 
@@ -64,6 +65,7 @@ def test_enforce_eager():
         ({"is_hybrid": True}, "models with a recurrent state"),
         ({"experts": 8}, "mixtures of experts"),
         ({"quantization": "ascend"}, "models quantised by ascend"),
+        ({"lora": object()}, "LoRA adapters (enable_lora)"),
         ({"data_parallel_size": 2}, "data parallel replicas"),
         ({"pipeline_parallel_size": 2}, "pipeline stages"),
         ({"additional_config": {"enable_flashcomm1": True}}, "the options enable_flashcomm1 of additional_config"),
