@@ -186,7 +186,7 @@ def start(rendezvous=None, **engine):
             return config
 
     with mock.patch("vllm.entrypoints.llm.EngineArgs", RendezvousArgs if rendezvous else EngineArgs):
-        return LLM(**{"enforce_eager": True, **engine})
+        return LLM(**engine)
 
 
 def main(job_file, result_file):
@@ -197,6 +197,7 @@ def main(job_file, result_file):
         llm = start(engine.get("rendezvous"), disable_log_stats=False, **engine["engine"])
         inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
         runs, collectives, refusals, calls = [], [], [], [llm.collective_rpc(all_operators) if inspected else None]
+        launched = [llm.collective_rpc(graphs) if inspected else None]
         for run in engine["runs"]:
             refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
             if run.get("watch"):
@@ -204,6 +205,7 @@ def main(job_file, result_file):
             runs.append(generate(llm, run))
             collectives.append(llm.collective_rpc(traffic) if inspected else None)
             calls.append(llm.collective_rpc(all_operators) if inspected else None)
+            launched.append(llm.collective_rpc(graphs) if inspected else None)
         # Plans come when they come. All data parallel ranks end a run in the same step, so they go on equally long.
         wanted = engine.get("rebalances", 0)
         while wanted and llm.collective_rpc(rebalances)[0]["rebalances"] < wanted:
@@ -221,6 +223,7 @@ def main(job_file, result_file):
                 "experts": llm.collective_rpc(experts) if engine.get("experts") else None,
                 "rebalances": llm.collective_rpc(rebalances) if inspected else None,
                 "operators": llm.collective_rpc(operators) if inspected else None,
+                "launched": launched,  # before the first run, and after each
                 "graphs": llm.collective_rpc(graphs) if inspected else None,
             }
         )

@@ -9,9 +9,10 @@ gives it new lengths on a stream of its own while the graph runs. docs/graphs.md
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +27,11 @@ from vllm.logger import init_logger
 if TYPE_CHECKING:
     from vllm_ascend.model_runner import AscendModelRunner
 
-__all__ = ["AscendGraphWrapper", "capture", "note_attention"]
+__all__ = ["AscendGraphWrapper", "capture", "is_captured", "measure", "note_attention"]
 
 logger = init_logger("vllm.vllm_ascend")
 
+_LEAST_BYTES = 1 << 20  # of a further graph, for what the driver keeps of it; vLLM counts as much for other devices
 _LAYERS = "ascend_graph_layers"  # key in the forward context, while a step is captured
 
 
@@ -147,6 +149,31 @@ def note_attention(layer: Any) -> None:
             layers.append(layer.layer_name)
 
 
+def is_captured() -> bool:
+    """Whether the step whose forward pass runs is captured in a graph."""
+    return get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL
+
+
+def measure(runner: AscendModelRunner) -> int:
+    """Capture the two largest sizes for trial, over a small KV cache, to know what all of them will take.
+
+    Graphs share their memory: the largest one, which is captured first, needs most of it, and each other one a little of its own.
+
+    Returns:
+        Bytes of device memory.
+    """
+    sizes = _sizes(runner)
+    if not sizes:
+        return 0
+    model = _wrapper(runner)
+    pool, model.graph_pool = model.graph_pool, torch.npu.graph_pool_handle()
+    taken = _capture_sizes(runner, sizes[:2])
+    model.clear_graphs()
+    model.graph_pool = pool
+    each = max(_LEAST_BYTES, *taken[1:], 0)
+    return taken[0] + each * (len(sizes) - 1)
+
+
 def capture(runner: AscendModelRunner) -> int:
     """Capture a decoding step of each size that the dispatcher has. Collective over all ranks.
 
@@ -155,19 +182,47 @@ def capture(runner: AscendModelRunner) -> int:
     Returns:
         Bytes of device memory that the graphs take.
     """
-    dispatcher, model = runner.cudagraph_dispatcher, runner.model
-    assert isinstance(model, AscendGraphWrapper)
-    sizes = [batch for mode, found in dispatcher.get_capture_descs() if mode == CUDAGraphMode.FULL for batch in found]
-    started, free = time.perf_counter(), _free_memory()
+    started = time.perf_counter()
+    shown = is_global_first_rank() and runner.load_config.use_tqdm_on_load
+    sizes = tqdm(_sizes(runner), disable=not shown, desc="Capturing NPU graphs (decode, FULL)")
+    taken = sum(_capture_sizes(runner, sizes))
+    logger.info_once(
+        "Captured %d graphs of decoding steps in %.0f s, in %.2f GiB.",
+        len(_wrapper(runner).captured),
+        time.perf_counter() - started,
+        taken / (1 << 30),
+    )
+    return taken
+
+
+def _wrapper(runner: AscendModelRunner) -> AscendGraphWrapper:
+    assert isinstance(runner.model, AscendGraphWrapper)
+    return runner.model
+
+
+def _sizes(runner: AscendModelRunner) -> list[BatchDescriptor]:
+    """Of the dispatcher, the largest first."""
+    found = runner.cudagraph_dispatcher.get_capture_descs()
+    return [batch for mode, batches in found if mode == CUDAGraphMode.FULL for batch in batches]
+
+
+def _capture_sizes(runner: AscendModelRunner, sizes: Iterable[BatchDescriptor]) -> list[int]:
+    """Capture these sizes, of which the first one runs once before, so that what its kernels need at their first call is there.
+
+    Returns:
+        Bytes of device memory that each of them takes beside those before it.
+    """
+    dispatcher, model = runner.cudagraph_dispatcher, _wrapper(runner)
     stream = torch.npu.Stream()
     stream.wait_stream(torch.npu.current_stream())
-    shown = is_global_first_rank() and runner.load_config.use_tqdm_on_load
+    free = [_free_memory()]
     model.captures = True
     try:
         with runner._freeze_gc(), torch.npu.stream(stream):
-            for batch in tqdm(sizes, disable=not shown, desc="Capturing NPU graphs (decode, FULL)"):
+            for batch in sizes:
+                warm_ups = 1 if len(free) == 1 else 0
                 try:
-                    runner._warmup_and_capture(batch, cudagraph_runtime_mode=CUDAGraphMode.FULL)
+                    runner._warmup_and_capture(batch, cudagraph_runtime_mode=CUDAGraphMode.FULL, num_warmups=warm_ups)
                 except RuntimeError as error:
                     dispatcher.cudagraph_keys[CUDAGraphMode.FULL].discard(batch)
                     logger.warning(
@@ -175,17 +230,10 @@ def capture(runner: AscendModelRunner) -> int:
                         batch.num_tokens,
                         error,
                     )
+                free.append(_free_memory())
     finally:
         model.captures = False
-    torch.npu.synchronize()
-    taken = free - _free_memory()
-    logger.info_once(
-        "Captured %d graphs of decoding steps in %.0f s, in %.2f GiB.",
-        len(model.captured),
-        time.perf_counter() - started,
-        taken / (1 << 30),
-    )
-    return taken
+    return [before - after for before, after in pairwise(free)]
 
 
 def _free_memory() -> int:

@@ -149,7 +149,8 @@ class AscendModelRunner(GPUModelRunner):
         After a profiling run (`is_profile`) vLLM computes the logits itself, on all ranks. Neither that run nor one that warms kernels up (`skip_eplb`)
         is a step that counts.
         """
-        hidden, last = super()._dummy_run(*args, **kwargs)
+        with parallel.without_requests():
+            hidden, last = super()._dummy_run(*args, **kwargs)
         if kwargs.get("is_profile"):
             return hidden, last
         if self._shares_lmhead() and get_pp_group().is_last_rank and not self.is_pooling_model:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm_ascend.model_runner import AscendModelRunner
     from vllm_ascend.worker import AscendWorker
 
-__all__ = ["warm_up"]
+__all__ = ["small_cache", "warm_up"]
 
 logger = init_logger(__name__)
 
@@ -35,7 +35,7 @@ REQUEST = "ascend-warm-up"
 
 
 @contextmanager
-def _small_cache(runner: AscendModelRunner) -> Iterator[None]:
+def small_cache(runner: AscendModelRunner) -> Iterator[None]:
     """Give the layers a KV cache of one block for each group, and the one that vLLM keeps free, while the real one has no size yet."""
     config, cache = runner.vllm_config, runner.cache_config
     groups = get_kv_cache_groups(config, runner.get_kv_cache_spec())
@@ -47,7 +47,6 @@ def _small_cache(runner: AscendModelRunner) -> Iterator[None]:
     try:
         with set_current_vllm_config(config):
             runner.initialize_kv_cache(small, is_profiling=True)
-        runner.cudagraph_dispatcher.keys_initialized = False  # no step is prepared for a graph before there are any
         yield
     finally:
         runner._cleanup_profiling_kv_cache()
@@ -64,7 +63,8 @@ def warm_up(worker: AscendWorker) -> None:
     tokens = min(PROMPT, runner.max_num_tokens, runner.max_model_len - 1)
     if runner.is_pooling_model or runner.model_config.is_encoder_decoder or tokens < 1:
         return
-    with _small_cache(runner), _uncounted(runner):
+    with small_cache(runner), _uncounted(runner):
+        runner.cudagraph_dispatcher.keys_initialized = False  # no step is prepared for a graph before there are any
         _step(worker, _prompt(runner, tokens))
         _step(worker, _decoding(tokens))
         end = SchedulerOutput.make_empty()

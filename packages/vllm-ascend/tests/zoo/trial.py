@@ -130,7 +130,7 @@ def outcome(folder, task, arguments, run, reference):
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments = {"model": str(folder), "skip_tokenizer_init": True, "enforce_eager": True, **arguments}
+    arguments = {"model": str(folder), "skip_tokenizer_init": True, **arguments}
     try:
         EngineArgs(**arguments).create_engine_config()
     except ValidationError as error:

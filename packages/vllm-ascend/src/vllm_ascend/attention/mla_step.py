@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,12 @@ from vllm.model_executor.layers.attention.mla_attention import (
     plan_mla_context_chunks,
 )
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_ascend import kernels
@@ -113,6 +119,12 @@ class AscendMLAMetadata(AttentionMetadata):
         """Requests of the step."""
         return len(self.query_ends)
 
+    @property
+    def kv_lengths(self) -> list[int]:
+        """Keys of each request of the absorbed form, of which alone a captured step consists."""
+        assert self.decode is not None
+        return self.decode.kv_lengths
+
 
 def tiles(query_ends: list[int], kv_lengths: list[int]) -> tuple[list[int], list[int], list[int]]:
     """Cut requests into pieces of at most 16 query tokens, each of which ends where its last token's keys end.
@@ -168,6 +180,8 @@ def context_chunks(
 
 class AscendMLAMetadataBuilder(AttentionMetadataBuilder[AscendMLAMetadata]):
     """Turns vLLM's description of a step into kernel arguments. Requests of at most 16 new tokens come first, by `reorder_batch_threshold`."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
