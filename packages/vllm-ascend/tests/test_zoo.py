@@ -83,6 +83,7 @@ def folder(tmp_path):
         "block": 128,
         "forced": [[(-1.0, 1), (-2.0, 1)]] * 2,
         "of_torch": 0,
+        "replays": 9,
     }
     runs = {
         "reference": reference, "one": {"one": said, "chunked": said}, "tp": {"tp": said}, "ep": {"ep": said},

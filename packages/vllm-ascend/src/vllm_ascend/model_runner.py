@@ -77,6 +77,11 @@ class AscendModelRunner(GPUModelRunner):
         if self.warm_up is not None:
             self.warm_up()
 
+    def _check_and_update_cudagraph_mode(self, *args: Any, **kwargs: Any) -> None:
+        """Decide which steps are captured, as vLLM does, and then which of their sizes."""
+        super()._check_and_update_cudagraph_mode(*args, **kwargs)
+        graphs.drop_what_does_not_fit(self)
+
     def capture_model(self) -> int:
         """Capture decoding steps in graphs. Returns the bytes that they take."""
         return graphs.capture(self)

@@ -35,11 +35,12 @@ REQUEST = "ascend-warm-up"
 
 
 @contextmanager
-def small_cache(runner: AscendModelRunner) -> Iterator[None]:
-    """Give the layers a KV cache of one block for each group, and the one that vLLM keeps free, while the real one has no size yet."""
+def small_cache(runner: AscendModelRunner, tokens: int = 1) -> Iterator[None]:
+    """Give the layers a KV cache while the real one has no size yet: blocks for so many tokens for each group, and the one that vLLM keeps free."""
     config, cache = runner.vllm_config, runner.cache_config
     groups = get_kv_cache_groups(config, runner.get_kv_cache_spec())
-    asked, cache.num_gpu_blocks_override = cache.num_gpu_blocks_override, 1 + len(groups)
+    blocks = sum(-(-tokens // group.kv_cache_spec.block_size) for group in groups)
+    asked, cache.num_gpu_blocks_override = cache.num_gpu_blocks_override, 1 + blocks
     try:
         small = get_kv_cache_config_from_groups(config, groups, available_memory=0)
     finally:

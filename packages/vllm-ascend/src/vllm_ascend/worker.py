@@ -97,7 +97,8 @@ class AscendWorker(Worker):
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes or not self._captures():
             return int(available)
-        with warmup.small_cache(self.model_runner):
+        largest = self.vllm_config.compilation_config.max_cudagraph_capture_size or 1
+        with warmup.small_cache(self.model_runner, largest):
             taken = graphs.measure(self.model_runner)
         self.peak_activation_memory += taken
         self.available_kv_cache_memory_bytes -= taken
