@@ -111,6 +111,7 @@ GOOD = {
     "tp": "equal",
     "ep": "equal",
     "bfloat16": "as near",
+    "graphs": "captured",
     "tower": "-",
 }
 
@@ -161,6 +162,18 @@ def test_a_tower_on_torch_is_said(folder):
     change(folder, "one", lambda said: said["one"].update(of_torch=3))
     assert words(folder, "Qwen2VL")["tower"] == "torch"
     assert words(folder, "Llama")["tower"] == "-"
+
+
+def test_steps_without_graphs_are_said(folder):
+    change(folder, "one", lambda said: said["one"].update(replays=0))
+    assert words(folder, "Llama")["graphs"] == "-"
+
+
+def test_a_step_that_could_not_be_captured_is_said(folder):
+    (folder / "one.txt").write_text("begins\nA decoding step of 4 tokens cannot be captured in a graph, and ...: why\n")
+    found = words(folder, "Llama")
+    assert found["float32"] == found["graphs"] == "not captured"
+    assert found["tp"] == "equal"
 
 
 def test_what_is_refused_on_one_rank_is_refused(folder):
