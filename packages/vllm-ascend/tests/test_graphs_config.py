@@ -15,7 +15,7 @@ from vllm_ascend.attention.mla_step import AscendMLAMetadataBuilder
 def config(asked, level=2, **changed):
     model = {
         "enforce_eager": False, "runner_type": "generate", "is_encoder_decoder": False, "is_hybrid": False, "is_attention_free": False,
-        "enable_prompt_embeds": False,
+        "enable_prompt_embeds": False, "hf_text_config": {}, "architectures": ["AForCausalLM"], "uses_alibi": False, "is_mm_prefix_lm": False,
     }  # fmt: skip
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=asked),
@@ -64,6 +64,8 @@ def test_without_optimisations_nothing_is_captured_unless_asked_for(asked, taken
         ({"runner_type": "pooling"}, "pooling models"),
         ({"is_hybrid": True}, "models with a recurrent state"),
         ({"enable_prompt_embeds": True}, "prompt embeddings"),
+        ({"uses_alibi": True}, "steps of attention with ALiBi position biases (AForCausalLM)"),
+        ({"hf_text_config": {"attn_logit_softcapping": 50.0}}, "steps of attention with a soft cap"),
     ],
 )
 def test_what_is_not_captured_is_named(changed, feature):

@@ -4,6 +4,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from zoo import ENTRIES, page, run, verdict
@@ -190,6 +191,17 @@ def test_what_was_not_run_is_said(folder):
     assert page.counts({"a": {"cells": found}}) == {"all": 1, "refused": 0, "partly": 1, "good": 0, "other": 0}
 
 
+@pytest.mark.parametrize(("of_this_entry", "kept"), [(True, "3 of 4"), (False, "not run")])
+def test_kinds_that_are_not_run_again_keep_their_results(folder, of_this_entry, kept):
+    entry = ENTRIES["Qwen3Moe"]
+    visit = SimpleNamespace(entry=entry, folder=folder, ended={}, kinds=["one"])
+    digest = verdict.digest(entry) if of_this_entry else "another"
+    earlier = {"entry": digest, "cells": {"float32": ["1 of 4", ""], "tp": ["3 of 4", ""]}}
+    cells = run.Visit.result(visit, earlier)["cells"]
+    assert cells["float32"] == ["equal", ""]
+    assert cells["tp"] == [kept, ""]
+
+
 def test_the_page_names_reasons(folder):
     change(folder, "tp", lambda said: said.update(tp={"failed": "RuntimeError: a | b\nc"}))
     entry = ENTRIES["Qwen3Moe"]
@@ -197,7 +209,10 @@ def test_the_page_names_reasons(folder):
     said = page.render(
         {"versions": dict.fromkeys(("vllm", "torch", "torch-npu", "transformers"), "1"), "models": {entry.name: result}}
     )
-    assert "| Qwen3Moe | Qwen3MoeForCausalLM | text | equal | equal | equal | failed | equal | as near |  |" in said
+    assert (
+        "| Qwen3Moe | Qwen3MoeForCausalLM | text | equal | equal | equal | failed | equal | as near | captured |  |"
+        in said
+    )
     assert "* **Qwen3Moe**: TP 2: failed, RuntimeError: a \\| b c" in said
     assert (
         "**Of 1, 0 are equal in every way, 0 are in all that was run (`not run` marks the rest), 0 are refused at the start, 1 are neither.**"

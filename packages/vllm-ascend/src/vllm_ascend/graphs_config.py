@@ -12,6 +12,8 @@ from typing import Any
 from vllm.config import CUDAGraphMode
 from vllm.config.vllm import OptimizationLevel
 
+from vllm_ascend.attention.limits import composed
+
 __all__ = ["choose", "uncovered"]
 
 
@@ -52,3 +54,4 @@ def uncovered(vllm_config: Any) -> Iterator[str]:
         "KV connectors (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
     }
     yield from (feature for feature, present in features.items() if present)
+    yield from (f"steps of attention with {what}" for what in composed(model))
