@@ -78,7 +78,10 @@ class AscendModelRunner(GPUModelRunner):
             self.warm_up()
 
     def _check_and_update_cudagraph_mode(self, *args: Any, **kwargs: Any) -> None:
-        """Decide which steps are captured, as vLLM does, and then which of their sizes."""
+        """Decide which steps are captured, as vLLM does, and which of their sizes."""
+        sizes = self.compilation_config.cudagraph_capture_sizes
+        if sizes and self.splits_hidden_states:  # no step has one token, see below: it is padded to the next size
+            self.compilation_config.cudagraph_capture_sizes = [size for size in sizes if size > 1]
         super()._check_and_update_cudagraph_mode(*args, **kwargs)
         graphs.drop_what_does_not_fit(self)
 
