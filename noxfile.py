@@ -135,6 +135,46 @@ def graphs(session: nox.Session) -> None:
     run_more_engines(session, "graph_engines.py")
 
 
+@nox.session(python=PYTHON)
+def states(session: nox.Session) -> None:
+    """Models with a recurrent state over pipeline stages and over replicas that share experts."""
+    run_more_engines(session, "state_engines.py")
+
+
+@nox.session(python=PYTHON)
+def media(session: nox.Session) -> None:
+    """Servers of a model that reads pictures and of one that writes sound down, with right and wrong input."""
+    run_more_engines(session, "served_media.py")
+
+
+# What has streams of its own or copies to the host: attention, experts that move, asynchronous scheduling, shared experts, layer sharding, MC2, graphs.
+ON_STREAMS = (
+    "test_eplb_moves.py",
+    "test_eplb_observe.py",
+    "test_attention.py",
+    "test_mla.py",
+    "test_graphs.py",
+    "test_tokens.py::test_one_process",
+    "test_tokens.py::test_spawned_engine_core",
+    "test_placed_experts.py::test_experts_that_move_while_requests_run_change_no_token",
+    "test_linear.py::test_two_ranks",
+    "test_linear.py::test_four_ranks",
+    "test_deepseek.py::test_two_ranks",
+    "test_moe.py::test_two_ranks_of_an_atlas_a3",
+    "test_moe.py::test_mc2_in_bfloat16",
+    "test_graph_engines.py",
+)
+
+
+@nox.session(python=PYTHON)
+def streams(session: nox.Session) -> None:
+    """Engines on streams that work only when something waits for them, so that a wait that is missing gives wrong numbers."""
+    install_in_place(session, "vllm-ascend")
+    env = {"ASCEND_TEST_MODELS": str(MODELS), "HF_HUB_OFFLINE": "1", "ASCEND_SIM_STREAMS": "lazy"}
+    tests = [f"packages/vllm-ascend/tests/{name}" for name in ON_STREAMS]
+    session.run("pytest", "-q", "--durations=5", *tests, *session.posargs, env=env)
+
+
 def run_more_engines(session: nox.Session, file: str) -> None:
     """Tests of vllm-ascend in a file that pytest does not find by its name."""
     install_in_place(session, "vllm-ascend")
@@ -250,6 +290,19 @@ def pooling(session: nox.Session) -> None:
     """All kinds of models that embed, classify and give rewards, in either precision; the default tests have one of each kind."""
     install_in_place(session, "vllm-ascend")
     run_tests(session, "vllm-ascend", "-k", "test_pooling", env={"ASCEND_TEST_ALL": "1"})
+
+
+@nox.session(python=PYTHON)
+def docs(session: nox.Session) -> None:
+    """The documentation site, into .cache/site: pages, API reference and links; a warning is an error. `nox -s docs -- serve` shows it while you write."""
+    install(session, "mkdocs==1.6.1", "mkdocs-material==9.8.2", "mkdocstrings-python==2.0.11", "ruff==0.17.6")
+    serves = session.posargs[:1] == ["serve"]
+    arguments = (
+        session.posargs
+        if serves
+        else ["build", "--strict", "--site-dir", str(ROOT / ".cache" / "site"), *session.posargs]
+    )
+    session.run("mkdocs", *arguments, env={"NO_MKDOCS_2_WARNING": "1"})  # advertising of mkdocs-material's
 
 
 @nox.session(python=PYTHON)

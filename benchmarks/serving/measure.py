@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure one system in a process of its own: python measure.py SYSTEM MODEL_FOLDER -> one JSON line.
 
-SYSTEM is `vllm` (whatever platform this interpreter's vLLM finds, with its defaults: graphs or compilation), `vllm-eager`, `transformers`, or
-`operators` (microseconds per simulated operator).
+SYSTEM is `vllm` (whatever platform this interpreter's vLLM finds, with its defaults: graphs or compilation), `vllm-eager`, `transformers`,
+`operators` (microseconds per simulated operator), or `counts` (operators that a decoding step of 8 requests launches; the same on every machine).
 """
 
 import json
@@ -27,15 +27,19 @@ def rate(generate, batch):
     return batch * TOKENS / best
 
 
+ENGINE = {
+    "dtype": "float32", "max_model_len": 512, "max_num_seqs": max(BATCHES), "max_num_batched_tokens": 512,
+    "kv_cache_memory_bytes": 512 << 20, "enable_prefix_caching": False,
+}  # fmt: skip
+COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone")
+
+
 def vllm(model, eager=False):
     start = time.perf_counter()
     from vllm import LLM, SamplingParams
 
     imported = time.perf_counter()
-    llm = LLM(
-        model, dtype="float32", enforce_eager=eager, max_model_len=512, max_num_seqs=max(BATCHES), max_num_batched_tokens=512,
-        kv_cache_memory_bytes=512 << 20, enable_prefix_caching=False,
-    )  # fmt: skip
+    llm = LLM(model, enforce_eager=eager, **ENGINE)
     ready = time.perf_counter()
 
     def generate(batch, tokens=TOKENS):
@@ -71,6 +75,31 @@ def launches_of_a_step(generate):
 
 def vllm_eager(model):
     return vllm(model, eager=True)
+
+
+def counts(model):
+    """Of one decoding step of 8 requests: two runs that differ by it. Of an operator that is called a * layers + b times, a calls are a layer's."""
+    from ascend_sim.counters import counting
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model, enforce_eager=True, **ENGINE)
+    layers = llm.llm_engine.model_config.hf_text_config.num_hidden_layers
+
+    def calls(tokens):
+        with counting() as work:
+            llm.generate(
+                [PROMPT] * 8, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False
+            )
+        return {name: count.calls for name, count in work.delta.operators.items()}
+
+    shorter, longer = calls(3), calls(4)
+    llm.llm_engine.engine_core.shutdown()
+    step = {name: count - shorter.get(name, 0) for name, count in longer.items()}
+    found = {"layers": layers}
+    for what, names in (("operators", step), ("copies", [name for name in COPIES if name in step])):
+        found[f"{what}_a_layer"] = sum(step[name] // layers for name in names)
+        found[f"{what}_outside"] = sum(step[name] % layers for name in names)
+    return found
 
 
 def transformers(model):
@@ -137,5 +166,7 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))  # the same for every system
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     system, folder = sys.argv[1:]
-    systems = {"vllm": vllm, "vllm-eager": vllm_eager, "transformers": transformers, "operators": operators}
+    systems = {
+        "vllm": vllm, "vllm-eager": vllm_eager, "transformers": transformers, "operators": operators, "counts": counts,
+    }  # fmt: skip
     print("RESULT " + json.dumps(systems[system](folder)), flush=True)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many operators a decoding step launches, and what runs before the first request. The counts depend on the program alone."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
+from engine_jobs import one_step
 
 BATCH = 8
 ENGINE = {
@@ -40,14 +39,6 @@ def runs(prompts):
     return [{"prompts": prompts, "sampling": length, "watch": index == 2} for index, length in enumerate(lengths)]
 
 
-def one_step(result):
-    """Calls of each operator in one decoding step of the whole batch."""
-    before, first, second, _ = (Counter(calls[0]) for calls in result["calls"])
-    step = second - first - (first - before)
-    assert not (first - before) - (second - first), "the second run launched less than the first"
-    return step
-
-
 def by_layer(step, layers):
     """Operators of a layer, and those beside layers: of an operator that is called a * layers + b times, a and b of them."""
     inside = {name: calls // layers for name, calls in step.items() if calls // layers}
@@ -76,8 +67,7 @@ def test_operators_of_a_decoding_step(smollm2, tiny_moe, prompts, run_engines):
         assert warmed["npu::npu_fused_infer_attention_score"] >= 2 * layers  # a prompt and a decoding step
         assert warmed["npu::npu_scatter_pa_kv_cache"] >= 2 * layers
         assert warmed["aten::argmax"] >= 2
-    before, first, second, _ = (Counter(launched[0]) for launched in captured["launched"])
-    step = second - first - (first - before)
+    step = one_step(captured, "launched")
     assert step["replays"] == 1
     assert step["updates"] == 30  # torch_npu gives the operators of a graph their lengths one by one
     assert step["launches"] - step["updates"] <= 1 + BESIDE, step
