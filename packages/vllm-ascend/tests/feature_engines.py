@@ -66,11 +66,9 @@ def test_logprobs_of_prompts_are_the_adapters(adapters, tiny_qwen3, run_engines)
     ]
     engine = {"model": str(folder), **TINY, "max_num_batched_tokens": 16}
     (result,) = run_engines([{"engine": engine, "runs": [together, *alone]}], **ONE_PROCESS)
-    first, *others = result["runs"]
-    for output, (only,) in zip(first, others, strict=True):
-        assert output["prompt_tokens"] == pytest.approx(only["prompt_tokens"], abs=1e-4)
-    of_base, of_adapter = (output["prompt_tokens"] for output in first[:2])
-    assert of_base != pytest.approx(of_adapter, abs=1e-2)
+    ranks = [[[rank for _, rank in output["prompt_tokens"]] for output in outputs] for outputs in result["runs"]]
+    assert [only for (only,) in ranks[1:]] == ranks[0]
+    assert ranks[0][0] != ranks[0][1]
 
 
 def test_adapters_of_a_real_model(smollm2, prompts, hugging_face, tmp_path, run_engines):
@@ -95,12 +93,12 @@ def test_adapters_beside_experts(models, prompts, hugging_face, tmp_path, run_en
     assert tokens(result) == said
 
 
-def test_an_engine_of_two_ranks_with_graphs_sleeps(smollm2, prompts, greedy, run_engines):
+def test_an_engine_with_graphs_sleeps(smollm2, prompts, greedy, run_engines):
     """Graphs are replayed on the addresses at which they were captured."""
     runs = [{"prompts": prompts, "sampling": GREEDY}]
     runs += [runs[0] | {"before": [["sleep", 1], ["wake_up"]]}]
     runs += [runs[0] | {"before": [["sleep", 2], ["wake_up", ["weights"]], ["reload"], ["wake_up", ["kv_cache"]]]}]
-    engine = captured(smollm2, tensor_parallel_size=1, enable_sleep_mode=True)
+    engine = captured(smollm2, enable_sleep_mode=True)
     (result,) = run_engines([{"engine": engine, "runs": runs, "inspect": True}], **ONE_PROCESS, **INSPECTED)
     assert [tokens(result, number) for number in range(3)] == [greedy] * 3
     awake = result["actions"][1][1]["memory"]
