@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
+from vllm.model_executor.models import supports_lora
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -32,6 +34,7 @@ from vllm_ascend.attention import mla
 from vllm_ascend.eplb.rebalance import Rebalancer
 from vllm_ascend.eplb.record import LoadRecorder
 from vllm_ascend.layers import linear, moe, moving, sequence
+from vllm_ascend.lora.manager import AscendLoRAManager
 from vllm_ascend.step_inputs import StepInputs
 
 if TYPE_CHECKING:
@@ -71,11 +74,27 @@ class AscendModelRunner(GPUModelRunner):
             self.model_memory_usage += self.rebalancer.num_bytes  # so that the KV cache leaves room for its buffers
         self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())
 
+    def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
+        """Put LoRA layers into the model. ValueError for one that has no adapters in vLLM."""
+        if not supports_lora(model):
+            raise ValueError(f"{type(model).__name__} takes no LoRA adapters in vLLM; leave --enable-lora out")
+        self.lora_manager = AscendLoRAManager(vllm_config, device, model.embedding_modules)
+        adapted: nn.Module = self.lora_manager.create_lora_manager(model, vllm_config)
+        return adapted
+
     def profile_run(self, randomize_inputs: bool = False) -> None:
         """The largest step, as vLLM runs it to measure memory; then `warm_up` over a small KV cache, whose lasting costs are measured with it."""
         super().profile_run(randomize_inputs=randomize_inputs)
         if self.warm_up is not None:
             self.warm_up()
+
+    def _check_and_update_cudagraph_mode(self, *args: Any, **kwargs: Any) -> None:
+        """Decide which steps are captured, as vLLM does, and which of their sizes."""
+        sizes = self.compilation_config.cudagraph_capture_sizes
+        if sizes and self.splits_hidden_states:  # no step has one token, see below: it is padded to the next size
+            self.compilation_config.cudagraph_capture_sizes = [size for size in sizes if size > 1]
+        super()._check_and_update_cudagraph_mode(*args, **kwargs)
+        graphs.drop_what_does_not_fit(self)
 
     def capture_model(self) -> int:
         """Capture decoding steps in graphs. Returns the bytes that they take."""
@@ -149,7 +168,8 @@ class AscendModelRunner(GPUModelRunner):
         After a profiling run (`is_profile`) vLLM computes the logits itself, on all ranks. Neither that run nor one that warms kernels up (`skip_eplb`)
         is a step that counts.
         """
-        hidden, last = super()._dummy_run(*args, **kwargs)
+        with parallel.without_requests():
+            hidden, last = super()._dummy_run(*args, **kwargs)
         if kwargs.get("is_profile"):
             return hidden, last
         if self._shares_lmhead() and get_pp_group().is_last_rank and not self.is_pooling_model:
@@ -189,7 +209,20 @@ class AscendModelRunner(GPUModelRunner):
             raise RuntimeError(
                 "a request with prompt_logprobs has come to an engine with finegrained_tp_config.lmhead_tensor_parallel_size"
             )
-        return super()._get_prompt_logprobs_dict(*args, **kwargs)
+        if self.lora_config is None or not self.num_prompt_logprobs:
+            return super()._get_prompt_logprobs_dict(*args, **kwargs)
+        # vLLM has the adapters of the rows that are sampled alone, and these rows are others: of one request at a time.
+        manager, wanted = cast(AscendLoRAManager, self.lora_manager), self.num_prompt_logprobs
+        found: dict[str, Any] = {}
+        for request, number in list(wanted.items()):
+            adapter = self.requests[request].lora_request
+            self.num_prompt_logprobs = {request: number}
+            with manager.sampling_as(0 if adapter is None else adapter.lora_int_id):
+                found |= super()._get_prompt_logprobs_dict(*args, **kwargs)
+            if not self.num_prompt_logprobs:
+                del wanted[request]
+        self.num_prompt_logprobs = wanted
+        return found
 
     @staticmethod
     def _shares_lmhead() -> bool:

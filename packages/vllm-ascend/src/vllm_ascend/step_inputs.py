@@ -77,6 +77,8 @@ class StepInputs:
                 runner.mrope_positions.gpu[row, :tokens].copy_(
                     runner.mrope_positions.cpu[row, :tokens], non_blocking=True
                 )
+        if runner.lora_config:
+            runner.set_active_loras(batch, counts)
         return runner.query_start_loc.gpu[1 : requests + 1] - 1, None, 1
 
 
