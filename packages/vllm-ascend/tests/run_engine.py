@@ -36,6 +36,13 @@ def preemptions(llm):
     return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
+def speculation(llm):
+    """Drafts, their tokens, and those that were kept, in all and by their place in a draft; vLLM's own metrics."""
+    counts = {metric.name: metric for metric in llm.get_metrics() if metric.name.startswith("vllm:spec_decode_num_")}
+    values = {name.removeprefix("vllm:spec_decode_num_"): one for name, one in counts.items()}
+    return {name: getattr(one, "values", None) or getattr(one, "value", None) for name, one in values.items()}
+
+
 def traffic(worker):
     """Calls of each collective so far, by name, in one worker."""
     from collections import Counter
@@ -214,6 +221,7 @@ def main(job_file, result_file):
                 "refusals": refusals,
                 "loads": [llm.collective_rpc(load, args=(folder,)) for folder in engine.get("load", ())],
                 "preemptions": preemptions(llm),
+                "speculation": speculation(llm),
                 "collectives": collectives,
                 "calls": calls,  # before the first run, and after each
                 "blocking": llm.collective_rpc(blocking_copies) if inspected else None,

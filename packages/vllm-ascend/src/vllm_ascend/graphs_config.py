@@ -49,6 +49,7 @@ def uncovered(vllm_config: Any) -> Iterator[str]:
         "models with a recurrent state": model.is_hybrid or model.is_attention_free,
         "mixtures of experts": model.get_num_experts() > 0,
         f"models quantised by {model.quantization}": model.quantization is not None,
+        "steps with drafted tokens (--speculative-config)": vllm_config.speculative_config is not None,
         "prompt embeddings (enable_prompt_embeds)": model.enable_prompt_embeds,
         "pipeline stages (pipeline_parallel_size)": parallel.pipeline_parallel_size > 1,
         "data parallel replicas (data_parallel_size)": parallel.data_parallel_size > 1,

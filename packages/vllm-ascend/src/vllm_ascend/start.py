@@ -18,6 +18,7 @@ from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.findings import found_by, refuse
 from vllm_ascend.moe_layers import ConfigReader
+from vllm_ascend.speculative import support as speculation
 
 __all__ = ["Host", "check", "notices"]
 
@@ -59,6 +60,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         deployment = Deployment.of(vllm_config)
         found += _absent_for_the_model(vllm_config)
         found += states.broken(vllm_config, config)
+        found += speculation.broken(vllm_config)
         found += limits.broken(limits.Attention.of(vllm_config))
         found += rules.broken(config, deployment)
         found += rules.broken_on(config, host.chip)
@@ -79,10 +81,6 @@ def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
     parallel, offload = vllm_config.parallel_config, vllm_config.offload_config
     if envs.wants_v2_model_runner():
         yield "VLLM_USE_V2_MODEL_RUNNER=1: vllm-ascend serves vLLM's V1 model runner only; unset it or set it to 0"
-    if (draft := vllm_config.speculative_config) is not None:
-        yield (
-            f"speculative decoding (method {draft.method!r}) is not supported by vllm-ascend; leave --speculative-config out"
-        )
     if (adapters := vllm_config.lora_config) is not None:
         yield (
             f"LoRA (max_lora_rank {adapters.max_lora_rank}) has no kernels in vllm-ascend; leave --enable-lora out, and merge the adapter into the model"

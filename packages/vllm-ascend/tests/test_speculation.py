@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens with speculative decoding against Hugging Face transformers; `nox -s speculation` has more methods and arrangements of ranks (speculative_engines.py)."""
+
+import pytest
+from engine_jobs import GREEDY, ONE_PROCESS, SMALL, tokens
+from speculative_models import first_layers
+
+pytestmark = pytest.mark.slow
+
+
+def test_one_process(smollm2, prompts, greedy, tiny_qwen3, tmp_path, run_engines):
+    """N-grams; the first layers of the model as its draft, asynchronously scheduled; and a model that drafts for itself, whose every token is kept, with prompts in
+    chunks, prefixes from the cache, and requests that wait for a place."""
+    layers = first_layers(smollm2, tmp_path / "draft", 20)
+    ngram = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    draft = {"method": "draft_model", "model": str(layers), "num_speculative_tokens": 3}
+    run = {"prompts": prompts, "sampling": GREEDY}
+    jobs = [
+        {"engine": {"model": str(smollm2), **SMALL, "speculative_config": one}, "runs": [run]} for one in (ngram, draft)
+    ]
+    folder, short, expected = tiny_qwen3
+    own = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 4}
+    small = {"max_model_len": 256, "max_num_batched_tokens": 32, "max_num_seqs": 4, "skip_tokenizer_init": True}
+    sampling = GREEDY | {"detokenize": False}
+    runs = [{"prompts": short, "sampling": sampling}, {"prompts": short, "sampling": sampling}]
+    jobs.append({"engine": {"model": str(folder), **SMALL, **small, "speculative_config": own}, "runs": runs})
+    ngram, draft, own = run_engines(jobs, **ONE_PROCESS)
+    assert tokens(ngram) == greedy
+    assert tokens(draft) == greedy
+    assert tokens(own) == tokens(own, 1) == expected
+    for result in (ngram, draft):
+        assert 0 < result["speculation"]["accepted_tokens"] < result["speculation"]["draft_tokens"]
+    assert own["speculation"]["accepted_tokens"] == own["speculation"]["draft_tokens"] > 0
