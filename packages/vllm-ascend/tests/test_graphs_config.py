@@ -20,12 +20,14 @@ def config(asked, additional_config=None, **changed):
     }  # fmt: skip
     parallel = {"pipeline_parallel_size": 1, "data_parallel_size": 1}
     experts = changed.pop("experts", 0)
+    draft = changed.pop("speculative_config", None)
     parallel |= {name: changed.pop(name) for name in tuple(changed) if name in parallel}
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=asked),
         model_config=SimpleNamespace(**model | changed, get_num_experts=lambda: experts),
         parallel_config=SimpleNamespace(**parallel),
         kv_transfer_config=None,
+        speculative_config=draft,
         additional_config=additional_config,
     )
 
@@ -66,6 +68,7 @@ def test_enforce_eager():
         ({"quantization": "ascend"}, "models quantised by ascend"),
         ({"data_parallel_size": 2}, "data parallel replicas"),
         ({"pipeline_parallel_size": 2}, "pipeline stages"),
+        ({"speculative_config": object()}, "steps with drafted tokens (--speculative-config)"),
         ({"additional_config": {"enable_flashcomm1": True}}, "the options enable_flashcomm1 of additional_config"),
     ],
 )
