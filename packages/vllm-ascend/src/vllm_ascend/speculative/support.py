@@ -15,7 +15,7 @@ __all__ = ["broken"]
 
 # Methods whose drafts are made on the host from the text alone, and the package that each needs with the extra of this plugin that has it.
 _OF_TEXT = {"ngram": ("numba", "ngram"), "suffix": ("arctic_inference", "suffix")}
-_OF_MODELS = ("draft_model",)
+_OF_MODELS = ("draft_model", "eagle", "eagle3", "medusa", "mtp")
 _MTP = ("deepseek_mtp", "glm4_moe_mtp")
 _MOST_TOKENS = 128  # vLLM's rejection sampler asserts it in a step
 # What vLLM's `SpeculativeConfig` has beside methods, and the only values that are served.
@@ -30,8 +30,8 @@ _ONLY = {
 def broken(vllm_config: Any) -> Iterator[str]:
     """Findings for speculative decoding that is not served, of vLLM's `VllmConfig`."""
     draft = vllm_config.speculative_config
-    if draft is None:
-        return
+    if draft is None or vllm_config.model_config.runner_type == "draft":
+        return  # vLLM has every configuration checked, also that which it makes for the draft model from the one that was checked before
     method, advice = draft.method, "leave --speculative-config out"
     if method not in (*_OF_TEXT, *_OF_MODELS):
         named = ", ".join(map(repr, sorted((*_OF_TEXT, *_OF_MODELS))))
@@ -55,7 +55,7 @@ def _beside(vllm_config: Any) -> Iterator[str]:
     """What is not served together with any method."""
     model = vllm_config.model_config
     present = {
-        "pooling models": model.runner_type != "generate",
+        "pooling models": model.runner_type == "pooling",
         "models with an encoder and a decoder": model.is_encoder_decoder,
         "models with a recurrent state": states.has_states(model),
         "multimodal models": model.is_multimodal_model,
