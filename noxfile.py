@@ -141,6 +141,35 @@ def speculation(session: nox.Session) -> None:
     run_more_engines(session, "speculative_engines.py", "vllm-ascend[suffix]")
 
 
+# What has streams of its own or copies to the host: attention, experts that move, asynchronous scheduling, shared experts, layer sharding, MC2, graphs, drafts.
+ON_STREAMS = (
+    "test_eplb_moves.py",
+    "test_eplb_observe.py",
+    "test_attention.py",
+    "test_mla.py",
+    "test_graphs.py",
+    "test_tokens.py::test_one_process",
+    "test_tokens.py::test_spawned_engine_core",
+    "test_placed_experts.py::test_experts_that_move_while_requests_run_change_no_token",
+    "test_linear.py::test_two_ranks",
+    "test_linear.py::test_four_ranks",
+    "test_deepseek.py::test_two_ranks",
+    "test_moe.py::test_two_ranks_of_an_atlas_a3",
+    "test_moe.py::test_mc2_in_bfloat16",
+    "test_graph_engines.py",
+    "test_speculation.py",
+)
+
+
+@nox.session(python=PYTHON)
+def streams(session: nox.Session) -> None:
+    """Engines on streams that work only when something waits for them, so that a wait that is missing gives wrong numbers."""
+    install_in_place(session, "vllm-ascend")
+    env = {"ASCEND_TEST_MODELS": str(MODELS), "HF_HUB_OFFLINE": "1", "ASCEND_SIM_STREAMS": "lazy"}
+    tests = [f"packages/vllm-ascend/tests/{name}" for name in ON_STREAMS]
+    session.run("pytest", "-q", "--durations=5", *tests, *session.posargs, env=env)
+
+
 def run_more_engines(session: nox.Session, file: str, *more: str) -> None:
     """Tests of vllm-ascend in a file that pytest does not find by its name, with more extras of this workspace's packages."""
     install_in_place(session, "vllm-ascend", *more)

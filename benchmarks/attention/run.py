@@ -19,20 +19,27 @@ sys.path.insert(0, str(HERE.parents[1] / "packages" / "vllm-ascend" / "tests"))
 from latent_requests import LATENT, ROPE, LatentRequests  # noqa: E402
 
 HEADS, WIDTH, BYTES = 8, 128, 2
-CASES = ((17, 0), (17, 1536), (128, 0), (128, 1536), (512, 0), (512, 1536))  # new tokens and cached ones of a request
+CASES = (  # new tokens and cached ones of a request
+    (17, 0), (17, 1536), (64, 1536), (128, 0), (128, 128), (128, 1536), (160, 1536), (176, 1536), (512, 0), (512, 1536),
+)  # fmt: skip
+PASSES = 4  # over projected keys and values: the projection writes them, the copy that makes them contiguous reads and writes them, the kernel reads them
 HEAD = """<!-- written by benchmarks/attention/run.py -->
 # Latent attention: what a prompt costs
 
 One request, {heads} heads, keys of 128 + 64 and values of 128 numbers projected up from latents of 512, bfloat16, with C cached and T new tokens. Operations of all matrix
 products: attention, and the projections that belong to a form (to keys and values, or of queries into the latent space and of results out of it). Bytes: latents and rotated keys that
-are read from the cache. The product takes the plain form for more than 16 new tokens. With a
-long context the absorbed form is the cheaper one up to 170 new tokens, by T (1088 - 320) = 512 * 256.
+are read from the cache, and in the plain form what the cached tokens' projected keys and values cost, which are written, made contiguous and read: 4 times {heads} x 256 x 2 bytes a token.
+
+The product takes the form of fewer operations. With P pairs of a new token and a key that it sees, the absorbed form multiplies 1088 - 320 = 768 numbers more for each pair and head, and the
+plain form 512 x 256 more for each cached token. So with a long context the absorbed form is the cheaper one up to 170 new tokens, with a short one for fewer, and without one never. Bytes do not
+move that place down: in pieces of 16 tokens the absorbed form reads 72 T bytes a cached token, at 170 new tokens 12 KiB, and the plain form 2 KiB a head and token, 16 KiB with the 8 heads
+that are the fewest of a DeepSeek-V3 (128 heads over 16 ranks). Requests of at most 16 new tokens take the absorbed form always.
 
 The least is that of the cheaper form with each pair of a token and a key that it sees computed once, and the cache read once: with P = C T + T (T + 1) / 2 pairs and N heads,
 2 N (P (192 + 128) + (C + T) 512 (128 + 128)) operations in the plain form, 2 N (P (576 + 512) + T 512 (128 + 128)) in the absorbed one.
 
-| T | C | plain, MFLOP | absorbed, MFLOP | least | plain / least | plain, KiB read | absorbed, KiB read | least |
-|--:|--:|--:|--:|--:|--:|--:|--:|--:|
+| T | C | plain, MFLOP | absorbed, MFLOP | least | taken | taken / least | plain, KiB | absorbed, KiB | least |
+|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|
 """
 
 
@@ -45,10 +52,16 @@ def cost(tokens: int, context: int, plain: bool) -> tuple[int, int]:
         requests.attend()
     step = requests.step
     if step.prefill is not None:
-        return work.delta.flops, sum(chunk.kv_ends[-1] for chunk in step.prefill.chunks) * (LATENT + ROPE) * BYTES
+        cached = sum(chunk.kv_ends[-1] for chunk in step.prefill.chunks)
+        return work.delta.flops, cached * (LATENT + ROPE + PASSES * HEADS * 2 * WIDTH) * BYTES
     assert step.decode is not None
     projections = 2 * HEADS * tokens * LATENT * 2 * WIDTH  # by vLLM's layer, around the kernel
     return work.delta.flops + projections, sum(step.decode.kv_lengths) * (LATENT + ROPE) * BYTES
+
+
+def taken(tokens: int, context: int) -> str:
+    """The form that the product takes."""
+    return "plain" if LatentRequests([tokens], [context], heads=HEADS).step.prefill is not None else "absorbed"
 
 
 def least(tokens: int, context: int) -> tuple[int, int]:
@@ -64,10 +77,11 @@ def main() -> None:
     lines = []
     for tokens, context in CASES:
         (plain, plain_bytes), (absorbed, absorbed_bytes) = cost(tokens, context, True), cost(tokens, context, False)
-        best = min(least(tokens, context))
+        best, form = min(least(tokens, context)), taken(tokens, context)
         shown = (f"{plain / 1e6:,.1f}", f"{absorbed / 1e6:,.1f}")
+        ratio = (plain if form == "plain" else absorbed) / best
         read = (f"{count / 1024:,.0f}" for count in (plain_bytes, absorbed_bytes, context * (LATENT + ROPE) * BYTES))
-        lines.append(f"| {tokens} | {context} | {' | '.join(shown)} | {best / 1e6:,.1f} | {plain / best:.2f} | {' | '.join(read)} |")  # fmt: skip
+        lines.append(f"| {tokens} | {context} | {' | '.join(shown)} | {best / 1e6:,.1f} | {form} | {ratio:.2f} | {' | '.join(read)} |")  # fmt: skip
     text = HEAD.format(heads=HEADS) + "\n".join(lines) + "\n"
     (HERE / "RESULTS.md").write_text(text)
     print(text)

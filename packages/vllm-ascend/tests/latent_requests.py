@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step of random requests through the real backend of latent attention, without an engine."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -79,8 +80,9 @@ class LatentRequests:
         return [torch.cat(part) for part in zip(*results, strict=True)]
 
     def take(self, *, plain):
-        """Let requests of more than 16 tokens take the plain form, or none."""
+        """Let all requests of more than 16 tokens take the plain form, or none."""
         self.builder.plain = plain
+        self.builder.forms = replace(self.builder.forms, most_tokens=0)
         self.step = self.builder.build(0, self.described)
 
     def run(self):

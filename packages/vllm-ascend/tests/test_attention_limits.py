@@ -37,7 +37,7 @@ def test_limits_are_those_of_the_contracts():
     assert latent_rule("rope-head-size").allowed == (limits._LATENT_SIZES["kv_lora_rank"], limits.PLAIN_SIZE)
     assert latent_rule("rope-size").allowed == (limits._LATENT_SIZES["qk_rope_head_dim"],)
     assert latent_rule("tnd-tokens").most == limits._SECOND_MOST_TOKENS
-    assert latent_rule("lengths").most == limits._SECOND_MOST_REQUESTS
+    assert latent_rule("lengths").most == limits.LATENT_PIECES
 
 
 def kernel_block(attention):

@@ -14,10 +14,11 @@ from latent_requests import BLOCK, LATENT, ROPE, LatentRequests
     [
         ([1, 1, 1], [4, 128, 300], 3),
         ([200, 16, 17], [0, 0, 0], 0),
-        ([15, 40], [128, 131], 1),
-        ([1, 16, 1, 130, 2, 33], [257, 5, 128, 900, 14, 0], 3),
+        ([15, 200], [128, 131], 1),
+        ([1, 40, 100, 33], [4, 500, 900, 0], 3),
+        ([1, 16, 1, 300, 2, 33], [257, 5, 128, 900, 14, 0], 3),
     ],
-    ids=["decode", "prefill", "chunk", "mixed"],
+    ids=["decode", "prefill", "chunk", "short-chunks", "mixed"],
 )
 def test_attention_over_latents(lengths, context, absorbed, nope, value):
     """The simulator's strict mode. 900 cached tokens are read in two chunks, of which the second has another request's context as well."""
@@ -27,7 +28,7 @@ def test_attention_over_latents(lengths, context, absorbed, nope, value):
         absorbed = len(lengths)
     assert (step.num_decodes, step.num_prefills) == (absorbed, len(lengths) - absorbed)
     assert step.num_decode_tokens == sum(lengths[:absorbed])
-    if step.prefill and max(context) == 900:
+    if step.prefill and 300 in lengths:
         assert [chunk.kv_ends for chunk in step.prefill.chunks] == [[512], [388, 402]]
     found = requests.run().double()
     parts = [1 + -(-old // 512) if i >= absorbed else 1 for i, old in enumerate(context)]
@@ -43,7 +44,32 @@ def test_attention_over_latents(lengths, context, absorbed, nope, value):
 def test_no_context_is_read_for_prompts_that_have_none():
     requests = LatentRequests([20, 30], [0, 0])
     assert requests.step.prefill.chunks == []
-    assert requests.builder.reorder_batch_threshold == 16
+    assert requests.builder.reorder_batch_threshold == 170
+
+
+@pytest.mark.parametrize(("key", "value"), [(128, 128), (64, 96)])
+def test_requests_take_the_form_of_fewer_operations(key, value):
+    from vllm_ascend.attention.mla_step import Forms
+
+    forms = Forms(latent=LATENT, projected=key + value, most_tokens=10**6)
+    for cached in (0, 1, 50, 128, 1000, 100_000):
+        for new in range(17, 190):
+            pairs = sum(cached + 1 + token for token in range(new))
+            plain = pairs * (2 * 128 + ROPE) + (cached + new) * LATENT * (key + value)
+            absorbed = pairs * (2 * LATENT + ROPE) + new * LATENT * (key + value)
+            assert forms.absorbed([new], [cached]) == (absorbed < plain), (new, cached)
+            assert new <= forms.most_new or absorbed >= plain
+    assert forms.absorbed([1, 16, 17], [0, 0, 0]) == 2
+
+
+def test_the_absorbed_form_takes_no_more_memory_than_was_counted_and_no_more_pieces_than_the_kernel():
+    from vllm_ascend.attention.mla_step import Forms
+
+    forms = Forms(latent=LATENT, projected=256, most_tokens=100)
+    assert forms.absorbed([40, 40, 40, 1], [5000] * 4) == 2
+    assert forms.absorbed([1] * 200 + [16], [5000] * 201) == 201
+    requests = LatentRequests([1], [1])
+    assert requests.builder.forms.most_tokens == 512 * (256 + 256 + 64) // (3 * (512 + 64))
 
 
 def test_tiles_end_where_their_last_token_sees():

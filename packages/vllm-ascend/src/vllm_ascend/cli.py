@@ -39,7 +39,10 @@ def _root() -> None:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Run every kernel on the first device and compare it with its meaning.")
+        bool,
+        typer.Option(
+            "--probe", help="Run every kernel, on the first device or the first two, and compare it with its meaning."
+        ),
     ] = False,
     report_file: Annotated[
         Path | None, typer.Option("--report", help="Write what to attach to an issue: versions, environment, kernels.")

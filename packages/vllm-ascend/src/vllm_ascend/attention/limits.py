@@ -14,6 +14,7 @@ __all__ = [
     "BLOCK_SIZES",
     "HEAD_SIZES",
     "LATENT_BLOCK_SIZE",
+    "LATENT_PIECES",
     "LATENT_QUERIES",
     "PLAIN_SIZE",
     "Attention",
@@ -41,7 +42,9 @@ _LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 _LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 _MOST_HEADS, _MOST_QUERIES_A_KEY, _MOST_NUMBERS_A_TOKEN, _MOST_NUMBERS = 256, 64, 65535, 2**31 - 1
 _MOST_TOKENS, _MOST_REQUESTS = 65536, 65536
-_SECOND_MOST_TOKENS, _SECOND_MOST_REQUESTS = 2**20, 4096  # of the second version of the operator
+_SECOND_MOST_TOKENS = 2**20  # of the second version of the operator
+LATENT_PIECES = 4096
+"""Requests of a step, or pieces of requests, that the kernel takes in the absorbed form."""
 # Keys of a config that ask for attention sinks, and architectures whose attention always has them.
 _SINK_KEYS = (
     "add_swa_attention_sink_bias",
@@ -233,7 +236,7 @@ def broken(attention: Attention) -> Iterator[str]:
     if attention.chunk % (block or default):
         yield f"attention_chunk_size of this model ({attention.chunk}) must be a multiple of block_size ({block or default})"
     second = attention.latent is not None or attention.sinks
-    tokens, requests = (_SECOND_MOST_TOKENS, _SECOND_MOST_REQUESTS) if second else (_MOST_TOKENS, _MOST_REQUESTS)
+    tokens, requests = (_SECOND_MOST_TOKENS, LATENT_PIECES) if second else (_MOST_TOKENS, _MOST_REQUESTS)
     if attention.tokens > tokens:
         yield f"max_num_batched_tokens ({attention.tokens}) must be at most {tokens}: the attention kernel's tokens of a step"
     if attention.requests > requests:
@@ -275,8 +278,8 @@ def _broken_latent(attention: Attention) -> Iterator[str]:
             f"{', '.join(map(str, _LATENT_HEADS))} heads a rank; change tensor_parallel_size if another one fits"
         )
     pieces = attention.tokens // LATENT_QUERIES + attention.requests
-    if not attention.plain_form and pieces > _SECOND_MOST_REQUESTS:
+    if not attention.plain_form and pieces > LATENT_PIECES:
         yield (
-            f"max_num_batched_tokens ({attention.tokens}) must be at most {(_SECOND_MOST_REQUESTS - attention.requests) * LATENT_QUERIES} with max_num_seqs "
-            f"({attention.requests}): prompts of this model take the kernel's absorbed form in pieces of {LATENT_QUERIES} tokens, {_SECOND_MOST_REQUESTS} a step"
+            f"max_num_batched_tokens ({attention.tokens}) must be at most {(LATENT_PIECES - attention.requests) * LATENT_QUERIES} with max_num_seqs "
+            f"({attention.requests}): prompts of this model take the kernel's absorbed form in pieces of {LATENT_QUERIES} tokens, {LATENT_PIECES} a step"
         )

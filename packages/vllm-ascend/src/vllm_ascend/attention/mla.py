@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head latent attention (DeepSeek's MLA) over a paged cache of latents.
 
-Requests of at most 16 new tokens take the absorbed form: vLLM's `MLAAttention` folds W_UK into the query and applies W_UV to the result, so that all
-heads attend to one latent key of 512 + 64 numbers a token, whose first 512 are the value as well. Longer ones, prompts and chunks of them, take the plain
-form: keys and values of 128 numbers a head are projected up from the latents, of new tokens at once, and of cached ones in chunks that are merged by
-their log-sum-exp. For a pair of a token and a key that is 640 instead of 2,176 operations a head, for which each cached key is projected up once for a
-step instead of being read as it is. A model with wider heads than 128 takes the absorbed form for all tokens, in pieces of 16.
+Requests of at most 16 new tokens, and longer ones while that takes fewer operations (`mla_step.Forms`), take the absorbed form: vLLM's `MLAAttention` folds
+W_UK into the query and applies W_UV to the result, so that all heads attend to one latent key of 512 + 64 numbers a token, whose first 512 are the value as
+well; of a request the kernel takes 16 tokens at a time. Other ones, prompts and long chunks of them, take the plain form: keys and values of 128 numbers a
+head are projected up from the latents, of new tokens at once, and of cached ones in chunks that are merged by their log-sum-exp. For a pair of a token and
+a key that is 640 instead of 2,176 operations a head, for which each cached key is projected up once for a step instead of being read as it is. A model with
+wider heads than 128 takes the absorbed form for all tokens.
 """
 
 from __future__ import annotations

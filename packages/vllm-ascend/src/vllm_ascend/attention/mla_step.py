@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadataBuilder,
+    MLADims,
     get_mla_dims,
     plan_mla_context_chunks,
 )
@@ -19,7 +20,7 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_ascend import kernels
-from vllm_ascend.attention.limits import LATENT_QUERIES, check_cache, has_plain_form
+from vllm_ascend.attention.limits import LATENT_PIECES, LATENT_QUERIES, PLAIN_SIZE, check_cache, has_plain_form
 from vllm_ascend.attention.step import AscendAttentionMetadata, describe
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "AscendMLAMetadata",
     "AscendMLAMetadataBuilder",
     "ContextChunk",
+    "Forms",
     "Plain",
     "context_chunks",
     "tiles",
@@ -35,10 +37,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Absorbed:
-    """Requests of the absorbed form, of at most 16 query tokens each.
+    """Requests of the absorbed form, cut into pieces of at most 16 query tokens each.
 
     Attributes:
-        query_ends: cumulative query lengths.
+        query_ends: cumulative query lengths of the pieces.
         kv_lengths: keys of each.
         block_table: int32 `[requests, blocks]`.
         mask: the compressed causal mask; None where each has one query token.
@@ -114,6 +116,52 @@ class AscendMLAMetadata(AttentionMetadata):
         return len(self.query_ends)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forms:
+    """Which requests take the absorbed form and which the plain one, by the operations of one head.
+
+    The absorbed form multiplies 2 L + R numbers for each pair of a token and a key that it sees, L those of a latent and R those of a rotated key. The plain
+    form multiplies 2 * 128 + R of them, and L times the numbers of a key and a value for each cached token, which it projects up. (Either form projects
+    its new tokens: keys and values up, or queries into the latent space and results out of it.) So a request of n new and C cached tokens is cheaper in the
+    absorbed form while its pairs, n C + n (n + 1) / 2, times 2 (L - 128) are fewer than C L (K + V): without cached tokens never, and with many of them up to
+    170 new tokens for keys and values of 128 numbers. benchmarks/attention counts both, and the bytes.
+
+    Args:
+        latent: L.
+        projected: K + V, the numbers of a key without its rotary part and of a value.
+        most_tokens: new tokens of a step that may take the absorbed form beside those of requests that the kernel takes in one piece.
+    """
+
+    latent: int
+    projected: int
+    most_tokens: int
+
+    @property
+    def most_new(self) -> int:
+        """New tokens from which on every request takes the plain form, less one."""
+        return max(LATENT_QUERIES, self.latent * self.projected // (2 * (self.latent - PLAIN_SIZE)))
+
+    def absorbed(self, lengths: list[int], contexts: list[int]) -> int:
+        """How many requests take the absorbed form, counted from the first: those after the first that does not take it do not either.
+
+        Requests of at most 16 new tokens take it whatever is cached of them, so that a step of decoding is of one form.
+
+        Args:
+            lengths: new tokens of each request.
+            contexts: cached tokens of each request.
+        """
+        tokens = 0
+        for request, (new, cached) in enumerate(zip(lengths, contexts, strict=True)):
+            tokens += new
+            if new <= LATENT_QUERIES:
+                continue
+            pairs = new * cached + new * (new + 1) // 2
+            costs_less = 2 * (self.latent - PLAIN_SIZE) * pairs < self.latent * self.projected * cached
+            if tokens > self.most_tokens or not costs_less:
+                return request
+        return len(lengths)
+
+
 def tiles(query_ends: list[int], kv_lengths: list[int]) -> tuple[list[int], list[int], list[int]]:
     """Cut requests into pieces of at most 16 query tokens, each of which ends where its last token's keys end.
 
@@ -167,7 +215,8 @@ def context_chunks(
 
 
 class AscendMLAMetadataBuilder(AttentionMetadataBuilder[AscendMLAMetadata]):
-    """Turns vLLM's description of a step into kernel arguments. Requests of at most 16 new tokens come first, by `reorder_batch_threshold`."""
+    """Turns vLLM's description of a step into kernel arguments. By `reorder_batch_threshold` requests come in this order: few new tokens after cached
+    ones, more of them after cached ones, and those of which nothing is cached."""
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -184,8 +233,9 @@ class AscendMLAMetadataBuilder(AttentionMetadataBuilder[AscendMLAMetadata]):
         check_cache(cache.num_gpu_blocks or 0, cache.block_size, dims.kv_lora_rank)
         self.rows = MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size(vllm_config)
         self.plain = has_plain_form(dims.qk_nope_head_dim, dims.v_head_dim)
+        self.forms = _forms(dims, self.rows, vllm_config.scheduler_config.max_num_seqs)
         if self.plain:
-            self._init_reorder_batch_threshold(LATENT_QUERIES)
+            self._init_reorder_batch_threshold(self.forms.most_new)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -196,7 +246,8 @@ class AscendMLAMetadataBuilder(AttentionMetadataBuilder[AscendMLAMetadata]):
             raise ValueError("multi-head latent attention on an NPU is causal, got causal=False")
         lengths = [end - begin for begin, end in zip([0, *step.query_ends], step.query_ends, strict=False)]
         requests = len(lengths)
-        absorbed = next((i for i, n in enumerate(lengths) if n > LATENT_QUERIES), requests) if self.plain else requests
+        contexts = [keys - new for keys, new in zip(step.kv_lengths, lengths, strict=True)]
+        absorbed = self.forms.absorbed(lengths, contexts) if self.plain else requests
         tokens = step.query_ends[absorbed - 1] if absorbed else 0
         decode = self._absorbed(step, absorbed) if absorbed else None
         return AscendMLAMetadata(
@@ -206,7 +257,7 @@ class AscendMLAMetadataBuilder(AttentionMetadataBuilder[AscendMLAMetadata]):
             num_decodes=absorbed,
             num_prefills=requests - absorbed,
             decode=decode,
-            prefill=self._plain(step, lengths, absorbed) if absorbed < requests else None,
+            prefill=self._plain(step, lengths[absorbed:], contexts[absorbed:]) if absorbed < requests else None,
         )
 
     def _absorbed(self, step: AscendAttentionMetadata, count: int) -> Absorbed:
@@ -217,11 +268,21 @@ class AscendMLAMetadataBuilder(AttentionMetadataBuilder[AscendMLAMetadata]):
             block_table = block_table[async_tensor_h2d(requests, device=self.device, dtype=torch.int64)]
         return Absorbed(ends, keys, block_table, step.mask if len(ends) < ends[-1] else None)
 
-    def _plain(self, step: AscendAttentionMetadata, lengths: list[int], skipped: int) -> Plain:
-        """The requests after the first `skipped`."""
-        lengths = lengths[skipped:]
-        contexts = [keys - new for keys, new in zip(step.kv_lengths[skipped:], lengths, strict=True)]
-        chunks = context_chunks(
-            lengths, contexts, step.block_table[skipped:], rows=self.rows, block_size=self.block_size
-        )
+    def _plain(self, step: AscendAttentionMetadata, lengths: list[int], contexts: list[int]) -> Plain:
+        """The last requests, which have these new and cached tokens."""
+        block_table = step.block_table[step.num_requests - len(lengths) :]
+        chunks = context_chunks(lengths, contexts, block_table, rows=self.rows, block_size=self.block_size)
         return Plain(list(accumulate(lengths)), step.mask, chunks)
+
+
+def _forms(dims: MLADims, rows: int, requests: int) -> Forms:
+    """Of a model whose plain form projects chunks of `rows` cached tokens, with at most `requests` in a step.
+
+    The absorbed form holds, of each token and head, its query in the latent space, a contiguous copy of it, and the result, which must fit where
+    `reserve_workspace` has counted the plain form's chunk: projected keys and values, contiguous copies, and rotated keys. The kernel takes 4,096 pieces.
+    """
+    latent, rope = dims.kv_lora_rank, dims.qk_rope_head_dim
+    projected = dims.qk_nope_head_dim + dims.v_head_dim
+    by_memory = rows * (projected + 2 * PLAIN_SIZE + rope) // (3 * (latent + rope))
+    by_pieces = (LATENT_PIECES - requests) * LATENT_QUERIES
+    return Forms(latent=latent, projected=projected, most_tokens=max(0, min(by_memory, by_pieces)))

@@ -16,8 +16,14 @@ from vllm_ascend.probe.expected import Result
 __all__ = ["NEED_RANKS", "run_all"]
 
 COMMAND = (sys.executable, "-m", "vllm_ascend.probe.child")
-# Kernels that exchange data: a run over two ranks of docs/first-run-on-hardware.md calls them.
+RANKS_COMMAND = (sys.executable, "-m", "vllm_ascend.probe.ranks")
+# What the second command runs, on two devices.
 NEED_RANKS = (
+    "ascend_comm.all_reduce",
+    "ascend_comm.all_gather",
+    "ascend_comm.reduce_scatter",
+    "ascend_comm.broadcast",
+    "ascend_comm.all_to_all",
     "ascend_linear.mm_all_reduce",
     "ascend_linear.mm_reduce_scatter",
     "ascend_moe.mc2_dispatch",
@@ -25,16 +31,34 @@ NEED_RANKS = (
 )
 
 
-def run_all(silence: float, command: Sequence[str] = COMMAND) -> Iterator[Result]:
-    """The result of each case, as they come.
+def run_all(
+    silence: float, command: Sequence[str] = COMMAND, ranks_command: Sequence[str] = RANKS_COMMAND
+) -> Iterator[Result]:
+    """The result of each case, as they come: first those of one device, then those of two.
 
     Args:
         silence: seconds after which a process that says nothing is ended; its case gets "no answer", and a new process goes on with the next one.
         command: starts the process; the number of the first case to run is added.
+        ranks_command: likewise, for the cases of two ranks.
 
     Raises:
-        RuntimeError: the process cannot begin; the message has its last words.
+        RuntimeError: the process of one device cannot begin; the message has its last words.
     """
+    yield from _run(silence, command)
+    found = False
+    try:
+        for result in _run(silence, ranks_command):
+            found = True
+            yield result
+    except RuntimeError as error:
+        found = True
+        yield Result(kernel="two ranks", shape="", verdict="no answer", detail=str(error))
+    if not found:
+        for kernel in NEED_RANKS:
+            yield Result(kernel=kernel, shape="", verdict="not run", detail="needs two devices")
+
+
+def _run(silence: float, command: Sequence[str]) -> Iterator[Result]:
     following, known = 0, 1
     while following < known:
         begun: dict[str, Any] | None = None
@@ -50,10 +74,8 @@ def run_all(silence: float, command: Sequence[str] = COMMAND) -> Iterator[Result
         if begun is not None:
             following = begun["begins"] + 1
             yield Result(kernel=begun["kernel"], shape=begun["shape"], verdict="no answer", detail=process.why)
-        elif following == ended_before:
+        elif following == ended_before and known > following:
             raise RuntimeError(f"the process that runs the kernels cannot begin: {process.why}")
-    for kernel in NEED_RANKS:
-        yield Result(kernel=kernel, shape="", verdict="not run", detail="needs two ranks")
 
 
 class _Process:
