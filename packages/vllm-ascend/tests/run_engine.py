@@ -203,12 +203,19 @@ def main(job_file, result_file):
     for engine in job:
         llm = start(engine.get("rendezvous"), disable_log_stats=False, **engine["engine"])
         inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
-        runs, collectives, refusals, calls = [], [], [], [llm.collective_rpc(all_operators) if inspected else None]
+        runs, drafts, collectives, refusals, calls = (
+            [],
+            [],
+            [],
+            [],
+            [llm.collective_rpc(all_operators) if inspected else None],
+        )
         for run in engine["runs"]:
             refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
             if run.get("watch"):
                 llm.collective_rpc(watch_copies)
             runs.append(generate(llm, run))
+            drafts.append(speculation(llm))
             collectives.append(llm.collective_rpc(traffic) if inspected else None)
             calls.append(llm.collective_rpc(all_operators) if inspected else None)
         # Plans come when they come. All data parallel ranks end a run in the same step, so they go on equally long.
@@ -221,7 +228,7 @@ def main(job_file, result_file):
                 "refusals": refusals,
                 "loads": [llm.collective_rpc(load, args=(folder,)) for folder in engine.get("load", ())],
                 "preemptions": preemptions(llm),
-                "speculation": speculation(llm),
+                "speculation": drafts,  # after each run
                 "collectives": collectives,
                 "calls": calls,  # before the first run, and after each
                 "blocking": llm.collective_rpc(blocking_copies) if inspected else None,

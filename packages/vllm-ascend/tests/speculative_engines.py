@@ -8,19 +8,20 @@ from speculative_models import PROMPTS, llama_with_drafts, with_next_token_layer
 
 LENGTH = 24
 SAMPLING = GREEDY | {"max_tokens": LENGTH, "detokenize": False}
-TINY = SMALL | {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 64 << 20, "skip_tokenizer_init": True}  # fmt: skip
+TINY = SMALL | {"max_model_len": 256, "max_num_seqs": 4, "kv_cache_memory_bytes": 64 << 20, "skip_tokenizer_init": True}  # fmt: skip
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 
 
 def job(folder, draft, **engine):
-    """A run of `PROMPTS`, which are longer than a step, for fewer places than there are requests."""
+    """A run of `PROMPTS`, for fewer places than there are requests; of those in `share`."""
+    share = engine.pop("share", slice(None))
     engine = {"model": str(folder), **TINY, **engine, "speculative_config": draft}
-    return {"engine": engine, "runs": [{"prompts": PROMPTS, "sampling": SAMPLING}]}
+    return {"engine": engine, "runs": [{"prompts": PROMPTS[share], "sampling": SAMPLING}]}
 
 
 def kept(result):
     """How many drafts were kept at each of their places."""
-    return result["speculation"]["accepted_tokens_per_pos"]
+    return result["speculation"][0]["accepted_tokens_per_pos"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_drafts_of_models(llama, run_engines):
     results = dict(zip(jobs, run_engines(list(jobs.values()), **ONE_PROCESS), strict=True))
     for name, result in results.items():
         assert tokens(result) == expected, name
-        assert result["speculation"]["accepted_tokens"] > 0, name
+        assert sum(kept(result)) > 0, name
     for method in ("eagle", "eagle3"):
         assert kept(results[method]) == kept(results[f"{method}, synchronous"]) == kept(results[f"{method}, unpadded"])
 
@@ -70,4 +71,46 @@ def test_multi_token_prediction(next_token_models, run_engines):
         )
         assert tokens(padded) == tokens(unpadded) == expected, name
         assert kept(padded) == kept(unpadded), name
-        assert padded["speculation"]["accepted_tokens"] > 0, name
+        assert sum(kept(padded)) > 0, name
+
+
+def test_drafts_of_the_text(llama, run_engines):
+    """The suffix tree needs the package arctic-inference."""
+    pytest.importorskip("arctic_inference")
+    folder, expected, _ = llama
+    drafts = [{"method": "suffix", "num_speculative_tokens": 4}, NGRAM]
+    for result in run_engines([job(folder, draft, max_num_batched_tokens=64) for draft in drafts], **ONE_PROCESS):
+        assert tokens(result) == expected
+        assert sum(kept(result)) > 0
+
+
+def test_two_ranks(llama, next_token_models, run_engines):
+    """Tensor parallel; both sides decide the same. What is kept is what one rank keeps."""
+    folder, expected, drafts = llama
+    models = {"eagle": (folder, {"method": "eagle", "model": str(drafts["eagle"])}, expected)}
+    models["draft model"] = (folder, {"method": "draft_model", "model": str(folder)}, expected)
+    models |= {name: (where, {"method": "mtp"}, answers) for name, (where, answers) in next_token_models.items()}
+    for name, (where, draft, answers) in models.items():
+        draft = draft | {"num_speculative_tokens": 3}
+        (alone,) = run_engines([job(where, draft)], **ONE_PROCESS)
+        (result,) = run_engines([job(where, draft, tensor_parallel_size=2)])
+        assert tokens(result) == tokens(alone) == answers, name
+        assert kept(result) == kept(alone), name
+
+
+def test_two_stages(llama, run_engines):
+    folder, expected, _ = llama
+    (result,) = run_engines([job(folder, NGRAM, pipeline_parallel_size=2)])
+    assert tokens(result) == expected
+    assert sum(kept(result)) > 0
+
+
+@pytest.mark.parametrize("method", ["mtp", "ngram"])
+def test_replicas(method, next_token_models, run_replicas):
+    """Two replicas that share experts, with different work: the one that is done first drafts for nobody beside the other."""
+    shares = [slice(0, 2), slice(2, None)]
+    draft = NGRAM if method == "ngram" else {"method": "mtp", "num_speculative_tokens": 3}
+    for name, (folder, expected) in next_token_models.items():
+        jobs = [[job(folder, draft, enable_expert_parallel=True, share=share)] for share in shares]
+        for share, (result,) in zip(shares, run_replicas(jobs), strict=True):
+            assert tokens(result) == expected[share], name

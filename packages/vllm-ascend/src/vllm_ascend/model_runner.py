@@ -32,6 +32,7 @@ from vllm_ascend import compat, graphs, loader, parallel
 from vllm_ascend.attention import mla
 from vllm_ascend.eplb.rebalance import Rebalancer
 from vllm_ascend.eplb.record import LoadRecorder
+from vllm_ascend.host_copy import HostCopy
 from vllm_ascend.layers import linear, moe, moving, sequence
 from vllm_ascend.speculative.lengths import DraftLengths
 from vllm_ascend.step_inputs import StepInputs
@@ -58,9 +59,7 @@ class AscendModelRunner(GPUModelRunner):
         super().__init__(vllm_config, device)
         self.step_inputs = StepInputs(self)
         drafter = getattr(self, "drafter", None)  # of the last pipeline stage
-        self.draft_lengths = (
-            DraftLengths(drafter, self.max_num_reqs) if isinstance(drafter, SpecDecodeBaseProposer) else None
-        )
+        self.draft_lengths = DraftLengths(drafter) if isinstance(drafter, SpecDecodeBaseProposer) else None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then give the linear ops its weights and put FlashComm1's hooks on it."""
@@ -93,7 +92,11 @@ class AscendModelRunner(GPUModelRunner):
         """Prepare a step on the host; with embeddings in the place of prompts as vLLM does it, on the device."""
         if self.enable_prompt_embeds:
             return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        return self.step_inputs.prepare(scheduler_output, num_scheduled_tokens)
+        prepared = self.step_inputs.prepare(scheduler_output, num_scheduled_tokens)
+        if self.draft_lengths is not None:
+            begins = self.input_batch.num_computed_tokens_cpu[: len(num_scheduled_tokens)]
+            self.draft_lengths.begin(begins, prepared[1].num_draft_tokens)
+        return prepared
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> None:
         """vLLM's, of which the function that corrects computed tokens is called while the step is prepared, not after its launch."""
@@ -105,15 +108,7 @@ class AscendModelRunner(GPUModelRunner):
         """Begin to copy to the host how many tokens each request has won, before a draft runs."""
         super()._copy_valid_sampled_token_count(next_token_ids, valid_sampled_tokens_count)
         if self.draft_lengths is not None and self.num_spec_tokens > 1:  # a second pass needs them
-            self.draft_lengths.counts.copy(valid_sampled_tokens_count)
-
-    def propose_draft_token_ids(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        """Draft tokens, with exact lengths in every pass of a draft model."""
-        if self.draft_lengths is not None:
-            described = kwargs.get("spec_decode_metadata", args[5] if len(args) > 5 else None)
-            begins = self.input_batch.num_computed_tokens_cpu[: self.input_batch.num_reqs]
-            self.draft_lengths.begin(begins, None if described is None else described.num_draft_tokens)
-        return super().propose_draft_token_ids(scheduler_output, *args, **kwargs)
+            self.draft_lengths.won = HostCopy(valid_sampled_tokens_count)
 
     def _init_kv_zero_meta(self) -> None:
         """Nothing: vLLM prepares addresses for a Triton kernel here, which `_zero_block_ids` does without."""

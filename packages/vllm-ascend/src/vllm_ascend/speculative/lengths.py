@@ -14,36 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-__all__ = ["AcceptedCounts", "DraftLengths"]
+from vllm_ascend.host_copy import HostCopy
 
-
-class AcceptedCounts:
-    """The tokens that each request has won in a step, on their way to the host.
-
-    Args:
-        most: requests of a step at most.
-    """
-
-    def __init__(self, most: int) -> None:
-        """Take pinned memory, and a stream for the copies."""
-        self._host = torch.empty(most, dtype=torch.int32, pin_memory=True)
-        self._stream, self._done = torch.npu.Stream(), torch.npu.Event()
-
-    def copy(self, counts: Tensor) -> None:
-        """Begin to copy `[requests]`; no later work on the current stream waits for the copy."""
-        self._stream.wait_stream(torch.npu.current_stream())
-        with torch.npu.stream(self._stream):
-            self._host[: counts.shape[0]].copy_(counts, non_blocking=True)
-            self._done.record()
-        counts.record_stream(self._stream)
-
-    def wait(self) -> NDArray[np.int32]:
-        """What the last copy has brought, once it is there."""
-        self._done.synchronize()
-        found: NDArray[np.int32] = self._host.numpy()
-        return found
+__all__ = ["DraftLengths"]
 
 
 class DraftLengths:
@@ -51,39 +25,38 @@ class DraftLengths:
 
     Args:
         drafter: vLLM's proposer, whose descriptions pass through here.
-        most: requests of a step at most.
+
+    Attributes:
+        won: int32 `[requests]`, the tokens that each has won in the model's step: those that were kept and one more. On its way before the draft begins.
     """
 
-    def __init__(self, drafter: Any, most: int) -> None:
+    def __init__(self, drafter: Any) -> None:
         """Put `describe` before the proposer's own method."""
-        self.counts = AcceptedCounts(most)
+        self.won: HostCopy | None = None
         self._begins = self._drafted = np.zeros(0, dtype=np.int32)
         self._build: Callable[..., Any] = drafter.build_per_group_and_layer_attn_metadata
         drafter.build_per_group_and_layer_attn_metadata = self.describe
-        self._padded = not drafter.speculative_config.disable_padded_drafter_batch
 
-    def begin(self, begins: NDArray[np.int32], drafted: list[int] | None) -> None:
+    def begin(self, begins: NDArray[np.int32], drafted: list[int]) -> None:
         """What the host knows of the model's step.
 
         Args:
             begins: `[requests]`, the position of the first token of each.
-            drafted: tokens of each that had been drafted; None: of no request.
+            drafted: tokens of each that had been drafted.
         """
-        self._begins = begins.copy()
-        self._drafted = np.zeros_like(self._begins) if drafted is None else np.array(drafted, dtype=np.int32)
+        self._begins, self._drafted = begins.copy(), np.array(drafted, dtype=np.int32)
 
     def describe(self, step: Any, draft_index: int = 0) -> Any:
         """What `build_per_group_and_layer_attn_metadata` does, with exact lengths.
 
         Args:
             step: vLLM's description of a pass. Its lengths on the host are written; from one pass to the next vLLM itself adds one token to them.
-            draft_index: the number of the pass.
+            draft_index: the number of the pass. Where no counts have been copied, rejected tokens are not among those of the first.
         """
         if draft_index == 0:
             queries = step.query_start_loc_cpu.diff()
             step.seq_lens_cpu_upper_bound = torch.from_numpy(self._begins[: len(queries)]) + queries
-        elif draft_index == 1 and self._padded and self._drafted.any():
-            won = self.counts.wait()[: len(self._drafted)]
-            rejected = np.where(self._drafted > 0, self._drafted + 1 - won, 0)
+        elif draft_index == 1 and self._drafted.any() and self.won is not None:
+            rejected = np.where(self._drafted > 0, self._drafted + 1 - self.won.result().numpy(), 0)
             step.seq_lens_cpu_upper_bound -= torch.from_numpy(rejected.astype(np.int32))
         return self._build(step, draft_index=draft_index)

@@ -64,6 +64,8 @@ def _beside(vllm_config: Any) -> Iterator[str]:
         "KV connectors (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
     }
     yield from (what for what, there in present.items() if there)
+    if options := vllm_config.additional_config:
+        yield f"options of additional_config ({', '.join(options)})"
 
 
 def _broken_of_models(vllm_config: Any) -> Iterator[str]:
@@ -77,8 +79,6 @@ def _broken_of_models(vllm_config: Any) -> Iterator[str]:
         yield f"{asked} needs pipeline_parallel_size 1, got {parallel.pipeline_parallel_size}"
     if parallel.tensor_parallel_size > 1 and parallel.data_parallel_size > 1:
         yield f"{asked} needs tensor_parallel_size ({parallel.tensor_parallel_size}) or data_parallel_size ({parallel.data_parallel_size}) to be 1"
-    if options := vllm_config.additional_config:
-        yield f"{asked} cannot be used with options of additional_config ({', '.join(options)}); leave one of the two out"
     if draft.method == "medusa":
         return
     its_own = {"model_config": draft.draft_model_config, "parallel_config": draft.draft_parallel_config}
