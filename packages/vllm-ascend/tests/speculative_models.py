@@ -29,13 +29,14 @@ def first_layers(folder, target, count):
 
 VOCABULARY, HIDDEN, DRAFT_VOCABULARY, MEDUSA_HEADS = 500, 64, 300, 3
 PROMPTS = [[(7 * i * i + 3 * k) % VOCABULARY for i in range(5 + 29 * k)] for k in range(6)]
+QUIET, ATTENTIVE = 0.005, 60
 
 
-def quiet(model, factor):
+def quiet(model):
     """Let the layers of a random model add little to the embedding, so that the next token depends on the last one for the most part, and can be drafted."""
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
-            weight.mul_(factor)
+            weight.mul_(QUIET)
 
 
 def save(folder, config, weights):
@@ -59,7 +60,7 @@ def llama_with_drafts(root, hugging_face, length):
     )  # fmt: skip
     with torch.inference_mode():
         model = LlamaForCausalLM(config).float().eval()
-        quiet(model, 0.005)
+        quiet(model)
         model.save_pretrained(root / "target")
         tokens = hugging_face(model, PROMPTS, length)
         one = json.loads((root / "target" / "config.json").read_text()) | {"num_hidden_layers": 1}
@@ -77,9 +78,10 @@ def llama_with_drafts(root, hugging_face, length):
 
 
 def eagle(layer):
-    """One layer over the embedding of the token that was sampled; the hidden state beside it has a small part."""
+    """One layer over the embedding of the token that was sampled; the hidden state beside it has a small part, and what attention sees a large one."""
     import torch
 
+    layer = layer | {"layers.0.self_attn.o_proj.weight": ATTENTIVE * layer["layers.0.self_attn.o_proj.weight"]}
     fused = torch.cat((torch.eye(HIDDEN), 0.01 * torch.randn(HIDDEN, HIDDEN)), dim=1)
     return {"fc.weight": fused} | {name: one for name, one in layer.items() if "input_layernorm" not in name}
 
@@ -150,7 +152,7 @@ def with_next_token_layer(root, name, kind, config, hugging_face, prompts, lengt
     with torch.inference_mode():
         config.num_hidden_layers = layers + 1
         whole = kind(config).float().eval()
-        quiet(whole, 0.005)
+        quiet(whole)
         path = f"model.layers.{layers}"
         config.num_hidden_layers = layers
         model = kind(config).float().eval()
@@ -159,6 +161,7 @@ def with_next_token_layer(root, name, kind, config, hugging_face, prompts, lengt
         weights = load_file(root / f"{name} in one" / "model.safetensors")
         tokens = hugging_face(model, prompts, length)
         weights |= {f"{path}.{norm}.weight": torch.ones(HIDDEN) for norm in ("enorm", "hnorm", "shared_head.norm")}
+        weights[f"{path}.self_attn.o_proj.weight"] *= ATTENTIVE
         weights[f"{path}.eh_proj.weight"] = torch.cat((torch.eye(HIDDEN), 0.01 * torch.randn(HIDDEN, HIDDEN)), 1)
         weights[f"{path}.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
         weights[f"{path}.shared_head.head.weight"] = weights["lm_head.weight"].clone()
