@@ -141,6 +141,18 @@ def speculation(session: nox.Session) -> None:
     run_more_engines(session, "speculative_engines.py", "vllm-ascend[suffix]")
 
 
+@nox.session(python=PYTHON)
+def states(session: nox.Session) -> None:
+    """Models with a recurrent state over pipeline stages and over replicas that share experts."""
+    run_more_engines(session, "state_engines.py")
+
+
+@nox.session(python=PYTHON)
+def media(session: nox.Session) -> None:
+    """Servers of a model that reads pictures and of one that writes sound down, with right and wrong input."""
+    run_more_engines(session, "served_media.py")
+
+
 # What has streams of its own or copies to the host: attention, experts that move, asynchronous scheduling, shared experts, layer sharding, MC2, graphs, drafts.
 ON_STREAMS = (
     "test_eplb_moves.py",
@@ -285,6 +297,19 @@ def pooling(session: nox.Session) -> None:
     """All kinds of models that embed, classify and give rewards, in either precision; the default tests have one of each kind."""
     install_in_place(session, "vllm-ascend")
     run_tests(session, "vllm-ascend", "-k", "test_pooling", env={"ASCEND_TEST_ALL": "1"})
+
+
+@nox.session(python=PYTHON)
+def docs(session: nox.Session) -> None:
+    """The documentation site, into .cache/site: pages, API reference and links; a warning is an error. `nox -s docs -- serve` shows it while you write."""
+    install(session, "mkdocs==1.6.1", "mkdocs-material==9.8.2", "mkdocstrings-python==2.0.11", "ruff==0.17.6")
+    serves = session.posargs[:1] == ["serve"]
+    arguments = (
+        session.posargs
+        if serves
+        else ["build", "--strict", "--site-dir", str(ROOT / ".cache" / "site"), *session.posargs]
+    )
+    session.run("mkdocs", *arguments, env={"NO_MKDOCS_2_WARNING": "1"})  # advertising of mkdocs-material's
 
 
 @nox.session(python=PYTHON)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dynamic EPLB: a simulation at scale without an engine, and engines with a stream of requests whose kind drifts.
 
-python benchmarks/eplb-live/run.py [--model FOLDER] [--out FOLDER] [--only simulation|engines]
+python benchmarks/eplb-live/run.py [--model FOLDER] [--out FOLDER] [--only simulation|engines|balanced]
 
-Writes RESULTS.md (the simulation) and ENGINES.md, each with its plot, into the folder of this file, or into --out.
+Writes RESULTS.md (the simulation) and ENGINES.md, each with its plot, and BALANCED.md, into the folder of this file, or into --out.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ ROOT = HERE.parents[1]
 RANKS, EXPERTS, TOP_K, LAYERS, REDUNDANT = 4, 8, 2, 6, 4
 PROMPT, TOKENS, REQUESTS = 96, 16, 32  # tokens of a prompt and of its answer; requests of a phase
 INTERVAL, ASKS = 4, 1  # steps
+BALANCED_INTERVAL = 40
 MOVES = {
     "dynamic_eplb": True,
     "expert_heat_collection_interval": INTERVAL,
@@ -81,7 +82,7 @@ def phases(source: Path) -> list[list[list[int]]]:
     ]
 
 
-def run_engine(job: dict, folder: Path) -> dict:
+def run_engine(job: dict, folder: Path, script: str = "live.py") -> dict:
     """One way."""
     files = folder / "job.json", folder / "result.json"
     files[0].write_text(json.dumps(job))
@@ -91,7 +92,7 @@ def run_engine(job: dict, folder: Path) -> dict:
         "PYTHONPATH": str(HERE),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, str(HERE / "live.py"), *map(str, files)], capture_output=True, text=True, timeout=3600, env=env, check=False,
+        [sys.executable, str(HERE / script), *map(str, files)], capture_output=True, text=True, timeout=3600, env=env, check=False,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"the engine has failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
@@ -136,6 +137,45 @@ def engines(source: Path, folder: Path, console: Console) -> dict[str, dict]:
         found[way] = result
     found["offline plan of each interval"] = {"rank_loads": best_of(np.array(found["off"]["loads"]))}
     return found
+
+
+def balanced(source: Path, folder: Path) -> Table:
+    """What it costs that experts may move, where a stream gives no reason to: three ranks whose experts lie as planned for this stream."""
+    import ascend_eplb as eplb
+
+    ranks, redundant, record, planned = 3, 1, folder / "balanced.npz", folder / "balanced.json"
+    prompts = [prompt for phase in phases(source) for prompt in phase[:8]]
+    ways = {
+        "recorded": {
+            "expert_load_record_path": str(record), "expert_heat_collection_interval": BALANCED_INTERVAL, "num_redundant_experts": redundant
+        },
+        "experts stay": {"expert_map_path": str(planned)},
+        "experts may move": {"expert_map_path": str(planned), **MOVES, "expert_heat_collection_interval": BALANCED_INTERVAL},
+    }  # fmt: skip
+    table = table_of(
+        f"{LAYERS} layers of {EXPERTS} experts and {redundant} redundant one over {ranks} ranks, intervals of {BALANCED_INTERVAL} steps",
+        ["way", "tokens equal", "steps", "operators a step", "collectives a step", "intervals", "slots moved", "steps a second, best of 5"],
+    )  # fmt: skip
+    found: dict[str, dict] = {}
+    for way, options in ways.items():
+        engine = {
+            "model": str(model(source, folder)), "dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256,
+            "kv_cache_memory_bytes": 64 << 20, "tensor_parallel_size": ranks, "enable_expert_parallel": True, "enforce_eager": True,
+            "skip_tokenizer_init": True, "additional_config": {"eplb_config": options}, "enable_prefix_caching": False,
+        }  # fmt: skip
+        found[way] = result = run_engine(
+            {"engine": engine, "tokens": TOKENS, "prompts": prompts}, folder, "balanced.py"
+        )
+        if way == "recorded":
+            plan = eplb.rebalance(eplb.read_loads(record).sum(axis=0), ranks=ranks, slots=EXPERTS + redundant).placement
+            eplb.save_placement(plan, planned)
+            continue
+        steps = result["steps"]
+        table.add_row(
+            way, "yes" if result["answers"] == found["recorded"]["answers"] else "NO", str(steps), f"{result['operators'] / steps:.2f}",
+            f"{result['collectives'] / steps:.2f}", str(result["intervals"]), str(result["moves"]), f"{1 / result['step_seconds']:.1f}",
+        )  # fmt: skip
+    return table
 
 
 def best_of(load: np.ndarray) -> list:
@@ -224,10 +264,19 @@ def plot(panels: dict[str, dict[str, list[float]]], path: Path) -> None:
 SIMULATED = f"""A plan is made from the loads before it, serves loads that it has not seen, and is in force after the steps that its transfers take. `simulation.py` has the assumptions:
 {simulation.STEP_SECONDS * 1e3:.0f} ms a step, {1 / simulation.SECONDS_PER_BYTE / 1e9:.0f} GB/s, {simulation.EXPERT_BYTES / 2**20:.0f} MB an expert. "Near" is within {simulation.NEAR} of the balancedness of an offline plan of each window, which no engine can carry out.
 The intervals to follow are counted from the one after the shift. vLLM's policy is its own file, run as it is, with one layer moving a step.
+
+What the goal leaves out: the first plan and the shift. In these intervals nearly all slots would have to change at once, as they do in the offline plan; within the budget it takes the
+first one or two intervals at 32 and 64 ranks, and five or six at 320, where a rank has two slots. In steady drift `incremental` stays near at 32 and 64 ranks, and at 320 the budget is what
+limits it: {simulation.WIDE:.0%} of the slots instead of {simulation.BUDGET:.0%} are the row below it.
 """
 LIVE = f"""Engines on the simulated NPU: the stream is mostly prose, then mostly Python, then mostly numbers. "Static" is planned from the first phase. `deepseek` is the algorithm that
 vLLM's default policy is, without two replicas of an expert on one rank. An interval has {INTERVAL} steps. Where experts stay, nothing is moved or waited for. Seconds are those of this
 host's CPU, on which other work ran: they say nothing about an NPU, nor which way is faster.
+"""
+
+
+NEEDLESS = """What it costs that experts may move, on a stream that gives no reason to: they lie where a plan for this stream puts them. Counting is one operator a MoE layer; at
+the end of an interval the counts are summed over ranks. Steps a second are those of this host's CPU, on which the planner's process and perhaps other work ran too.
 """
 
 
@@ -247,16 +296,18 @@ def simulated_goals(sizes: list[list[simulation.Followed]]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, title: str, about: str, table: Table, panels: dict[str, dict[str, list[float]]]) -> None:
-    """A page of results with its plot, and the table on the screen."""
+def write(path: Path, title: str, about: str, table: Table, panels: dict[str, dict[str, list[float]]] | None) -> None:
+    """A page of results with its plot, if it has one, and the table on the screen."""
     console = Console(record=True, width=190)
     console.print(table)
     machine = f"Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     picture = path.with_suffix(".png")
-    plot(panels, picture)
+    if panels is not None:
+        plot(panels, picture)
     path.write_text(
         f"# {title}\n\nWritten by `python benchmarks/eplb-live/run.py` ({machine}). Balances, moves and bytes do not depend on the machine's speed.\n\n"
-        f"{about}\n```\n{console.export_text()}```\n\n![balancedness over intervals]({picture.name})\n"
+        f"{about}\n```\n{console.export_text()}```\n"
+        + ("" if panels is None else f"\n![balancedness over intervals]({picture.name})\n")
     )
 
 
@@ -266,17 +317,25 @@ def main() -> None:
     models = Path(os.environ.get("ASCEND_TEST_MODELS", ROOT / ".cache" / "models"))
     parser.add_argument("--model", type=Path, default=models / "smollm2")
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--only", choices=("simulation", "engines"))
+    parser.add_argument("--only", choices=("simulation", "engines", "balanced"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.only != "engines":
+    if options.only in (None, "simulation"):
         sizes = list(simulation.run())
         panels = {f"{ways[0].ranks} ranks": {way.way: way.balancedness for way in ways} for ways in sizes}
         about = f"{SIMULATED}\n{simulated_goals(sizes)}\n"
         write(options.out / "RESULTS.md", "Dynamic EPLB at scale: a simulation", about, simulation_table(sizes), panels)
-    if options.only != "simulation":
-        folder = models / "eplb-live"
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = models / "eplb-live"
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.only in (None, "balanced"):
+        write(
+            options.out / "BALANCED.md",
+            "Dynamic EPLB on a balanced stream",
+            NEEDLESS,
+            balanced(options.model, folder),
+            None,
+        )
+    if options.only in (None, "engines"):
         found = engines(options.model, folder, Console(stderr=True))
         panels = {f"{RANKS} ranks": {way: (1 / peaks(result)).tolist() for way, result in found.items()}}
         write(options.out / "ENGINES.md", "Dynamic EPLB in engines", LIVE, engine_table(found), panels)

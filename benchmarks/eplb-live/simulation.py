@@ -33,6 +33,7 @@ EXPERT_BYTES = 3 * 7168 * 2048  # DeepSeek-V3's, W8A8
 STEP_SECONDS, SECONDS_PER_BYTE = 0.05, 1e-10
 DRIFT = 0.05  # of the logarithm of an expert's load, each interval
 WINDOW, BUDGET, BUFFER = 4, 0.15, 2  # the plugin's defaults
+WIDE = 0.3  # a budget for comparison
 STEPS_OF_A_BATCH = 2
 HALF_LIFE = 1.0  # intervals, as `eplb/decide.py` weighs them
 NEAR = 0.03  # of the balancedness of an offline plan of each window
@@ -104,11 +105,11 @@ def in_force(before: float, after: float, steps: int, load_left: int = STEPS) ->
     return part * (before + after) / 2 + (1 - part) * after
 
 
-def follow(way: str, policy: str, load: np.ndarray, ranks: int, slots: int) -> Followed:
-    """Plans of this plugin."""
+def follow(way: str, policy: str, load: np.ndarray, ranks: int, slots: int, budget: float = BUDGET) -> Followed:
+    """Plans of this plugin; `budget` is the part of all slots that may move in one."""
     found, placed = Followed(ranks=ranks, way=way), eplb.spread(num_experts=EXPERTS, ranks=ranks, redundant=slots - EXPERTS, layers=LAYERS)  # fmt: skip
     rules = Rules(
-        policy=policy, weighting="decayed", max_moves=int(BUDGET * LAYERS * slots), buffer_experts=BUFFER, expert_bytes=EXPERT_BYTES, horizon_steps=STEPS
+        policy=policy, weighting="decayed", max_moves=int(budget * LAYERS * slots), buffer_experts=BUFFER, expert_bytes=EXPERT_BYTES, horizon_steps=STEPS
     )  # fmt: skip
     free = 0  # the interval from which on another plan may be asked for
     found.balancedness.append(balance(placed, load[0]))
@@ -202,6 +203,7 @@ def run(sizes: tuple[tuple[int, int], ...] = SIZES) -> Iterator[list[Followed]]:
             kept("off", eplb.spread(num_experts=EXPERTS, ranks=ranks, redundant=slots - EXPERTS, layers=LAYERS), load),
             kept("static, from the first interval", first, load),
             *(follow(f"dynamic, {policy}", policy, load, ranks, slots) for policy in ("incremental", "swift", "balanced")),
+            follow(f"dynamic, incremental, budget {WIDE:.0%}", "incremental", load, ranks, slots, WIDE),
             *([vllm(named, load, ranks, slots)] if named else []),
         ]  # fmt: skip
         for way in ways:

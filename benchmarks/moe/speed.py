@@ -19,7 +19,7 @@ from rich.table import Table
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "serving"))
 
-from run import measure  # noqa: E402  (of benchmarks/serving)
+from run import hot_path, measure, write_hot_path  # noqa: E402  (of benchmarks/serving)
 
 BATCHES = ("1", "8")
 
@@ -50,6 +50,7 @@ def main():
         help="where models are kept",
     )
     parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--hot-path", type=Path, help="only count a decoding step's operators, and write them here")
     options = parser.parse_args()
     dense = smollm2(options.models / "smollm2")
     models = {
@@ -57,6 +58,9 @@ def main():
         "Qwen3-MoE, 32 experts, top 4": small_qwen3(options.models / "qwen3-moe-small", dense),
     }
     console = Console(record=True, width=110)
+    if options.hot_path:
+        write_hot_path(options.hot_path, {name: str(folder) for name, folder in models.items()}, console)
+        return
     table = Table("model", "system", "tokens/s, batch 1", "tokens/s, batch 8", title="float32, 32 tokens, best of 3")
     for model, folder in models.items():
         results = {}
@@ -73,6 +77,7 @@ def main():
             )
         table.add_section()
     console.print(table)
+    console.print(hot_path({model: measure(sys.executable, "counts", str(folder)) for model, folder in models.items()}))
     if options.markdown:
         note = "<!-- python benchmarks/moe/speed.py --markdown FILE; a host's CPU, not a speed of hardware -->"
         options.markdown.write_text(f"{note}\n```\n{console.export_text()}```\n")

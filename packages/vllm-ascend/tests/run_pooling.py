@@ -27,6 +27,13 @@ def score(llm, query, documents):
     return [output.outputs.score for output in llm.score(query, documents, use_tqdm=False)]
 
 
+def operators(llm):
+    """Calls of each operator so far, of an engine in this process."""
+    from ascend_sim import counters
+
+    return {name: count.calls for name, count in counters.snapshot().operators.items()}
+
+
 def describe_here(model):
     """Let vLLM look at the model's class in this process: otherwise it starts one for each class, which imports vLLM again."""
     from vllm.model_executor.models import ModelRegistry
@@ -40,7 +47,7 @@ def main(job_file, result_file):
     import torch
     from vllm import LLM
 
-    kinds = {"pool": pool, "score": score}
+    kinds = {"pool": pool, "score": score, "operators": operators}
     results = []
     for engine in json.loads(Path(job_file).read_text()):
         describe_here(engine["engine"]["model"])

@@ -73,6 +73,23 @@ def test_the_budget_limits_what_moves():
     assert 0 < len(slots) <= 3
 
 
+def test_a_plan_that_does_not_repay_is_made_again_with_fewer_moves():
+    """A price between what a quarter of the moves saves for each expert sent and what all of them save."""
+    placed, load = problem(3, layers=4, experts=64, ranks=8, redundant=8)
+    whole, part = (
+        decide(placed, load, changed(max_moves=moves), **FREE | {"seconds_per_byte": 1e-9}) for moves in (80, 20)
+    )
+    rates = [found.saved_seconds / (found.cost_seconds / 1e-9) for found in (whole, part)]
+    assert rates[1] > 1.2 * rates[0]
+    found = decide(placed, load, changed(max_moves=80), **FREE | {"seconds_per_byte": sum(rates) / 2})
+    assert found.reason == ""
+    assert 0 < len(found.transfers) < len(whole.transfers)
+    assert found.saved_seconds > found.cost_seconds
+    assert decide(
+        placed, load, changed(max_moves=80, policy="balanced"), **FREE | {"seconds_per_byte": sum(rates) / 2}
+    ).reason
+
+
 def test_a_plan_is_dropped_unless_it_repays_its_bytes():
     """At the price at which both are equal it is dropped, and carried out a little below."""
     placed, load = problem(3)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many operators a decoding step launches, and what runs before the first request. The counts depend on the program alone."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
+from engine_jobs import one_step
 
 BATCH = 8
 ENGINE = {
@@ -37,14 +36,6 @@ def runs(prompts):
     sampling = {"temperature": 0, "ignore_eos": True, "detokenize": False}
     lengths = [sampling | {"max_tokens": tokens} for tokens in (3, 4, 3)]
     return [{"prompts": prompts, "sampling": length, "watch": index == 2} for index, length in enumerate(lengths)]
-
-
-def one_step(result):
-    """Calls of each operator in one decoding step of the whole batch."""
-    before, first, second, _ = (Counter(calls[0]) for calls in result["calls"])
-    step = second - first - (first - before)
-    assert not (first - before) - (second - first), "the second run launched less than the first"
-    return step
 
 
 def by_layer(step, layers):

@@ -59,19 +59,31 @@ def reference(minilm):
 
 
 @pytest.fixture(scope="module")
-def vectors(minilm, engine_servers, tmp_path_factory):
-    """The engine's, by dtype: float32 in relaxed mode, bfloat16 in strict mode."""
+def said(minilm, engine_servers, tmp_path_factory):
+    """By dtype, float32 in relaxed mode and bfloat16 in strict mode: the operators that ran before the first request, and the engine's vectors."""
 
     def ask(dtype, strict):
         folder = tmp_path_factory.mktemp(dtype)
         files = [folder / name for name in ("job.json", "result.pt", "said.txt")]
         run = {"kind": "pool", "task": "embed", "prompts": SENTENCES + QUERIES}
-        files[0].write_text(json.dumps([{"engine": {"model": str(minilm), "dtype": dtype}, "runs": [run]}]))
+        job = {"engine": {"model": str(minilm), "dtype": dtype}, "runs": [{"kind": "operators"}, run]}
+        files[0].write_text(json.dumps([job]))
         env = {"ASCEND_SIM_STRICT": strict, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         wait([engine_servers.start("run_pooling", files[:2], files[2], env)], [files[2]])
-        return torch.stack(torch.load(files[1])[0][0]["data"])
+        (before, found) = torch.load(files[1])[0]
+        return before, torch.stack(found["data"])
 
     return {"float32": ask("float32", "0"), "bfloat16": ask("bfloat16", "1")}
+
+
+@pytest.fixture(scope="module")
+def vectors(said):
+    return {dtype: found for dtype, (_, found) in said.items()}
+
+
+def test_a_prompt_runs_before_the_first_request(said):
+    for before, _ in said.values():
+        assert before["npu::npu_fused_infer_attention_score"] >= 6  # layers
 
 
 @pytest.mark.parametrize("dtype", LEAST)

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from engine_jobs import tokens
+from engine_jobs import one_step, tokens
 from rounding import assert_as_near, assert_caught, errors, in_bfloat16, load, own_logprobs, prompt_logprobs
 
 pytestmark = pytest.mark.slow
@@ -80,12 +80,24 @@ def test_one_rank(families, run_engines):
         assert set(result["operators"][0]) >= KERNELS
 
 
+# What one of two ranks launches in a decoding step by all-gather, in float32: in a layer, and beside the layers.
+EP_LAYER, EP_BESIDE = 25, 41
+
+
 @pytest.mark.parametrize("experts_apart", [False, True], ids=["tp2", "tp2-ep"])
 def test_two_ranks(families, run_engines, experts_apart):
-    results = run_engines(job(families, tensor_parallel_size=2, enable_expert_parallel=experts_apart), **INSPECT)
+    """And with expert parallelism how many operators a decoding step has."""
+    jobs = job(families, tensor_parallel_size=2, enable_expert_parallel=experts_apart)
+    for one in jobs:
+        (run,) = one["runs"]
+        one["runs"] = [run | {"sampling": run["sampling"] | {"max_tokens": count}} for count in (3, 4, TOKENS)]
+    results = run_engines(jobs, **INSPECT)
     for result, (_, _, expected) in zip(results, families.values(), strict=True):
-        assert tokens(result) == expected
+        assert tokens(result, 2) == expected
         assert not MC2 & set(result["operators"][0])
+        if experts_apart:
+            step = one_step(result)
+            assert sum(step.values()) <= 3 * EP_LAYER + EP_BESIDE, step
 
 
 def test_two_ranks_of_an_atlas_a3(families, run_engines):

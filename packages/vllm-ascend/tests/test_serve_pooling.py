@@ -1,54 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm serve` with an embedding model and with a cross-encoder: vLLM's API for such models, and what it says to bad input."""
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
-import openai
 import pooling_models
 import pytest
 import torch
-from engine_processes import LIMIT, end, listening_port, start, until, what_it_said
+from served import Server
 
 pytestmark = pytest.mark.slow
 
 
-class Server:
-    """A server process in a session of its own, which listens on a port that the kernel chooses."""
-
-    def __init__(self, model, log):
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "model", "--port", "0",
-            "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-num-seqs", "64",
-        ]  # fmt: skip
-        self.log, self.clients = log, []
-        self.process = start(command, log, {})
-
-    def _port(self):
-        assert self.process.poll() is None, what_it_said(self.log)
-        return listening_port(self.process)
-
-    def wait(self):
-        address = f"http://127.0.0.1:{until(self._port, self.process, self.log)}"
-        self.http = httpx.Client(base_url=address, timeout=LIMIT)
-        self.openai = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=LIMIT, max_retries=0)
-        self.clients = [self.http, self.openai]
-        until(self.is_alive, self.process, self.log)
-
-    def close(self):
-        for client in self.clients:
-            client.close()
-        end(self.process)
-
-    def is_alive(self):
-        try:
-            return self.http.get("/health").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def post(self, path, **body):
-        return self.http.post(path, json={"model": "model", **body})
+OPTIONS = ("--dtype", "bfloat16", "--max-num-seqs", "64")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +24,8 @@ def servers(models, tmp_path_factory):
     checkpoint.mkdir()
     pooling_models.save(pooling_models.CASES["bert-cross-encoder"], checkpoint)
     started = {
-        "embedder": Server(minilm(models / "minilm"), folder / "embedder.txt"),
-        "cross-encoder": Server(checkpoint, folder / "cross-encoder.txt"),
+        "embedder": Server(minilm(models / "minilm"), folder / "embedder.txt", *OPTIONS),
+        "cross-encoder": Server(checkpoint, folder / "cross-encoder.txt", *OPTIONS),
     }
     try:
         for server in started.values():

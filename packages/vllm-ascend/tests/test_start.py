@@ -63,6 +63,11 @@ MODERN = {
 }  # fmt: skip
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 OWN = {"method": "draft_model", "model": "ITSELF", "num_speculative_tokens": 2}  # the folder of the model at hand
+GRANITE = {
+    "architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 64, "shared_intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "layer_types": ["mamba", "attention"],
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "vocab_size": 512, "max_position_embeddings": 256, "torch_dtype": "bfloat16",
+}  # fmt: skip
 # What differs from DENSE; arguments of vLLM; the environment; what the one finding has.
 ALONE = {
     "float8 cache": ({}, {"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype ('fp8') must be 'auto' or the model's dtype, 'bfloat16'"),
@@ -86,6 +91,7 @@ ALONE = {
     "KV heads": ({}, {"tensor_parallel_size": 2}, {}, "tensor_parallel_size (2) must divide the model's 3 key and value heads, or be a multiple"),
     "head size": ({"head_dim": 264}, {}, {}, "the model's heads are 264 wide: the kernel takes at most 256"),
     "MLA pieces": ({**LATENT, "num_attention_heads": 16, "v_head_dim": 256}, {"max_num_batched_tokens": 65536, "max_num_seqs": 96}, {}, "max_num_batched_tokens (65536) must be at most 64000 with max_num_seqs (96)"),
+    "stages of a Granite with experts": (GRANITE, {"pipeline_parallel_size": 2}, {}, "pipeline_parallel_size (2) must be 1 with GraniteMoeHybridForCausalLM that has experts"),
     "decode context": ({"num_key_value_heads": 1}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, {}, "decode_context_parallel_size (2) must be 1"),
     "prefill context": ({}, {"prefill_context_parallel_size": 2}, {}, "prefill_context_parallel_size (2) must be 1"),
     "backend": ({}, {"attention_backend": "FLASH_ATTN"}, {}, "attention_config.backend ('FLASH_ATTN') is not a backend of vllm-ascend for this model; leave it out, or give 'ASCEND_ATTN'"),

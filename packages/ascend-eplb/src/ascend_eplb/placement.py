@@ -127,7 +127,7 @@ def spread(*, num_experts: int, ranks: int, redundant: int = 0, layers: int = 1)
     """Contiguous experts per rank, each redundant one continuing its rank's run: the default layout.
 
     0..E-1 are split over the ranks as `numpy.array_split` does; then, for i in 0..n-1, rank `R-1-(i % R)` also gets
-    (its last id + 1) mod E. So every rank holds one run of K ids. E=8, R=2, n=2 gives [0,1,2,3,4] [4,5,6,7,0].
+    (its last id + 1) mod E. So every rank holds one run of K ids. E=8, R=2, n=2 gives `[0,1,2,3,4]` and `[4,5,6,7,0]`.
 
     Args:
         num_experts: E >= 1.
@@ -153,7 +153,7 @@ def spread(*, num_experts: int, ranks: int, redundant: int = 0, layers: int = 1)
 def checkpoint(*, num_experts: int, ranks: int, redundant: int = 0, layers: int = 1) -> Placement:
     """The order in which vLLM fills slots while loading a checkpoint: 0..E-1, then 0..n-1 (mod E), cut into ranks.
 
-    E=8, R=2, n=2 gives [0,1,2,3,4] [5,6,7,0,1]. Arguments, errors and complexity as for `spread`.
+    E=8, R=2, n=2 gives `[0,1,2,3,4]` and `[5,6,7,0,1]`. Arguments, errors and complexity as for `spread`.
 
     Source: how vLLM numbers physical experts at the start (`build_initial_global_physical_to_logical_map`).
     """

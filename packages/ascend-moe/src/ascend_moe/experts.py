@@ -28,10 +28,10 @@ class Activation:
     The vLLM plugin uses it for GPT-OSS alone.
 
     Args:
-        gate: SiLU, or GELU by the error function or by tanh.
-        gate: the function of g.
+        gate: the function of g: SiLU, or GELU by the error function or by tanh.
         limit: the bound of clipped SwiGLU. None: nothing is clipped.
-        alpha, up_bias: constants of clipped SwiGLU.
+        alpha: the factor of g in its sigmoid, of clipped SwiGLU.
+        up_bias: what is added to u, of clipped SwiGLU.
         interleaved: g is the even columns and u the odd ones. Only with a limit.
 
     Raises:

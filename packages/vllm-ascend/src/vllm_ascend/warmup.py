@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt and a decoding step before the first request, as a scheduler would order them.
+"""A prompt and a decoding step before the first request, as a scheduler would order them; of a model that pools, a prompt alone.
 
 vLLM's profiling run has no attention metadata: it runs neither attention nor the write to the cache, and its sampler has logits without a step. What a
 kernel costs at its first call (loading it, its workspace, the connections and buffers of an HCCL group) would be paid by the first request,
@@ -11,12 +11,13 @@ ranks run the same steps, at the same place of their start.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from vllm import SamplingParams
+from vllm import PoolingParams, SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
+from vllm.tasks import PoolingTask
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
@@ -37,8 +38,9 @@ REQUEST = "ascend-warm-up"
 
 
 @contextmanager
-def _small_cache(runner: AscendModelRunner) -> Iterator[None]:
-    """Give the layers a KV cache of one block for each group, and the one that vLLM keeps free, while the real one has no size yet."""
+def _small_cache(runner: AscendModelRunner) -> Iterator[int]:
+    """Give the layers a KV cache of one block for each group, and the one that vLLM keeps free, while the real one has no size yet. The number of groups
+    is what the block gets: encoders have none."""
     config, cache = runner.vllm_config, runner.cache_config
     groups = get_kv_cache_groups(config, runner.get_kv_cache_spec())
     asked, cache.num_gpu_blocks_override = cache.num_gpu_blocks_override, 1 + len(groups)
@@ -50,49 +52,71 @@ def _small_cache(runner: AscendModelRunner) -> Iterator[None]:
         with set_current_vllm_config(config):
             runner.initialize_kv_cache(small, is_profiling=True)
         runner.cudagraph_dispatcher.keys_initialized = False  # no step is prepared for a graph before there are any
-        yield
+        yield len(groups)
     finally:
         runner._cleanup_profiling_kv_cache()
         runner._mamba_bufs = None  # what vLLM has prepared for the copies of states between blocks knows this cache
 
 
-def warm_up(worker: AscendWorker) -> None:
+def warm_up(worker: AscendWorker, *, cached: bool = True) -> None:
     """Run the steps, and leave no trace of them in the runner. Collective over all ranks of all replicas.
 
-    Pooling models and encoder-decoder models are left out: the first have tasks of their own in the place of a sampler, and the prompt of the others is
-    nothing without what the encoder makes of an input.
+    Args:
+        worker: whose model is loaded.
+        cached: whether the model has a KV cache, which then has no size yet. An encoder has none: its runner is ready for steps.
+
+    Encoder-decoder models are left out: their prompt is nothing without what the encoder makes of an input.
     """
     runner = worker.model_runner
-    tokens = min(PROMPT, runner.max_num_tokens, runner.max_model_len - 1)
-    if runner.is_pooling_model or runner.model_config.is_encoder_decoder or tokens < 1:
+    pools = runner.is_pooling_model
+    tokens = min(PROMPT, runner.max_num_tokens, runner.max_model_len - (not pools))
+    if runner.model_config.is_encoder_decoder or tokens < 1 or (pools and not _pooling_task(runner)):
         return
-    with _small_cache(runner), _uncounted(runner):
-        _step(worker, _prompt(runner, tokens))
-        _step(worker, _decoding(runner, tokens))
+    with _small_cache(runner) if cached else nullcontext(0) as groups, _uncounted(runner):
+        _step(worker, _prompt(runner, tokens, groups))
+        if not pools:
+            _step(worker, _decoding(runner, tokens))
         end = SchedulerOutput.make_empty()
         end.finished_req_ids = {REQUEST}
         worker.execute_model(end)
-    logger.info_once("Ran a prompt of %d tokens and a decoding step to warm the kernels up.", tokens)
+    logger.info_once(
+        "Ran a prompt of %d tokens%s to warm the kernels up.", tokens, "" if pools else " and a decoding step"
+    )
 
 
 def _step(worker: AscendWorker, step: SchedulerOutput) -> None:
     """One step to its end: the host waits for what is sampled."""
     output: Any = worker.execute_model(step)
-    if output is None:
+    if output is None and not worker.model_runner.is_pooling_model:
         output = worker.sample_tokens(None)
     if hasattr(output, "get_output"):  # asynchronous scheduling
         output.get_output()
 
 
-def _prompt(runner: AscendModelRunner, tokens: int) -> SchedulerOutput:
-    groups = runner.kv_cache_config.kv_cache_groups
+def _pooling_task(runner: AscendModelRunner) -> PoolingTask | None:
+    """A task of a model that pools; None on a pipeline stage without a pooler, and where a plugin of vLLM's does all of it."""
+    tasks = sorted(set(runner.get_supported_pooling_tasks()) - {"plugin"})
+    return tasks[0] if tasks else None
+
+
+def _pooling(runner: AscendModelRunner) -> PoolingParams | None:
+    """What a request asks of a model that pools; None of others."""
+    if not runner.is_pooling_model:
+        return None
+    params = PoolingParams(task=_pooling_task(runner))
+    params.verify(runner.model_config)
+    return params
+
+
+def _prompt(runner: AscendModelRunner, tokens: int, groups: int) -> SchedulerOutput:
+    pooling = _pooling(runner)
     request = NewRequestData(
         req_id=REQUEST,
         prompt_token_ids=[0] * tokens,
         mm_features=[],
-        sampling_params=SamplingParams(temperature=0, max_tokens=2),
-        pooling_params=None,
-        block_ids=tuple([1 + index] for index in range(len(groups))),
+        sampling_params=None if pooling else SamplingParams(temperature=0, max_tokens=2),
+        pooling_params=pooling,
+        block_ids=tuple([1 + index] for index in range(groups)),
         num_computed_tokens=0,
         lora_request=None,
     )

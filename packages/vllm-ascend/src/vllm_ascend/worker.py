@@ -93,7 +93,10 @@ class AscendWorker(Worker):
         super().start_weight_update()
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Nothing is compiled, and the kernels were warmed up where memory was profiled (`warmup.py`). Graphs are captured."""
+        """Nothing is compiled. Kernels were warmed up where memory was profiled (`warmup.py`), which vLLM does for a KV cache alone, so those of an encoder
+        are now. Graphs are captured."""
+        if not self.model_runner.get_kv_cache_spec():
+            warmup.warm_up(self, cached=False)
         if self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
             self.model_runner.capture_model()
         set_random_seed(self.model_config.seed)

@@ -28,7 +28,7 @@ def incremental(problem: Problem) -> Placement:
     Where that stalls below the target, a layer may be placed anew (`balanced`, ranks relabelled) if the limits allow
     it. Under a limit for the whole call the layers share it by gain per move. Without `previous` this is `balanced`.
 
-    Complexity: O(moves per layer * L * S * K * C), C = 6 cold ranks.
+    Complexity: O(moves per layer * L * S * K * C), C = 6 to 20 cold ranks, by R.
     """
     if problem.previous is None:
         return Placement(balanced_assignment(problem).astype(np.int32), problem.num_experts)

@@ -23,7 +23,9 @@ __all__ = ["MoveRules", "State", "held_experts", "improve"]
 
 Ids = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-_COLD = 6
+# The ranks of least load that a change may involve: one of each 8, within these bounds. With fewer the search ends early over hundreds of ranks, and
+# more cost time without a gain.
+_RANKS_A_COLD_ONE, _LEAST_COLD, _MOST_COLD = 8, 6, 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,7 +99,9 @@ def _round(load_BE: FloatArray, ids_BRK: Ids, active: Ids, left_A: Ids, rules: M
     total_AR = sum_slots(share_ARK)
     total_AR /= total_AR.mean(axis=1, keepdims=True)
     hot_A = total_AR.argmax(axis=1)
-    cold_AC = np.argsort(total_AR, axis=1, kind="stable")[:, : min(_COLD, ids_ARK.shape[1] - 1)]
+    ranks = ids_ARK.shape[1]
+    cold = min(max(_LEAST_COLD, min(ranks // _RANKS_A_COLD_ONE, _MOST_COLD)), ranks - 1)
+    cold_AC = np.argsort(total_AR, axis=1, kind="stable")[:, :cold]
     pinned_ARK = np.zeros(ids_ARK.shape, dtype=bool) if rules.pinned_BRK is None else rules.pinned_BRK[active]
     slots = ids_ARK.shape[2]
     victim_AV = (cold_AC[:, :, None] * slots + np.arange(slots)).reshape(len(active), -1)

@@ -98,12 +98,14 @@ class LocalSlots:
         For an expert on another rank the last row is used with weight 0. That row has not been written then, and 0 times
         its contents might be NaN, so it is set to zeros first.
         """
-        weights, index = sorted_rows.weights, sorted_rows.index
+        weights, index = sorted_rows.weights.to(rows.dtype), sorted_rows.index
         if not len(rows):
             return rows.new_zeros(len(weights), rows.shape[1])
         if not sorted_rows.complete:
             elsewhere = index < 0
             rows[-1:].masked_fill_(elsewhere.any(), 0.0)
-            weights = weights.masked_fill(elsewhere.view_as(weights), 0.0)
+            # In place where `weights` is a copy already, which saves another one.
+            masked = weights.masked_fill if weights is sorted_rows.weights else weights.masked_fill_
+            weights = masked(elsewhere.view_as(weights), 0.0)
             index = index.remainder(len(rows))  # -1 becomes the last row, and no other index changes
-        return kernels.unpermute(rows, index, weights.to(rows.dtype))
+        return kernels.unpermute(rows, index, weights)

@@ -37,6 +37,8 @@ COLUMNS = ("batch", "layer", "expert", "source_rank", "source_slot", "target_ran
 # The part of a step that the experts of a MoE model take, for the prediction of what a better balance saves.
 EXPERT_SHARE = 0.25
 _HALF_LIFE = 1.0  # intervals
+_LIMITED = ("incremental", "swift")  # policies with a limit of moves
+_PARTS = (1, 2, 4)  # the parts of the limit that are tried one after the other
 _NO_TRANSFERS = np.zeros((0, len(COLUMNS)), np.int32)
 
 
@@ -95,7 +97,8 @@ def decide(
 ) -> RebalanceDecision:
     """Plan for the load of a window of intervals.
 
-    The plan is dropped unless what it saves repays what it costs:
+    A plan that does not repay its bytes is made again with half and with a quarter of the moves, where the policy has a limit of them: the first moves
+    gain the most. The last one is dropped unless what it saves repays what it costs:
 
         saved = horizon_steps * step_seconds * EXPERT_SHARE * (1 - before / after)
         cost  = seconds_per_byte * expert_bytes * the most experts that one rank sends or receives
@@ -117,17 +120,19 @@ def decide(
     before = float(balancedness(placed, load).mean())
     if not load.any():
         return RebalanceDecision(reason="no load", before=before, after=before)
-    wanted = _planned(placed, load, rules)
-    placement, transfers = _batched(placed, wanted, load, rules.buffer_experts)
-    after = float(balancedness(placement, load).mean())
-    if not len(transfers):
-        return RebalanceDecision(reason="nothing to move", before=before, after=after)
-    saved = rules.horizon_steps * step_seconds * EXPERT_SHARE * (1.0 - before / after)
-    cost = seconds_per_byte * rules.expert_bytes * _busiest(transfers, placed.ranks)
-    found = RebalanceDecision(transfers=transfers, before=before, after=after, saved_seconds=saved, cost_seconds=cost)
-    if rules.policy != "random" and saved <= cost:
-        return replace(found, transfers=_NO_TRANSFERS.copy(), reason="does not repay its bytes")
-    return found
+    limits = [rules.max_moves // part for part in _PARTS] if rules.policy in _LIMITED else [rules.max_moves]
+    for max_moves in limits:
+        wanted = _planned(placed, load, replace(rules, max_moves=max_moves))
+        placement, transfers = _batched(placed, wanted, load, rules.buffer_experts)
+        after = float(balancedness(placement, load).mean())
+        if not len(transfers):
+            return RebalanceDecision(reason="nothing to move", before=before, after=after)
+        saved = rules.horizon_steps * step_seconds * EXPERT_SHARE * (1.0 - before / after)
+        cost = seconds_per_byte * rules.expert_bytes * _busiest(transfers, placed.ranks)
+        found = RebalanceDecision(transfers=transfers, before=before, after=after, saved_seconds=saved, cost_seconds=cost)  # fmt: skip
+        if rules.policy == "random" or saved > cost:
+            return found
+    return replace(found, transfers=_NO_TRANSFERS.copy(), reason="does not repay its bytes")
 
 
 def placement_after(placed: Placement, transfers: NDArray[np.int32]) -> Placement:
@@ -190,7 +195,7 @@ def _planned(placed: Placement, load: NDArray[np.float64], rules: Rules) -> Plac
     if rules.policy not in POLICIES:
         raise ValueError(f"policy={rules.policy!r} must be one of {', '.join(POLICIES)}")
     limits: Mapping[str, int] = MappingProxyType({})
-    if rules.policy in ("incremental", "swift"):
+    if rules.policy in _LIMITED:
         limits = {"max_moves": rules.max_moves}
     policy: str | Policy = rules.policy
     if rules.policy == "random":

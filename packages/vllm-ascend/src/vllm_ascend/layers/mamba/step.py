@@ -24,6 +24,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 __all__ = ["AscendStateBackend", "Batch", "RecurrentStep", "States", "batches_of", "step_of"]
 
@@ -73,7 +74,7 @@ class RecurrentStep(AttentionMetadata):
 
 
 class AscendStateBackend(AttentionBackend):
-    """What vLLM asks of the backend of such a layer: who describes a step. The states may lie in any layout."""
+    """What vLLM asks of the backend of such a layer: who describes a step, and how states lie."""
 
     @staticmethod
     def get_name() -> str:
@@ -89,6 +90,11 @@ class AscendStateBackend(AttentionBackend):
     def get_builder_cls() -> type[RecurrentStepBuilder]:
         """The class that prepares a step."""
         return RecurrentStepBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """That of attention beside such layers, though states could lie in any: a pipeline stage without attention must name the same one as the others."""
+        return (KVCacheLayout.LBHNC,)
 
     @classmethod
     def is_ssm(cls) -> bool:
