@@ -87,7 +87,10 @@ def test_drafts_of_the_text(llama, run_engines):
 def test_two_ranks(llama, next_token_models, run_engines):
     """Tensor parallel; both sides decide the same. What is kept is what one rank keeps."""
     folder, expected, drafts = llama
-    models = {"eagle": (folder, {"method": "eagle", "model": str(drafts["eagle"])}, expected)}
+    models = {
+        method: (folder, {"method": method, "model": str(drafts[method])}, expected)
+        for method in ("eagle", "eagle3", "medusa")
+    }
     models["draft model"] = (folder, {"method": "draft_model", "model": str(folder)}, expected)
     models |= {name: (where, {"method": "mtp"}, answers) for name, (where, answers) in next_token_models.items()}
     for name, (where, draft, answers) in models.items():
@@ -105,12 +108,14 @@ def test_two_stages(llama, run_engines):
     assert sum(kept(result)) > 0
 
 
-@pytest.mark.parametrize("method", ["mtp", "ngram"])
+@pytest.mark.parametrize("method", ["mtp", "ngram", "draft_model"])
 def test_replicas(method, next_token_models, run_replicas):
     """Two replicas that share experts, with different work: the one that is done first drafts for nobody beside the other."""
     shares = [slice(0, 2), slice(2, None)]
-    draft = NGRAM if method == "ngram" else {"method": "mtp", "num_speculative_tokens": 3}
     for name, (folder, expected) in next_token_models.items():
+        draft = NGRAM if method == "ngram" else {"method": method, "num_speculative_tokens": 3}
+        if method == "draft_model":
+            draft["model"] = str(folder)  # itself
         jobs = [[job(folder, draft, enable_expert_parallel=True, share=share)] for share in shares]
         for share, (result,) in zip(shares, run_replicas(jobs), strict=True):
             assert tokens(result) == expected[share], name
