@@ -98,7 +98,7 @@ ALONE = {
     "backend of MLA": ({}, {"attention_backend": "ASCEND_MLA"}, {}, "('ASCEND_MLA') is not a backend of vllm-ascend for this model"),
     "backend of a kind": ({}, {"attention_config": {"backend_per_kind": {"sliding_window": "TRITON_ATTN"}}}, {}, "backend_per_kind['sliding_window'] ('TRITON_ATTN')"),
     "LoRA": ({}, {"enable_lora": True}, {}, "LoRA (max_lora_rank 16) has no kernels in vllm-ascend"),
-    "drafting method": ({}, {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, {}, "speculative_config.method ('ngram_gpu') is not served by vllm-ascend, which has 'draft_model', 'ngram', 'suffix'"),
+    "drafting method": ({}, {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, {}, "speculative_config.method ('ngram_gpu') is not served by vllm-ascend, which has 'draft_model', 'eagle', 'eagle3', 'medusa', 'mtp', 'ngram', 'suffix'"),
     "many drafts": ({}, {"speculative_config": NGRAM | {"num_speculative_tokens": 129}}, {}, "speculative_config.num_speculative_tokens (129) must be at most 128"),
     "block rejection": ({}, {"speculative_config": NGRAM | {"rejection_sample_method": "block"}}, {}, "speculative_config.rejection_sample_method ('block') must be 'standard' or 'synthetic'"),
     "drafts and states": (HYBRID, {"block_size": 256, "speculative_config": NGRAM}, {}, "speculative decoding (method 'ngram') cannot be used with models with a recurrent state; leave --speculative-config out, or that"),
