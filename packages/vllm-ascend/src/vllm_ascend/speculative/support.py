@@ -16,6 +16,12 @@ __all__ = ["broken"]
 # Methods whose drafts are made on the host from the text alone, and the package that each needs with the extra of this plugin that has it.
 _OF_TEXT = {"ngram": ("numba", "ngram"), "suffix": ("arctic_inference", "suffix")}
 _OF_MODELS = ("draft_model", "eagle", "eagle3", "medusa", "mtp")
+# Methods of models over several ranks of a kind. Drafts of the text alone are the same over all.
+_OVER_RANKS = {
+    "tensor_parallel_size": ("draft_model", "eagle", "mtp"),
+    "data_parallel_size": ("mtp",),
+    "pipeline_parallel_size": (),
+}
 _MTP = ("deepseek_mtp", "glm4_moe_mtp")
 _MOST_TOKENS = 128  # vLLM's rejection sampler asserts it in a step
 # What vLLM's `SpeculativeConfig` has beside methods, and the only values that are served.
@@ -75,10 +81,13 @@ def _broken_of_models(vllm_config: Any) -> Iterator[str]:
     kind = draft.draft_model_config.hf_config.model_type
     if draft.method == "mtp" and kind not in _MTP:
         yield f"{asked} is served for DeepSeek-V3 and GLM4-MoE, and this model's drafts are of the kind {kind!r}; leave --speculative-config out"
-    if parallel.pipeline_parallel_size > 1:
-        yield f"{asked} needs pipeline_parallel_size 1, got {parallel.pipeline_parallel_size}"
+    for name, methods in _OVER_RANKS.items():
+        if (ranks := getattr(parallel, name)) > 1 and draft.method not in methods:
+            yield f"{asked} needs {name} 1, got {ranks}"
     if parallel.tensor_parallel_size > 1 and parallel.data_parallel_size > 1:
         yield f"{asked} needs tensor_parallel_size ({parallel.tensor_parallel_size}) or data_parallel_size ({parallel.data_parallel_size}) to be 1"
+    if (quantised := vllm_config.model_config.quantization) is not None:
+        yield f"{asked} is served for models without quantisation, and this one's is {quantised!r}; leave --speculative-config out, or give 'ngram'"
     if draft.method == "medusa":
         return
     its_own = {"model_config": draft.draft_model_config, "parallel_config": draft.draft_parallel_config}
