@@ -22,6 +22,11 @@ sys.path.insert(0, str(HERE.parent / "serving"))
 from run import hot_path, measure, write_hot_path  # noqa: E402  (of benchmarks/serving)
 
 BATCHES = ("1", "8")
+SYSTEMS = {
+    "Hugging Face transformers": "transformers",
+    "vLLM on the simulated NPU": "vllm",
+    "vLLM on the simulated NPU (eager)": "vllm-eager",
+}
 
 
 def small_qwen3(folder, tokenizer):
@@ -64,7 +69,7 @@ def main():
     table = Table("model", "system", "tokens/s, batch 1", "tokens/s, batch 8", title="float32, 32 tokens, best of 3")
     for model, folder in models.items():
         results = {}
-        for name, system in (("Hugging Face transformers", "transformers"), ("vLLM on the simulated NPU", "vllm")):
+        for name, system in SYSTEMS.items():
             with console.status(f"{model}: {name}"):
                 results[name] = measure(sys.executable, system, str(folder))
             if error := results[name].get("error"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure one system in a process of its own: python measure.py SYSTEM MODEL_FOLDER -> one JSON line.
 
-SYSTEM is `vllm` (whatever platform this interpreter's vLLM finds), `transformers`, `operators` (microseconds per simulated operator), or `counts` (operators
-that a decoding step of 8 requests launches; the same on every machine).
+SYSTEM is `vllm` (whatever platform this interpreter's vLLM finds, with its defaults: graphs or compilation), `vllm-eager`, `transformers`,
+`operators` (microseconds per simulated operator), or `counts` (operators that a decoding step of 8 requests launches; the same on every machine).
 """
 
 import json
@@ -12,7 +12,7 @@ import time
 
 TOKENS = 32
 REPEATS = 3
-BATCHES = (1, 8)
+BATCHES = (1, 8, 32)
 PROMPT = "Once upon a time, in a village at the edge of the forest, there lived"
 
 
@@ -28,23 +28,53 @@ def rate(generate, batch):
 
 
 ENGINE = {
-    "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512,
-    "kv_cache_memory_bytes": 256 << 20, "enable_prefix_caching": False,
+    "dtype": "float32", "max_model_len": 512, "max_num_seqs": max(BATCHES), "max_num_batched_tokens": 512,
+    "kv_cache_memory_bytes": 512 << 20, "enable_prefix_caching": False,
 }  # fmt: skip
 COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone")
 
 
-def vllm(model):
+def vllm(model, eager=False):
     start = time.perf_counter()
     from vllm import LLM, SamplingParams
 
     imported = time.perf_counter()
-    llm = LLM(model, **ENGINE)
+    llm = LLM(model, enforce_eager=eager, **ENGINE)
     ready = time.perf_counter()
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, ignore_eos=True)
-    result = {str(b): rate(lambda n: llm.generate([PROMPT] * n, sampling, use_tqdm=False), b) for b in BATCHES}
+
+    def generate(batch, tokens=TOKENS):
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True)
+        llm.generate([PROMPT] * batch, sampling, use_tqdm=False)
+
+    result = {str(batch): rate(generate, batch) for batch in BATCHES}
+    launched = launches_of_a_step(generate)
     llm.llm_engine.engine_core.shutdown()
-    return {"tokens_per_second": result, "import_s": imported - start, "start_s": ready - imported}
+    return {
+        "tokens_per_second": result,
+        "launches": launched,
+        "import_s": imported - start,
+        "start_s": ready - imported,
+    }
+
+
+def launches_of_a_step(generate):
+    """What the host launches in a decoding step of the largest batch on the simulated NPU, in all and as updates of graphs; None elsewhere."""
+    try:
+        from ascend_sim import counters
+    except ImportError:
+        return None
+
+    def launched(tokens):
+        before = counters.snapshot()
+        generate(BATCHES[-1], tokens)
+        after = counters.snapshot()
+        return after.launches - before.launches, after.graphs.updates - before.graphs.updates
+
+    return [more - fewer for fewer, more in zip(launched(3), launched(4), strict=True)]
+
+
+def vllm_eager(model):
+    return vllm(model, eager=True)
 
 
 def counts(model):
@@ -52,7 +82,7 @@ def counts(model):
     from ascend_sim.counters import counting
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model, **ENGINE)
+    llm = LLM(model, enforce_eager=True, **ENGINE)
     layers = llm.llm_engine.model_config.hf_text_config.num_hidden_layers
 
     def calls(tokens):
@@ -136,10 +166,7 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))  # the same for every system
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     system, folder = sys.argv[1:]
-    print(
-        "RESULT "
-        + json.dumps(
-            {"vllm": vllm, "transformers": transformers, "operators": operators, "counts": counts}[system](folder)
-        ),
-        flush=True,
-    )
+    systems = {
+        "vllm": vllm, "vllm-eager": vllm_eager, "transformers": transformers, "operators": operators, "counts": counts,
+    }  # fmt: skip
+    print("RESULT " + json.dumps(systems[system](folder)), flush=True)

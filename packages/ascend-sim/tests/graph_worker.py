@@ -55,6 +55,32 @@ def calls(name):
     return all_reduce, later, all_gather, reduce_scatter, broadcast, all_to_all, mm_all_reduce
 
 
+def replays_that_python_starts(x):
+    """Replays that run where torch_npu holds Python's lock (`ExternalEvent.record`), after collectives of tensors that Python drops.
+
+    A thread of gloo drops the last reference then, which needs the lock, and the collective of the replay waits for that thread.
+    """
+    graph, stream = torch.npu.NPUGraph(), torch.npu.Stream()
+    with torch.npu.stream(stream):
+        event = torch.npu.ExternalEvent()
+        with torch.npu.graph(graph, stream=stream):
+            event.wait(stream)
+            event.reset(stream)
+            y = x.float() * 2
+            for _ in range(4):
+                dist.all_reduce(y)
+        other = torch.npu.Stream()
+        for _ in range(200):
+            dist.all_reduce(x.float())
+            graph.replay()
+            event.record(other)
+        stream.synchronize()
+        expected = x.float() * 2
+        for _ in range(4):
+            dist.all_reduce(expected)
+        assert torch.equal(y, expected)
+
+
 def main() -> None:
     torch.npu.set_device(NPU)
     dist.init_process_group("hccl", init_method=sys.argv[1], rank=RANK, world_size=WORLD)
@@ -75,6 +101,7 @@ def main() -> None:
             assert torch.equal(out, expected), call.__name__
             assert replay.delta.collectives == eager.delta.collectives
             assert replay.delta.launches == 1
+    replays_that_python_starts(x)
     stream = torch.npu.current_stream()
     refused = pytest.raises(RuntimeError, match="c10d::alltoall_base_ takes sizes of splits on the host")
     with refused, torch.npu.graph(torch.npu.NPUGraph()):

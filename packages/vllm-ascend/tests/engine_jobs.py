@@ -27,9 +27,9 @@ def tokens(result, run=0):
     return [output["tokens"] for output in result["runs"][run]]
 
 
-def one_step(result):
-    """Calls of each operator in one decoding step of the first rank, of a job whose first two runs differ by that step."""
-    before, first, second = (Counter(calls[0]) for calls in result["calls"][:3])
+def one_step(result, of="calls"):
+    """Calls of each operator in one decoding step of the first rank, of a job whose first two runs differ by that step; or what the host "launched"."""
+    before, first, second = (Counter(counts[0]) for counts in result[of][:3])
     step = second - first - (first - before)
     assert not (first - before) - (second - first), "the second run launched less than the first"
     return step

@@ -211,8 +211,10 @@ class EngineServers:
 
 
 def wait_for_engines(processes, folders):
-    """The results of processes that `start_engines` returned."""
-    wait(processes, [folder / "said.txt" for folder in folders])
+    """The results of processes that `start_engines` returned. A step that they could not capture in a graph fails the test: its tokens would be right all the same."""
+    said = [folder / "said.txt" for folder in folders]
+    wait(processes, said)
+    assert not any("cannot be captured" in file.read_text(errors="replace") for file in said), "\n\n".join(map(what_it_said, said))  # fmt: skip
     return [json.loads((folder / "result.json").read_text()) for folder in folders]
 
 

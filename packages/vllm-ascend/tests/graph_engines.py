@@ -1,10 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nox -s graphs`: captured decoding steps over more arrangements of ranks and options than the default tests have."""
 
+import random
+
 import pytest
+import torch
 from engine_jobs import BLOCK_BYTES, GREEDY, ONE_PROCESS, captured, tokens
 
 INSPECTED = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+
+
+@pytest.fixture
+def tiny_int8_moe(tmp_path):
+    """A random Qwen3-MoE whose experts are int8."""
+    from ascend_sim.checkpoints import quantise
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(4)
+    config = Qwen3MoeConfig(
+        vocab_size=500, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, head_dim=64,
+        moe_intermediate_size=128, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True, max_position_embeddings=256,
+        tie_word_embeddings=False, initializer_range=0.1,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).float().eval().save_pretrained(tmp_path / "float")
+    quantise(tmp_path / "float", tmp_path / "int8", keep_float=("v_proj", "q_proj", "k_proj"))
+    return tmp_path / "int8"
 
 
 def test_three_ranks(smollm2, prompts, greedy, run_engines):
@@ -41,9 +61,42 @@ def test_preemption(smollm2, prompts, run_engines):
 
 
 def test_what_is_not_captured_runs_operator_by_operator(smollm2, prompts, greedy, run_engines):
-    """Here an option of ours that no test has shown to compute the same."""
-    engine = captured(smollm2, additional_config={"weight_prefetch_config": {"enabled": True}})
+    engine = captured(smollm2, enable_prompt_embeds=True)
     job = {"engine": engine, "runs": [{"prompts": prompts[:2], "sampling": GREEDY}], "inspect": True}
     (result,) = run_engines([job], **ONE_PROCESS, **INSPECTED)
     assert tokens(result) == greedy[:2]
     assert result["graphs"][0]["replays"] == 0
+
+
+def test_a_thousand_steps_of_random_batches(tiny_qwen3, run_engines):
+    """Requests of 1 to 59 new tokens for 8 places. Device memory after the first quarter of them and after all is the same, and so are the tokens of equal requests."""
+    folder, prompts, expected = tiny_qwen3
+    draw = random.Random(5)
+    asked = [(draw.randrange(len(prompts)), draw.randint(1, 59)) for _ in range(280)]
+    engine = captured(folder, max_model_len=256, skip_tokenizer_init=True, enable_prefix_caching=False)
+    runs = [
+        {"prompts": [prompts[which] for which, _ in part], "sampling": [GREEDY | {"detokenize": False, "max_tokens": length} for _, length in part]}
+        for part in (asked[:70], asked[70:])
+    ]  # fmt: skip
+    (result,) = run_engines([{"engine": engine, "runs": runs, "inspect": True}], **ONE_PROCESS, **INSPECTED)
+    assert result["graphs"][0]["replays"] > 1000
+    for (which, length), found in zip(asked, tokens(result) + tokens(result, 1), strict=True):
+        assert len(found) == length
+        same = min(length, len(expected[which]))
+        assert found[:same] == expected[which][:same]
+    assert result["memory"][1] == result["memory"][2]
+
+
+def test_int8_experts_over_mc2_as_operator_by_operator(tiny_int8_moe, run_engines):
+    """Two ranks of an Atlas A3, bfloat16, in strict mode: MC2 and int8 products in graphs give the same bits."""
+    asked = {"prompts": [[(17 * i * i + 5 * k) % 500 for i in range(20 + 8 * k)] for k in range(6)], "sampling": GREEDY | {"detokenize": False, "logprobs": 0}}  # fmt: skip
+    options = {"dtype": "bfloat16", "tensor_parallel_size": 2, "enable_expert_parallel": True, "skip_tokenizer_init": True, "max_model_len": 256}  # fmt: skip
+    jobs = [
+        {"engine": captured(tiny_int8_moe, **options, **more), "runs": [asked], "inspect": True}
+        for more in ({}, {"enforce_eager": True})
+    ]
+    graphs, eager = run_engines(jobs, ASCEND_SIM_SOC="Ascend910_9391", ASCEND_SIM_STRICT="1", **INSPECTED)
+    assert graphs["runs"] == eager["runs"]
+    assert graphs["graphs"][0]["replays"] > 20
+    assert eager["graphs"][0]["replays"] == 0
+    assert "npu::npu_moe_distribute_dispatch_v2" in graphs["operators"][0]

@@ -14,7 +14,9 @@ def generate(llm, run):
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": ids} for ids in run["prompts"]]
-    outputs = llm.generate(prompts, SamplingParams(**run["sampling"]), use_tqdm=False)
+    sampling = run["sampling"]  # one for all, or one for each
+    params = [SamplingParams(**each) for each in sampling] if isinstance(sampling, list) else SamplingParams(**sampling)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     return [
         {
             "tokens": list(output.outputs[0].token_ids),
@@ -68,6 +70,14 @@ def graphs(worker):
 
     counts = counters.snapshot()
     return {"replays": counts.graphs.replays, "updates": counts.graphs.updates, "launches": counts.launches}
+
+
+def memory(worker):
+    """Bytes of device memory that tensors of one worker take now, and that are left of the device."""
+    import torch
+
+    torch.npu.synchronize()
+    return torch.npu.memory_allocated(), torch.npu.mem_get_info()[0]
 
 
 def all_operators(worker):
@@ -193,7 +203,7 @@ def start(rendezvous=None, **engine):
             return config
 
     with mock.patch("vllm.entrypoints.llm.EngineArgs", RendezvousArgs if rendezvous else EngineArgs):
-        return LLM(**{"enforce_eager": True, **engine})
+        return LLM(**engine)
 
 
 def main(job_file, result_file):
@@ -203,13 +213,10 @@ def main(job_file, result_file):
     for engine in job:
         llm = start(engine.get("rendezvous"), disable_log_stats=False, **engine["engine"])
         inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
-        runs, drafts, collectives, refusals, calls = (
-            [],
-            [],
-            [],
-            [],
-            [llm.collective_rpc(all_operators) if inspected else None],
-        )
+        runs, collectives, refusals, calls = [], [], [], [llm.collective_rpc(all_operators) if inspected else None]
+        launched = [llm.collective_rpc(graphs) if inspected else None]
+        allocated = [llm.collective_rpc(memory) if inspected else None]
+        drafts = []
         for run in engine["runs"]:
             refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
             if run.get("watch"):
@@ -218,6 +225,8 @@ def main(job_file, result_file):
             drafts.append(speculation(llm))
             collectives.append(llm.collective_rpc(traffic) if inspected else None)
             calls.append(llm.collective_rpc(all_operators) if inspected else None)
+            launched.append(llm.collective_rpc(graphs) if inspected else None)
+            allocated.append(llm.collective_rpc(memory) if inspected else None)
         # Plans come when they come. All data parallel ranks end a run in the same step, so they go on equally long.
         wanted = engine.get("rebalances", 0)
         while wanted and llm.collective_rpc(rebalances)[0]["rebalances"] < wanted:
@@ -236,6 +245,8 @@ def main(job_file, result_file):
                 "experts": llm.collective_rpc(experts) if engine.get("experts") else None,
                 "rebalances": llm.collective_rpc(rebalances) if inspected else None,
                 "operators": llm.collective_rpc(operators) if inspected else None,
+                "launched": launched,  # before the first run, and after each
+                "memory": allocated,  # likewise
                 "graphs": llm.collective_rpc(graphs) if inspected else None,
             }
         )

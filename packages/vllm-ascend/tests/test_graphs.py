@@ -46,12 +46,33 @@ def test_an_end_that_fails_is_an_error(side):
 
 
 def test_slots_of_padding():
-    """Layers of one KV-cache group share one tensor."""
-    slots = torch.tensor([5, 300, -1, -1]).npu()
-    writable = graphs._writable({"0": slots, "1": slots, "2": slots.clone()})
+    """Layers of one KV-cache group share one tensor; padding tokens get different slots in the block that no request has."""
+    slots, spare = torch.tensor([5 + BLOCK, 300, -1, -1]).npu(), (torch.arange(8) % 3).npu()
+    writable = graphs._writable({"0": slots, "1": slots, "2": slots.clone()}, spare)
     assert writable["0"] is writable["1"]
     assert writable["0"] is not writable["2"]
-    assert writable["2"].tolist() == [5, 300, 0, 0]
+    assert writable["2"].tolist() == [5 + BLOCK, 300, 2, 0]
+
+
+def test_slots_of_a_step_without_requests():
+    slots = torch.full((4,), -1, dtype=torch.int64, device="npu")
+    graphs._number({"0": slots, "1": slots})
+    assert slots.tolist() == [0, 1, 2, 3]
+    graphs._number(None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "several", "kept"),
+    [
+        ([1, 2, 4, 128, 136, 256], False, [1, 2, 4, 128, 136, 256]),
+        ([1, 2, 4, 128, 136, 256], True, [1, 2, 4, 128]),
+        ([1, 130, 131], False, [1, 130, 131]),  # 128 padding tokens at most
+        ([1, 131, 132], False, [1, 132]),
+        ([129, 512], False, [129]),
+    ],
+)
+def test_sizes_whose_padding_finds_slots(sizes, several, kept):
+    assert graphs.fitting(sizes, BLOCK, padded_to_others=several) == kept
 
 
 @pytest.mark.parametrize("shared", [True, False])

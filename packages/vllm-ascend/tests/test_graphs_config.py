@@ -9,33 +9,28 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm_ascend import graphs_config
 from vllm_ascend.attention.composed import ComposedMetadataBuilder
 from vllm_ascend.attention.gqa import AscendAttentionMetadataBuilder
-from vllm_ascend.attention.sinks import AscendSinkMetadataBuilder
+from vllm_ascend.attention.mla_step import AscendMLAMetadataBuilder
 
 
-def config(asked, additional_config=None, **changed):
+def config(asked, level=2, **changed):
     model = {
-        "enforce_eager": False, "runner_type": "generate", "is_encoder_decoder": False, "is_multimodal_model": False, "use_mla": False,
-        "is_hybrid": False, "is_attention_free": False,
-        "quantization": None, "enable_prompt_embeds": False,
+        "enforce_eager": False, "runner_type": "generate", "is_encoder_decoder": False, "is_hybrid": False, "is_attention_free": False,
+        "enable_prompt_embeds": False, "hf_text_config": {}, "architectures": ["AForCausalLM"], "uses_alibi": False, "is_mm_prefix_lm": False,
     }  # fmt: skip
-    parallel = {"pipeline_parallel_size": 1, "data_parallel_size": 1}
-    experts = changed.pop("experts", 0)
     draft = changed.pop("speculative_config", None)
-    parallel |= {name: changed.pop(name) for name in tuple(changed) if name in parallel}
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=asked),
-        model_config=SimpleNamespace(**model | changed, get_num_experts=lambda: experts),
-        parallel_config=SimpleNamespace(**parallel),
+        model_config=SimpleNamespace(**model | changed),
+        optimization_level=level,
         kv_transfer_config=None,
         speculative_config=draft,
-        additional_config=additional_config,
     )
 
 
 @pytest.mark.parametrize(
     ("asked", "taken", "said"),
     [
-        (None, "NONE", ""),
+        (None, "FULL_DECODE_ONLY", ""),
         ("NONE", "NONE", ""),
         ("FULL_DECODE_ONLY", "FULL_DECODE_ONLY", ""),
         ("FULL", "FULL_DECODE_ONLY", "cudagraph_mode FULL: steps with prompts are not captured"),
@@ -51,46 +46,47 @@ def test_modes(asked, taken, said):
     assert bool(said) == bool(notice)
 
 
-def test_enforce_eager():
-    given = config(CUDAGraphMode.FULL_DECODE_ONLY, enforce_eager=True)
+@pytest.mark.parametrize("asked", [None, CUDAGraphMode.FULL_DECODE_ONLY])
+def test_enforce_eager(asked):
+    given = config(asked, enforce_eager=True)
     assert graphs_config.choose(given) == ""
     assert given.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(None, "NONE"), (CUDAGraphMode.FULL_DECODE_ONLY, "FULL_DECODE_ONLY")])
+def test_without_optimisations_nothing_is_captured_unless_asked_for(asked, taken):
+    given = config(asked, level=0)
+    assert graphs_config.choose(given) == ""
+    assert given.compilation_config.cudagraph_mode == CUDAGraphMode[taken]
 
 
 @pytest.mark.parametrize(
     ("changed", "feature"),
     [
         ({"runner_type": "pooling"}, "pooling models"),
-        ({"is_multimodal_model": True}, "multimodal models"),
-        ({"use_mla": True}, "models with multi-head latent attention"),
         ({"is_hybrid": True}, "models with a recurrent state"),
-        ({"experts": 8}, "mixtures of experts"),
-        ({"quantization": "ascend"}, "models quantised by ascend"),
-        ({"data_parallel_size": 2}, "data parallel replicas"),
-        ({"pipeline_parallel_size": 2}, "pipeline stages"),
+        ({"enable_prompt_embeds": True}, "prompt embeddings"),
+        ({"uses_alibi": True}, "steps of attention with ALiBi position biases (AForCausalLM)"),
+        ({"hf_text_config": {"attn_logit_softcapping": 50.0}}, "steps of attention with a soft cap"),
         ({"speculative_config": object()}, "steps with drafted tokens (--speculative-config)"),
-        ({"additional_config": {"enable_flashcomm1": True}}, "the options enable_flashcomm1 of additional_config"),
     ],
 )
 def test_what_is_not_captured_is_named(changed, feature):
-    given = config(CUDAGraphMode.FULL_DECODE_ONLY, **changed)
-    notice = graphs_config.choose(given)
-    assert f"FULL_DECODE_ONLY: {feature}" in notice
-    assert "every step runs operator by operator" in notice
-    assert given.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+    for asked, name in ((CUDAGraphMode.FULL_DECODE_ONLY, "cudagraph_mode FULL_DECODE_ONLY: "), (None, "")):
+        given = config(asked, **changed)
+        notice = graphs_config.choose(given)
+        assert notice.startswith(f"{name}{feature}")
+        assert "every step runs operator by operator" in notice
+        assert given.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
 
 
 @pytest.mark.parametrize(
-    ("builder", "window", "support"),
+    ("builder", "support"),
     [
-        (AscendAttentionMetadataBuilder, None, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
-        (AscendAttentionMetadataBuilder, 64, AttentionCGSupport.NEVER),
-        (ComposedMetadataBuilder, None, AttentionCGSupport.NEVER),
-        (AscendSinkMetadataBuilder, None, AttentionCGSupport.NEVER),
+        (AscendAttentionMetadataBuilder, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        (AscendMLAMetadataBuilder, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        (ComposedMetadataBuilder, AttentionCGSupport.NEVER),
     ],
 )
-def test_what_attention_supports(builder, window, support):
-    spec = SimpleNamespace(sliding_window=window)
-    assert builder.get_cudagraph_support(None, spec) == support
-    together = SimpleNamespace(kv_cache_specs={"0": SimpleNamespace(sliding_window=None), "1": spec})
-    assert builder.get_cudagraph_support(None, together) == support
+def test_what_attention_supports(builder, support):
+    assert builder.get_cudagraph_support(None, None) == support

@@ -9,6 +9,7 @@ BATCH = 8
 ENGINE = {
     "max_model_len": 256, "max_num_seqs": BATCH, "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 128 << 20, "skip_tokenizer_init": True,
 }  # fmt: skip
+EAGER = {"enforce_eager": True}
 INSPECTED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 # What a layer may launch, and what a step may beside its layers.
 DENSE_LAYER, MOE_LAYER, BESIDE = 11, 22, 25
@@ -48,9 +49,11 @@ def by_layer(step, layers):
 def test_operators_of_a_decoding_step(smollm2, tiny_moe, prompts, run_engines):
     """SmolLM2 has 30 layers, so that no operator beside layers is taken for one of a layer; of the other model all layers count 3."""
     short = [[(7 * i * i + 3 * k) % 500 for i in range(5 + 2 * k)] for k in range(BATCH)]
-    dense = {"engine": ENGINE | {"model": str(smollm2), "dtype": "float32"}, "runs": runs(short), "inspect": True}
-    moe = {"engine": ENGINE | {"model": str(tiny_moe), "dtype": "float32"}, "runs": runs(short), "inspect": True}
-    dense, moe = run_engines([dense, moe], ASCEND_SIM_STRICT="0", **INSPECTED)
+    engines = [
+        {"engine": ENGINE | {"model": str(model), "dtype": "float32"} | options, "runs": runs(short), "inspect": True}
+        for model, options in ((smollm2, EAGER), (tiny_moe, EAGER), (smollm2, {}))
+    ]
+    dense, moe, captured = run_engines(engines, ASCEND_SIM_STRICT="0", **INSPECTED)
 
     layer, beside = by_layer(one_step(dense), 30)
     assert sum(layer.values()) <= DENSE_LAYER, layer
@@ -64,6 +67,10 @@ def test_operators_of_a_decoding_step(smollm2, tiny_moe, prompts, run_engines):
         assert warmed["npu::npu_fused_infer_attention_score"] >= 2 * layers  # a prompt and a decoding step
         assert warmed["npu::npu_scatter_pa_kv_cache"] >= 2 * layers
         assert warmed["aten::argmax"] >= 2
+    step = one_step(captured, "launched")
+    assert step["replays"] == 1
+    assert step["updates"] == 30  # torch_npu gives the operators of a graph their lengths one by one
+    assert step["launches"] - step["updates"] <= 1 + BESIDE, step
 
 
 def test_slots_of_tokens():

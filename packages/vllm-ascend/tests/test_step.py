@@ -7,7 +7,7 @@ import pytest
 import torch
 from vllm_ascend.attention import step as steps
 from vllm_ascend.attention.mla_step import AscendMLAMetadata
-from vllm_ascend.attention.step import AscendAttentionMetadata, has_prompts, query_ends_of_step, tokens_of_step
+from vllm_ascend.attention.step import AscendAttentionMetadata, has_prompts, query_ends, tokens_of_step
 
 
 def paged(ends: list[int]) -> AscendAttentionMetadata:
@@ -60,5 +60,5 @@ def test_a_step_without_requests_has_none(nothing):
 )
 def test_the_tokens_of_a_step_and_of_its_requests(described, ends, monkeypatch):
     monkeypatch.setattr(steps, "get_forward_context", lambda: SimpleNamespace(attn_metadata=described))
-    assert query_ends_of_step() == ends
+    assert query_ends(described) == ends
     assert tokens_of_step() == (ends[-1] if ends else 0)

@@ -4,6 +4,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from zoo import ENTRIES, page, run, verdict
@@ -83,6 +84,7 @@ def folder(tmp_path):
         "block": 128,
         "forced": [[(-1.0, 1), (-2.0, 1)]] * 2,
         "of_torch": 0,
+        "replays": 9,
     }
     runs = {
         "reference": reference, "one": {"one": said, "chunked": said}, "tp": {"tp": said}, "ep": {"ep": said},
@@ -110,6 +112,7 @@ GOOD = {
     "tp": "equal",
     "ep": "equal",
     "bfloat16": "as near",
+    "graphs": "captured",
     "tower": "-",
 }
 
@@ -162,6 +165,18 @@ def test_a_tower_on_torch_is_said(folder):
     assert words(folder, "Llama")["tower"] == "-"
 
 
+def test_steps_without_graphs_are_said(folder):
+    change(folder, "one", lambda said: said["one"].update(replays=0))
+    assert words(folder, "Llama")["graphs"] == "-"
+
+
+def test_a_step_that_could_not_be_captured_is_said(folder):
+    (folder / "one.txt").write_text("begins\nA decoding step of 4 tokens cannot be captured in a graph, and ...: why\n")
+    found = words(folder, "Llama")
+    assert found["float32"] == found["graphs"] == "not captured"
+    assert found["tp"] == "equal"
+
+
 def test_what_is_refused_on_one_rank_is_refused(folder):
     change(folder, "one", lambda said: said.update(one={"refused": "no kernel"}))
     assert set(words(folder, "Qwen3Moe").values()) == {"refused", "-"}
@@ -176,6 +191,17 @@ def test_what_was_not_run_is_said(folder):
     assert page.counts({"a": {"cells": found}}) == {"all": 1, "refused": 0, "partly": 1, "good": 0, "other": 0}
 
 
+@pytest.mark.parametrize(("of_this_entry", "kept"), [(True, "3 of 4"), (False, "not run")])
+def test_kinds_that_are_not_run_again_keep_their_results(folder, of_this_entry, kept):
+    entry = ENTRIES["Qwen3Moe"]
+    visit = SimpleNamespace(entry=entry, folder=folder, ended={}, kinds=["one"])
+    digest = verdict.digest(entry) if of_this_entry else "another"
+    earlier = {"entry": digest, "cells": {"float32": ["1 of 4", ""], "tp": ["3 of 4", ""]}}
+    cells = run.Visit.result(visit, earlier)["cells"]
+    assert cells["float32"] == ["equal", ""]
+    assert cells["tp"] == [kept, ""]
+
+
 def test_the_page_names_reasons(folder):
     change(folder, "tp", lambda said: said.update(tp={"failed": "RuntimeError: a | b\nc"}))
     entry = ENTRIES["Qwen3Moe"]
@@ -183,7 +209,10 @@ def test_the_page_names_reasons(folder):
     said = page.render(
         {"versions": dict.fromkeys(("vllm", "torch", "torch-npu", "transformers"), "1"), "models": {entry.name: result}}
     )
-    assert "| Qwen3Moe | Qwen3MoeForCausalLM | text | equal | equal | equal | failed | equal | as near |  |" in said
+    assert (
+        "| Qwen3Moe | Qwen3MoeForCausalLM | text | equal | equal | equal | failed | equal | as near | captured |  |"
+        in said
+    )
     assert "* **Qwen3Moe**: TP 2: failed, RuntimeError: a \\| b c" in said
     assert (
         "**Of 1, 0 are equal in every way, 0 are in all that was run (`not run` marks the rest), 0 are refused at the start, 1 are neither.**"

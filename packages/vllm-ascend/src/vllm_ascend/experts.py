@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from ascend_comm import CommGroup
 from ascend_eplb import Placement
 from ascend_moe import CommMethod, DispatchConfig, MoeComm, MoeEnv, Soc, choose_method, make_comm, mc2_buffer_bytes
@@ -124,9 +125,15 @@ class LayerComm:
             methods += [CommMethod.ALL_TO_ALL_V, *([CommMethod.MC2] if env.mc2 is not None else [])]
         self._comms = {method: make_comm(method, env) for method in methods}
 
-    def of_step(self, tokens: int) -> MoeComm:
-        """The method for a step of so many tokens: the most of any data parallel rank, before they are split over TP."""
-        return self._comms[choose_method(self._config, tokens)]
+    def of_step(self, tokens: int, *, captured: bool = False) -> MoeComm:
+        """The method for a step.
+
+        Args:
+            tokens: the most of any data parallel rank, before they are split over TP.
+            captured: whether the step is captured in a graph, in which the host cannot wait for the sizes of all-to-all-v.
+        """
+        method = choose_method(self._config, tokens)
+        return self._comms[CommMethod.ALL_GATHER if captured and method is CommMethod.ALL_TO_ALL_V else method]
 
 
 class MoeContext:
@@ -138,6 +145,8 @@ class MoeContext:
         deployment: the model over ranks.
         groups: what layers communicate over.
         config: what the communication method depends on.
+        most_tokens: tokens of a step at most.
+        device: of this worker.
     """
 
     def __init__(
@@ -147,13 +156,19 @@ class MoeContext:
         deployment: Deployment,
         groups: ExpertGroups,
         config: DispatchConfig,
+        *,
+        most_tokens: int,
+        device: torch.device | str,
     ) -> None:
         """Choose this rank's part of the placement."""
         self.options = options
         self.groups = groups
         self._config = config
-        self.counted = CountedRows(options.stage) if options.dynamic_eplb else None
+        rows = most_tokens + groups.tp.world_size  # split over TP, each part is padded by less than one token
+        self.counted = CountedRows(options.stage, rows, device) if options.dynamic_eplb else None
         """What counts the tokens of each expert; None where experts do not move."""
+        self.real = CountedRows("all", rows, device) if options.expert_load_record_path else None
+        """Which tokens are of requests; None where no load is recorded."""
         self._comms: dict[tuple[Any, ...], LayerComm] = {}
         self._placement = ExpertPlacement(
             placement,
@@ -163,6 +178,12 @@ class MoeContext:
             tp_size=deployment.topology.tensor_parallel,
             replica=groups.dp.rank_in_group,
         )
+
+    def begin_step(self, query_ends: Sequence[int]) -> None:
+        """A step begins with tokens of requests up to these cumulative numbers."""
+        for rows in (self.counted, self.real):
+            if rows is not None:
+                rows.begin(query_ends)
 
     def slots(self, decoder_layer: int, num_experts: int) -> LayerSlots:
         """Where the experts of a layer lie. ValueError: they do not divide over the ranks."""

@@ -9,9 +9,10 @@ gives it new lengths on a stream of its own while the graph runs. docs/graphs.md
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +27,19 @@ from vllm.logger import init_logger
 if TYPE_CHECKING:
     from vllm_ascend.model_runner import AscendModelRunner
 
-__all__ = ["AscendGraphWrapper", "capture", "note_attention"]
+__all__ = [
+    "AscendGraphWrapper",
+    "capture",
+    "drop_what_does_not_fit",
+    "fitting",
+    "is_captured",
+    "measure",
+    "note_attention",
+]
 
 logger = init_logger("vllm.vllm_ascend")
 
+_LEAST_BYTES = 1 << 20  # of a further graph, for what the driver keeps of it; vLLM counts as much for other devices
 _LAYERS = "ascend_graph_layers"  # key in the forward context, while a step is captured
 
 
@@ -75,15 +85,20 @@ class AscendGraphWrapper(CUDAGraphWrapper):
         """Wrap a model. Nothing is captured before `capture`."""
         super().__init__(runnable, vllm_config, CUDAGraphMode.FULL)
         self.captures = False
+        self.spare: Tensor | None = None
+        """A slot in the block that no request has for each token of a step (`_spare_slots`). All graphs read it."""
         self.captured: dict[BatchDescriptor, _Captured] = {}
 
     def clear_graphs(self) -> None:
         """Drop all graphs."""
         self.captured.clear()
+        self.spare = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the model."""
         context = get_forward_context() if is_forward_context_available() else None
+        if context is not None and self.captures:
+            _number(context.slot_mapping)
         if context is None or context.cudagraph_runtime_mode != self.runtime_mode:
             return self.runnable(*args, **kwargs)
         batch = context.batch_descriptor
@@ -91,17 +106,19 @@ class AscendGraphWrapper(CUDAGraphWrapper):
         if found := self.captured.get(batch):
             found.replay(context.attn_metadata)
             return found.output
-        if not self.captures:
+        if not self.captures or self.spare is None:
             raise RuntimeError(f"no graph was captured for {batch}, and the step was prepared for one")
-        self.captured[batch] = self._capture(context, args, kwargs)
+        self.captured[batch] = self._capture(context, self.spare, args, kwargs)
         return self.captured[batch].output
 
-    def _capture(self, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Captured:
+    def _capture(
+        self, context: ForwardContext, spare: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Captured:
         graph = torch.npu.NPUGraph()
         layers: list[str] = []
         context.additional_kwargs[_LAYERS] = layers
         with _capturing(graph, self.graph_pool):
-            context.slot_mapping = _writable(context.slot_mapping)
+            context.slot_mapping = _writable(context.slot_mapping, spare)
             output = self.runnable(*args, **kwargs)
         del context.additional_kwargs[_LAYERS]
         return _Captured(graph, output, layers)
@@ -130,13 +147,33 @@ def _capturing(graph: Any, pool: Any) -> Iterator[None]:
                 raise
 
 
-def _writable(slot_mapping: Any) -> dict[str, Tensor]:
-    """The slots of each layer with slot 0, in the block that no request has, for padding tokens: vLLM gives them -1, which the cache kernels do not take."""
+def _writable(slot_mapping: Any, spare: Tensor) -> dict[str, Tensor]:
+    """The slots of each layer, with spare ones for padding tokens, to which vLLM gives -1: the cache kernels take no such slot, nor one slot twice.
+
+    The slots of requests are all larger than spare ones.
+    """
     found: dict[int, Tensor] = {}
     for slots in slot_mapping.values():
         if id(slots) not in found:
-            found[id(slots)] = slots.clamp(min=0)
+            found[id(slots)] = torch.maximum(slots, spare[: len(slots)])
     return {layer: found[id(slots)] for layer, slots in slot_mapping.items()}
+
+
+def _number(slot_mapping: Any) -> None:
+    """Give each token of a step without requests a slot of its own, from the first one on: in a cache that holds nothing yet."""
+    for slots in {id(each): each for each in (slot_mapping or {}).values()}.values():
+        torch.arange(len(slots), out=slots)
+
+
+def _spare_slots(runner: AscendModelRunner) -> Tensor:
+    """int64 `[tokens of the largest step]`: as many tokens in a row as a block has have different ones."""
+    sizes = _sizes(runner)
+    return torch.arange(sizes[0].num_tokens if sizes else 0, device=runner.device) % block_tokens(runner)
+
+
+def block_tokens(runner: AscendModelRunner) -> int:
+    """Tokens of a block of the KV cache; the least of the groups."""
+    return min(int(group.kv_cache_spec.block_size) for group in runner.kv_cache_config.kv_cache_groups)
 
 
 def note_attention(layer: Any) -> None:
@@ -147,6 +184,31 @@ def note_attention(layer: Any) -> None:
             layers.append(layer.layer_name)
 
 
+def is_captured() -> bool:
+    """Whether the step whose forward pass runs is captured in a graph."""
+    return get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL
+
+
+def measure(runner: AscendModelRunner) -> int:
+    """Capture the two largest sizes for trial, over a small KV cache, to know what all of them will take.
+
+    Graphs share their memory: the largest one, which is captured first, needs most of it, and each other one a little of its own.
+
+    Returns:
+        Bytes of device memory.
+    """
+    sizes = _sizes(runner)
+    if not sizes:
+        return 0
+    model = _wrapper(runner)
+    pool, model.graph_pool = model.graph_pool, torch.npu.graph_pool_handle()
+    taken = _capture_sizes(runner, sizes[:2])
+    model.clear_graphs()
+    model.graph_pool = pool
+    each = max(_LEAST_BYTES, *taken[1:], 0)
+    return taken[0] + each * (len(sizes) - 1)
+
+
 def capture(runner: AscendModelRunner) -> int:
     """Capture a decoding step of each size that the dispatcher has. Collective over all ranks.
 
@@ -155,19 +217,81 @@ def capture(runner: AscendModelRunner) -> int:
     Returns:
         Bytes of device memory that the graphs take.
     """
-    dispatcher, model = runner.cudagraph_dispatcher, runner.model
-    assert isinstance(model, AscendGraphWrapper)
-    sizes = [batch for mode, found in dispatcher.get_capture_descs() if mode == CUDAGraphMode.FULL for batch in found]
-    started, free = time.perf_counter(), _free_memory()
+    started = time.perf_counter()
+    shown = is_global_first_rank() and runner.load_config.use_tqdm_on_load
+    sizes = tqdm(_sizes(runner), disable=not shown, desc="Capturing NPU graphs (decode, FULL)")
+    taken = sum(_capture_sizes(runner, sizes))
+    logger.info_once(
+        "Captured %d graphs of decoding steps in %.0f s, in %.2f GiB.",
+        len(_wrapper(runner).captured),
+        time.perf_counter() - started,
+        taken / (1 << 30),
+    )
+    return taken
+
+
+def _wrapper(runner: AscendModelRunner) -> AscendGraphWrapper:
+    assert isinstance(runner.model, AscendGraphWrapper)
+    return runner.model
+
+
+def _sizes(runner: AscendModelRunner) -> list[BatchDescriptor]:
+    """Of the dispatcher, the largest first."""
+    found = runner.cudagraph_dispatcher.get_capture_descs()
+    return [batch for mode, batches in found if mode == CUDAGraphMode.FULL for batch in batches]
+
+
+def fitting(sizes: Sequence[int], block: int, *, padded_to_others: bool) -> list[int]:
+    """Of the sizes of steps those for which a block has a slot for each padding token.
+
+    Args:
+        sizes: ascending; a batch is padded to the next.
+        block: tokens of a block.
+        padded_to_others: whether a step may be padding throughout, because another replica's has requests.
+    """
+    if padded_to_others:
+        return [size for size in sizes if size <= block]
+    return [size for before, size in pairwise([0, *sizes]) if size - before - 1 <= block]
+
+
+def drop_what_does_not_fit(runner: AscendModelRunner) -> None:
+    """Take those sizes from the dispatcher whose padding tokens would not all find a slot of their own."""
+    keys, several = (
+        runner.cudagraph_dispatcher.cudagraph_keys[CUDAGraphMode.FULL],
+        runner.parallel_config.data_parallel_size > 1,
+    )
+    block = block_tokens(runner)
+    kept = fitting(runner.compilation_config.cudagraph_capture_sizes or [], block, padded_to_others=several)
+    dropped = {batch for batch in keys if batch.num_tokens not in kept}
+    keys -= dropped
+    if dropped:
+        logger.info_once(
+            "Decoding steps of %s tokens are not captured in graphs: their padding%s needs more slots than the %d of a block.",
+            ", ".join(str(size) for size in sorted({batch.num_tokens for batch in dropped})),
+            ", for the sake of other replicas," if several else "",
+            block,
+        )
+
+
+def _capture_sizes(runner: AscendModelRunner, sizes: Iterable[BatchDescriptor]) -> list[int]:
+    """Capture these sizes, of which the first one runs once before, so that what its kernels need at their first call is there.
+
+    Returns:
+        Bytes of device memory that each of them takes beside those before it.
+    """
+    dispatcher, model = runner.cudagraph_dispatcher, _wrapper(runner)
     stream = torch.npu.Stream()
     stream.wait_stream(torch.npu.current_stream())
-    shown = is_global_first_rank() and runner.load_config.use_tqdm_on_load
+    free = [_free_memory()]
+    if model.spare is None:
+        model.spare = _spare_slots(runner)
     model.captures = True
     try:
         with runner._freeze_gc(), torch.npu.stream(stream):
-            for batch in tqdm(sizes, disable=not shown, desc="Capturing NPU graphs (decode, FULL)"):
+            for batch in sizes:
+                warm_ups = 1 if len(free) == 1 else 0
                 try:
-                    runner._warmup_and_capture(batch, cudagraph_runtime_mode=CUDAGraphMode.FULL)
+                    runner._warmup_and_capture(batch, cudagraph_runtime_mode=CUDAGraphMode.FULL, num_warmups=warm_ups)
                 except RuntimeError as error:
                     dispatcher.cudagraph_keys[CUDAGraphMode.FULL].discard(batch)
                     logger.warning(
@@ -175,17 +299,10 @@ def capture(runner: AscendModelRunner) -> int:
                         batch.num_tokens,
                         error,
                     )
+                free.append(_free_memory())
     finally:
         model.captures = False
-    torch.npu.synchronize()
-    taken = free - _free_memory()
-    logger.info_once(
-        "Captured %d graphs of decoding steps in %.0f s, in %.2f GiB.",
-        len(model.captured),
-        time.perf_counter() - started,
-        taken / (1 << 30),
-    )
-    return taken
+    return [before - after for before, after in pairwise(free)]
 
 
 def _free_memory() -> int:

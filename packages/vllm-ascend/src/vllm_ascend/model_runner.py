@@ -84,6 +84,14 @@ class AscendModelRunner(GPUModelRunner):
         if self.warm_up is not None:
             self.warm_up()
 
+    def _check_and_update_cudagraph_mode(self, *args: Any, **kwargs: Any) -> None:
+        """Decide which steps are captured, as vLLM does, and which of their sizes."""
+        sizes = self.compilation_config.cudagraph_capture_sizes
+        if sizes and self.splits_hidden_states:  # no step has one token, see below: it is padded to the next size
+            self.compilation_config.cudagraph_capture_sizes = [size for size in sizes if size > 1]
+        super()._check_and_update_cudagraph_mode(*args, **kwargs)
+        graphs.drop_what_does_not_fit(self)
+
     def capture_model(self) -> int:
         """Capture decoding steps in graphs. Returns the bytes that they take."""
         return graphs.capture(self)
@@ -172,7 +180,8 @@ class AscendModelRunner(GPUModelRunner):
         After a profiling run (`is_profile`) vLLM computes the logits itself, on all ranks. Neither that run nor one that warms kernels up (`skip_eplb`)
         is a step that counts.
         """
-        hidden, last = super()._dummy_run(*args, **kwargs)
+        with parallel.without_requests():
+            hidden, last = super()._dummy_run(*args, **kwargs)
         if kwargs.get("is_profile"):
             return hidden, last
         if self._shares_lmhead() and get_pp_group().is_last_rank and not self.is_pooling_model:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -15,13 +17,13 @@ from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_tp_g
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from vllm_ascend import envs, experts, rules
-from vllm_ascend.attention.step import has_prompts
+from vllm_ascend.attention.step import has_prompts, query_ends
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.experts import ExpertGroups, MoeContext
 
-__all__ = ["Parallel", "close", "current", "forward_context", "most_tokens", "start", "step"]
+__all__ = ["Parallel", "close", "current", "forward_context", "most_tokens", "start", "step", "without_requests"]
 
 _STEP, _MOST_TOKENS = "ascend_step", "ascend_most_tokens"  # keys in the forward context
 _UNSPLIT = StepState()
@@ -49,6 +51,8 @@ class Parallel:
         self.max_num_seqs = max_num_seqs
         self.moe = moe
         self.last_step = _UNSPLIT
+        self.idle = False
+        """Whether the step that runs is without requests, whatever it was prepared with."""
         ratios = config.weight_prefetch_config
         self.prefetcher = (
             WeightPrefetcher(PrefetchConfig(ratios=ratios.prefetch_ratio.by_module)) if ratios.enabled else None
@@ -127,7 +131,15 @@ def start(vllm_config: Any) -> Parallel:
             mc2=groups["mc2"] if mc2 else None,
             moves=groups.get("dynamic_eplb"),
         )
-        moe = MoeContext(config.eplb_config, placed, deployment, over, dispatch)
+        moe = MoeContext(
+            config.eplb_config,
+            placed,
+            deployment,
+            over,
+            dispatch,
+            most_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            device=torch.device("npu", torch.npu.current_device()),
+        )
     _current = Parallel(config, env, groups, max_num_seqs, moe)
     return _current
 
@@ -165,11 +177,25 @@ def forward_context(
     """
     if _current is None or num_tokens is None:
         return {}
+    if _current.moe is not None:
+        _current.moe.begin_step([] if _current.idle else query_ends(attn_metadata))
     counts = None if num_tokens_across_dp is None else tuple(num_tokens_across_dp.tolist())
     return {
         _STEP: _current.plan(num_tokens, counts, prefill=has_prompts(attn_metadata)),
         _MOST_TOKENS: max(counts or (num_tokens,)),
     }
+
+
+@contextmanager
+def without_requests() -> Iterator[None]:
+    """The steps of the block are without requests: a captured one is prepared with lengths as if it had some."""
+    if _current is not None:
+        _current.idle = True
+    try:
+        yield
+    finally:
+        if _current is not None:
+            _current.idle = False
 
 
 def step() -> StepState:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm_ascend.model_runner import AscendModelRunner
     from vllm_ascend.worker import AscendWorker
 
-__all__ = ["warm_up"]
+__all__ = ["small_cache", "warm_up"]
 
 logger = init_logger(__name__)
 
@@ -38,12 +38,13 @@ REQUEST = "ascend-warm-up"
 
 
 @contextmanager
-def _small_cache(runner: AscendModelRunner) -> Iterator[int]:
-    """Give the layers a KV cache of one block for each group, and the one that vLLM keeps free, while the real one has no size yet. The number of groups
-    is what the block gets: encoders have none."""
+def small_cache(runner: AscendModelRunner, tokens: int = 1) -> Iterator[int]:
+    """Give the layers a KV cache while the real one has no size yet: blocks for so many tokens for each group, and the one that vLLM keeps free. The number
+    of groups is what the block gets: encoders have none."""
     config, cache = runner.vllm_config, runner.cache_config
     groups = get_kv_cache_groups(config, runner.get_kv_cache_spec())
-    asked, cache.num_gpu_blocks_override = cache.num_gpu_blocks_override, 1 + len(groups)
+    blocks = sum(-(-tokens // group.kv_cache_spec.block_size) for group in groups)
+    asked, cache.num_gpu_blocks_override = cache.num_gpu_blocks_override, 1 + blocks
     try:
         small = get_kv_cache_config_from_groups(config, groups, available_memory=0)
     finally:
@@ -51,7 +52,6 @@ def _small_cache(runner: AscendModelRunner) -> Iterator[int]:
     try:
         with set_current_vllm_config(config):
             runner.initialize_kv_cache(small, is_profiling=True)
-        runner.cudagraph_dispatcher.keys_initialized = False  # no step is prepared for a graph before there are any
         yield len(groups)
     finally:
         runner._cleanup_profiling_kv_cache()
@@ -72,7 +72,8 @@ def warm_up(worker: AscendWorker, *, cached: bool = True) -> None:
     tokens = min(PROMPT, runner.max_num_tokens, runner.max_model_len - (not pools))
     if runner.model_config.is_encoder_decoder or tokens < 1 or (pools and not _pooling_task(runner)):
         return
-    with _small_cache(runner) if cached else nullcontext(0) as groups, _uncounted(runner):
+    with small_cache(runner) if cached else nullcontext(0) as groups, _uncounted(runner):
+        runner.cudagraph_dispatcher.keys_initialized = False  # no step is prepared for a graph before there are any
         _step(worker, _prompt(runner, tokens, groups))
         if not pools:
             _step(worker, _decoding(runner, tokens))

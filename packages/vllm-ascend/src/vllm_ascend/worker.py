@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_ascend import layers, loader, parallel, states, warmup
+from vllm_ascend import graphs, layers, loader, parallel, states, warmup
 from vllm_ascend.attention import probe
 from vllm_ascend.attention.limits import Attention
 from vllm_ascend.layers import linear, mamba, moving
@@ -92,12 +92,27 @@ class AscendWorker(Worker):
         moving.refuse_to_reload()
         super().start_weight_update()
 
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache: what vLLM finds, less what graphs will take. Where the user has set the bytes, that."""
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes or not self._captures():
+            return int(available)
+        largest = self.vllm_config.compilation_config.max_cudagraph_capture_size or 1
+        with warmup.small_cache(self.model_runner, largest):
+            taken = graphs.measure(self.model_runner)
+        self.peak_activation_memory += taken
+        self.available_kv_cache_memory_bytes -= taken
+        return int(available) - taken
+
+    def _captures(self) -> bool:
+        return self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Nothing is compiled. Kernels were warmed up where memory was profiled (`warmup.py`), which vLLM does for a KV cache alone, so those of an encoder
         are now. Graphs are captured."""
         if not self.model_runner.get_kv_cache_spec():
             warmup.warm_up(self, cached=False)
-        if self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        if self._captures():
             self.model_runner.capture_model()
         set_random_seed(self.model_config.seed)
         return CompilationTimes(language_model=0.0, encoder=0.0)

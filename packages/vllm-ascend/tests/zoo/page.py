@@ -5,9 +5,9 @@ from zoo import ENTRIES
 from zoo.verdict import COLUMNS, is_good
 
 HEADINGS = {
-    "float32": "float32", "cache": "prefix cache", "chunked": "chunks", "tp": "TP 2", "ep": "EP 2", "bfloat16": "strict bfloat16", "tower": "tower",
+    "float32": "float32", "cache": "prefix cache", "chunked": "chunks", "tp": "TP 2", "ep": "EP 2", "bfloat16": "strict bfloat16", "graphs": "graphs", "tower": "tower",
 }  # fmt: skip
-SHOWN = {"equal": "equal", "as near": "as near", "-": "", "refused": "refused"}
+SHOWN = {"-": ""}
 INTRODUCTION = """# Models
 
 Written by `nox -s models` from its runs; do not edit. One model of a kind is run by the tests too (`test_zoo.py`).
@@ -23,6 +23,7 @@ of a whole forward pass of transformers for every token.
 | chunks | prompts in chunks of 32 tokens | `equal`, or how many tokens are, up to the first that is not |
 | TP 2, EP 2 | tensor parallelism over two ranks; with expert parallelism as well | likewise |
 | strict bfloat16 | log-probabilities of the prompts' tokens where kernels refuse what their documentation does | `as near`: as near to float32 as transformers' bfloat16 is, by the bound of `tests/rounding.py` |
+| graphs | the first column's run | `captured`: decoding steps were replays of captured graphs; else every step ran operator by operator |
 | tower | attention of what reads pictures, videos or sounds | `kernel`: all of it is the NPU's kernel; `torch`: transformers' own class calls torch's |
 
 `refused` models are refused at the start, with the reason below. **Of {all}, {good} are equal in every way, {partly} are in all that was run (`not run` marks the rest), {refused} are refused at the start, {other} are neither.**

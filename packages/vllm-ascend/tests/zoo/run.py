@@ -66,14 +66,16 @@ class Visit:
         self.seconds[self.kind] = round(time.monotonic() - self.began, 1)
         return self.next()
 
-    def result(self):
-        """What goes into the file of results."""
-        return {
-            "task": self.entry.task,
-            "model": self.entry.model,
-            "entry": verdict.digest(self.entry),
-            "cells": verdict.cells(self.entry, self.folder, self.ended, self.kinds),
-        }
+    def result(self, earlier=None):
+        """What goes into the file of results. A kind that was not to be run now keeps what an earlier run of the same entry said."""
+        digest = verdict.digest(self.entry)
+        cells = verdict.cells(self.entry, self.folder, self.ended, self.kinds)
+        if earlier and earlier["entry"] == digest:
+            kept = {
+                column: earlier["cells"].get(column, cell) for column, cell in cells.items() if cell[0] == "not run"
+            }
+            cells |= kept
+        return {"task": self.entry.task, "model": self.entry.model, "entry": digest, "cells": cells}
 
 
 def chosen(names):
@@ -104,14 +106,20 @@ def main():
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--page", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and what the runs said")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="runs to make; default: all")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=KINDS,
+        help="runs to make, the results of others are kept; default: all",
+    )
     options = parser.parse_args()
     entries = chosen(options.names)
     kept = json.loads(options.results.read_text())["models"] if options.results.exists() else {}
     results, bad = {name: kept[name] for name in ENTRIES if name in kept}, []
 
     def done(entry, visit):
-        results[entry.name] = visit.result()
+        results[entry.name] = visit.result(results.get(entry.name))
         said = {column: word for column, (word, _) in results[entry.name]["cells"].items()}
         if not verdict.is_good(results[entry.name]) and not entry.known:
             bad.append(entry.name)

@@ -84,8 +84,12 @@ def counted_attention():
 
 
 def run_one(llm, reference, ask):
+    from ascend_sim import counters
+
+    before = counters.snapshot().graphs.replays
     with counted_attention() as calls:
-        return run_whole(llm, reference, ask) | {"of_torch": calls[0]}
+        said = run_whole(llm, reference, ask) | {"of_torch": calls[0]}
+    return said | {"replays": counters.snapshot().graphs.replays - before}
 
 
 def run_whole(llm, reference, ask):
@@ -130,7 +134,7 @@ def outcome(folder, task, arguments, run, reference):
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments = {"model": str(folder), "skip_tokenizer_init": True, "enforce_eager": True, **arguments}
+    arguments = {"model": str(folder), "skip_tokenizer_init": True, **arguments}
     try:
         EngineArgs(**arguments).create_engine_config()
     except ValidationError as error:

@@ -17,9 +17,10 @@ COLUMNS = {
     "tp": "tensor parallelism over 2 ranks",
     "ep": "expert parallelism over 2 ranks",
     "bfloat16": "bfloat16 in strict mode",
+    "graphs": "whether decoding steps were replays of graphs",
     "tower": "whether a tower's attention is the NPU's kernel",
 }
-GOOD = ("equal", "as near", "kernel", "-", "not run")
+GOOD = ("equal", "as near", "captured", "kernel", "-", "not run")
 BLOCK_TOKENS = 128
 
 
@@ -89,6 +90,10 @@ def of_bfloat16(said, reference):
     return ["as near", means] if found <= 1 else ["off", f"{means}, {found:.2f} times what is admissible"]
 
 
+def of_graphs(said, reference):
+    return ["captured" if said["replays"] else "-", ""]
+
+
 def of_tower(said, reference):
     calls = said["of_torch"]
     return ["torch", f"{calls} calls of torch's attention"] if calls else ["kernel", ""]
@@ -102,6 +107,7 @@ CELLS = {
     "tp": ("tp", "tp", lambda said, reference: equality(said["whole"]["tokens"], reference["tokens"])),
     "ep": ("ep", "ep", lambda said, reference: equality(said["whole"]["tokens"], reference["tokens"])),
     "bfloat16": ("bfloat16", "bfloat16", of_bfloat16),
+    "graphs": ("one", "one", of_graphs),
     "tower": ("one", "one", of_tower),
 }
 
@@ -161,8 +167,14 @@ def cells(entry, folder, ended, kinds=KINDS):
         elif outcome := next((word for word in ("refused", "failed") if word in said), None):
             found[column] = [outcome, said[outcome] + of_workers(folder / f"{kind}.txt", said[outcome])]
         else:
-            found[column] = judge(said, reference)
+            found[column] = uncaptured(folder / f"{kind}.txt") or judge(said, reference)
     return found
+
+
+def uncaptured(file):
+    """The cell of a run that printed of a step that it could not capture in a graph, or None."""
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    return next((["not captured", line] for line in lines if "cannot be captured in a graph" in line), None)
 
 
 def is_good(result):

@@ -1,7 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "deferred.h"
 
+extern "C" {  // of the Python that has loaded this library
+int Py_IsInitialized(void) __attribute__((weak));
+int PyGILState_Check(void) __attribute__((weak));
+void* PyEval_SaveThread(void) __attribute__((weak));
+void PyEval_RestoreThread(void*) __attribute__((weak));
+}
+
 namespace ascend_sim {
+
+WithoutPython::WithoutPython() : thread_(nullptr) {
+  if (Py_IsInitialized && Py_IsInitialized() && PyGILState_Check()) thread_ = PyEval_SaveThread();
+}
+
+WithoutPython::~WithoutPython() {
+  if (thread_) PyEval_RestoreThread(thread_);
+}
 
 std::vector<int> arguments_of_results(const c10::FunctionSchema& schema) {
   std::vector<int> out;

@@ -61,6 +61,19 @@ c10::IValue each_tensor(const c10::IValue& value, const F& f) {
   return value;
 }
 
+// As long as it lives, this thread leaves Python to others. What runs late may begin where torch_npu holds Python's lock, as hardware returns at once
+// there; a collective would wait for a thread of gloo, and that one for the lock, to drop a tensor that Python knows.
+class WithoutPython {
+ public:
+  WithoutPython();
+  ~WithoutPython();
+  WithoutPython(const WithoutPython&) = delete;
+  WithoutPython& operator=(const WithoutPython&) = delete;
+
+ private:
+  void* thread_;
+};
+
 // As long as it lives, what this thread calls runs at once on any stream.
 class AtOnce {
  public:

@@ -225,6 +225,7 @@ class Recorder final : public c10::OperatorKernel {
   static aclError replay(void* argument) {
     const Operator& node = **static_cast<const std::shared_ptr<Operator>*>(argument);
     const int64_t before = calls_of_thread;
+    const WithoutPython without_python;
     try {
       Stack stack = node.arguments;
       node.recorder->run(node.op, node.keys, &stack);

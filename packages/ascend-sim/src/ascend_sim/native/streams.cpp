@@ -39,6 +39,7 @@ uint64_t enqueue(aclrtStream stream, std::function<void()> work) {
         const std::unique_ptr<std::function<void()>> task(static_cast<std::function<void()>*>(argument));
         const bool outer = std::exchange(in_task, true);
         aclError error = ACL_SUCCESS;
+        const WithoutPython without_python;
         try {
           at::AutoDispatchBelowADInplaceOrView below;
           (*task)();

@@ -105,13 +105,6 @@ class AscendAttentionMetadataBuilder(AttentionMetadataBuilder[AscendAttentionMet
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        """Decoding steps; of layers with a sliding window none, for no test has shown that captured ones compute the same."""
-        specs = getattr(kv_cache_spec, "kv_cache_specs", {"": kv_cache_spec}).values()
-        windows = any(getattr(spec, "sliding_window", None) is not None for spec in specs)
-        return AttentionCGSupport.NEVER if windows else cls._cudagraph_support
-
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:

@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ascend import kernels
+from vllm_ascend import graphs, kernels
 from vllm_ascend.attention.limits import LATENT_BLOCK_SIZE, PLAIN_SIZE
 from vllm_ascend.attention.mla_step import AscendMLAMetadata, AscendMLAMetadataBuilder, ContextChunk
 from vllm_ascend.attention.step import tokens_of_step
@@ -160,6 +160,7 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         latents, keys = self._caches(kv_c_and_k_pe_cache)
         step = attn_metadata.decode
         assert step is not None
+        graphs.note_attention(layer)
         out = kernels.latent_attention(
             query,
             query_rope,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,12 @@ from vllm.model_executor.layers.attention.mla_attention import (
     plan_mla_context_chunks,
 )
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_ascend import kernels
@@ -114,6 +120,12 @@ class AscendMLAMetadata(AttentionMetadata):
     def num_requests(self) -> int:
         """Requests of the step."""
         return len(self.query_ends)
+
+    @property
+    def kv_lengths(self) -> list[int]:
+        """Keys of each request of the absorbed form, of which alone a captured step consists."""
+        assert self.decode is not None
+        return self.decode.kv_lengths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +229,8 @@ def context_chunks(
 class AscendMLAMetadataBuilder(AttentionMetadataBuilder[AscendMLAMetadata]):
     """Turns vLLM's description of a step into kernel arguments. By `reorder_batch_threshold` requests come in this order: few new tokens after cached
     ones, more of them after cached ones, and those of which nothing is cached."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device

@@ -6,18 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_ascend import kernels
-from vllm_ascend.attention.gqa import AscendAttentionBackend, AscendAttentionImpl, AscendAttentionMetadataBuilder
+from vllm_ascend.attention.gqa import AscendAttentionBackend, AscendAttentionImpl
 
-__all__ = ["AscendSinkAttentionBackend", "AscendSinkAttentionImpl", "AscendSinkMetadataBuilder"]
-
-
-class AscendSinkMetadataBuilder(AscendAttentionMetadataBuilder):
-    """As without sinks; no test has shown that captured steps compute the same."""
-
-    _cudagraph_support = AttentionCGSupport.NEVER
+__all__ = ["AscendSinkAttentionBackend", "AscendSinkAttentionImpl"]
 
 
 class AscendSinkAttentionBackend(AscendAttentionBackend):
@@ -27,11 +20,6 @@ class AscendSinkAttentionBackend(AscendAttentionBackend):
     def get_impl_cls() -> type[AscendSinkAttentionImpl]:
         """The class a layer runs."""
         return AscendSinkAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[AscendSinkMetadataBuilder]:
-        """The class that prepares a step."""
-        return AscendSinkMetadataBuilder
 
     @classmethod
     def kernel_size(cls, head_size: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
-__all__ = ["AscendAttentionMetadata", "describe", "has_prompts", "query_ends_of_step", "tokens_of_step"]
+__all__ = ["AscendAttentionMetadata", "describe", "has_prompts", "query_ends", "tokens_of_step"]
 
 
 @dataclass(slots=True)
@@ -71,13 +71,10 @@ def tokens_of_step() -> int:
     return 0 if step is None else int(step.num_actual_tokens)
 
 
-def query_ends_of_step() -> list[int]:
-    """Cumulative tokens of this step's requests, the same object for all layers; empty in a step without requests."""
-    step = _of_one_layer(get_forward_context().attn_metadata)
-    if step is None:
-        return []
-    ends: list[int] = step.query_ends
-    return ends
+def query_ends(attn_metadata: object) -> list[int]:
+    """Cumulative tokens of a step's requests; empty in a step without requests. `attn_metadata` is as vLLM's forward context has it."""
+    step = _of_one_layer(attn_metadata)
+    return [] if step is None else list(step.query_ends)
 
 
 def has_prompts(attn_metadata: object) -> bool:

@@ -37,35 +37,49 @@ def counted_rows(query_ends: Sequence[int], rows: int, stage: str, *, first: int
 
 
 class CountedRows:
-    """Which rows of the step that runs count, on the device: made by its first MoE layer, and used by all.
+    """Which tokens of the step that runs count: rows on the device at a fixed place, written before the step and read by all MoE layers, also by captured ones.
 
     Args:
         stage: one of `options.STAGES`.
+        rows: of a layer at most: the tokens of a step with their padding.
+        device: where they are.
     """
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, rows: int, device: torch.device | str) -> None:
         """Begin without a step."""
-        self._stage = stage
-        self._of: tuple[object, int, int, int] | None = None
-        self._weights: Tensor | None = None
+        self._stage, self._device = stage, device
+        self._size, self._filled = rows, 0
+        self._rows: dict[int, Tensor] = {}
 
-    def add(self, heat: Tensor, ids: Tensor, query_ends: Sequence[int] | None, *, first: int = 0) -> None:
+    def reserve(self, copies: int) -> None:
+        """Make room for layers that ask for each row `copies` times."""
+        if copies not in self._rows:
+            self._rows[copies] = torch.zeros(self._size, copies, dtype=torch.int32, device=self._device)
+
+    def begin(self, query_ends: Sequence[int]) -> None:
+        """A step begins with tokens up to these cumulative numbers; without any nothing counts."""
+        tokens = query_ends[-1] if query_ends else 0
+        rows = max(tokens, self._filled)  # those of the step before are overwritten as well
+        self._filled = tokens
+        if rows:
+            counted = torch.from_numpy(counted_rows(query_ends, rows, self._stage))
+            for copies, there in self._rows.items():
+                there[:rows].copy_(counted[:, None].expand(-1, copies).contiguous().pin_memory(), non_blocking=True)
+
+    def add(self, heat: Tensor, ids: Tensor, *, first: int = 0) -> None:
         """Add a layer's tokens to its counts.
 
         Args:
             heat: int32 `[E]`.
-            ids: `[N, C]`, the experts that were chosen.
-            query_ends: as of `counted_rows`, one object for all layers of a step; None or empty in a step without requests, which adds nothing.
+            ids: `[N, C]`, the experts that were chosen; C was reserved.
             first: the token that the first row is.
         """
-        if not query_ends or not len(ids):
-            return
-        key = (query_ends, *ids.shape, first)
-        if self._of is None or self._of[0] is not query_ends or self._of != key:
-            rows = np.repeat(counted_rows(query_ends, len(ids), self._stage, first=first), ids.shape[1])
-            self._of, self._weights = key, torch.from_numpy(rows).pin_memory().to(ids.device, non_blocking=True)
-        assert self._weights is not None
-        heat.index_add_(0, ids.flatten(), self._weights)
+        if len(ids):
+            heat.index_add_(0, ids.flatten(), self.rows(ids.shape[1], len(ids), first=first).flatten())
+
+    def rows(self, copies: int, count: int, *, first: int = 0) -> Tensor:
+        """int32 `[count, copies]`: 1 for a row that counts, from the token `first` on. A view."""
+        return self._rows[copies][first : first + count]
 
 
 def taken(counters: Sequence[Tensor]) -> Tensor:

@@ -22,8 +22,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_ascend import parallel
-from vllm_ascend.attention.step import query_ends_of_step, tokens_of_step
+from vllm_ascend import graphs, parallel
 from vllm_ascend.eplb.placement import LayerSlots
 from vllm_ascend.eplb.record import LoadRecorder
 
@@ -102,7 +101,10 @@ class AscendRoutedExperts(RoutedExperts):
         records = bool(shared.moe.options.expert_load_record_path)
         load = torch.zeros(self.local_num_experts, dtype=torch.int64, device=device) if records else None
         self.register_buffer("load", load, persistent=False)
-        self._counted = shared.moe.counted
+        self._counted, self._real_rows = shared.moe.counted, shared.moe.real
+        for rows, copies in ((self._counted, moe_config.experts_per_token), (self._real_rows, 1)):
+            if rows is not None:
+                rows.reserve(copies)
         moves = self._counted is not None
         heat = torch.zeros(self.slots.placed.num_experts, dtype=torch.int32, device=device) if moves else None
         self.register_buffer("heat", heat, persistent=False)
@@ -191,7 +193,7 @@ class AscendRoutedExperts(RoutedExperts):
             experts=cast(HasExperts, self.quant_method).experts(self),
             comm=comm,
             tokens=self._tokens(dp_tokens, comm),
-            mask=None if self.load is None else self._real(x),
+            mask=self._real(x),
         )
         if self.load is not None:
             self.load += output.load
@@ -199,7 +201,7 @@ class AscendRoutedExperts(RoutedExperts):
 
     def comm_of_step(self) -> MoeComm:
         """How tokens travel in the step whose forward pass runs; it follows from the step alone, so that all ranks agree."""
-        return self._comm.of_step(parallel.most_tokens())
+        return self._comm.of_step(parallel.most_tokens(), captured=graphs.is_captured())
 
     def _physical(self, ids: Tensor, comm: MoeComm) -> Tensor:
         """The slots of experts. Where ranks return partial sums, several of them have each token and must choose the same slot for it."""
@@ -215,18 +217,18 @@ class AscendRoutedExperts(RoutedExperts):
         return tuple(-(-tokens // ranks) for tokens in dp_tokens for _ in range(ranks))
 
     def _count(self, ids: Tensor) -> None:
-        """Add the choices `[N, K]` of this rank's tokens to `heat`. Of TP ranks that have the same tokens, the first one counts."""
+        """Add the choices `[N, C]` of this rank's tokens to `heat`. Of TP ranks that have the same tokens, the first one counts."""
         split, rank = self.moe_config.is_sequence_parallel, self._over.tp.rank_in_group
         if self._counted is None or self.heat is None or (rank and not split):
             return
-        self._counted.add(self.heat, ids, query_ends_of_step(), first=rank * len(ids) if split else 0)
+        self._counted.add(self.heat, ids, first=rank * len(ids) if split else 0)
 
-    def _real(self, x: Tensor) -> Tensor:
-        """bool `[N]`: tokens of requests; not those of a step without any, nor padding."""
-        real = tokens_of_step()
-        if self.moe_config.is_sequence_parallel:
-            real -= self._over.tp.rank_in_group * len(x)
-        return torch.arange(len(x), device=x.device) < real
+    def _real(self, x: Tensor) -> Tensor | None:
+        """bool `[N]`: tokens of requests; not those of a step without any, nor padding. None where no load is recorded."""
+        if self._real_rows is None:
+            return None
+        first = self._over.tp.rank_in_group * len(x) if self.moe_config.is_sequence_parallel else 0
+        return self._real_rows.rows(1, len(x), first=first).flatten().bool()
 
 
 class AscendMoERunner(MoERunner):
