@@ -32,7 +32,7 @@ def test_what_is_served():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (config(quantization="ascend"), "('medusa') is served for models without quantisation, and this one's is 'ascend'"),
+        (config(quantization="ascend"), "(method 'medusa') cannot be used with models quantised by 'ascend'"),
         (config(parallel={"tensor_parallel_size": 2}), "('medusa') needs tensor_parallel_size 1, got 2"),
         (config(runner_type="pooling"), "(method 'medusa') cannot be used with pooling models"),
         (config(is_multimodal_model=True), "(method 'medusa') cannot be used with multimodal models"),

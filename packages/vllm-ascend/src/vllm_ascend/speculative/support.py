@@ -65,6 +65,7 @@ def _beside(vllm_config: Any) -> Iterator[str]:
         "models with an encoder and a decoder": model.is_encoder_decoder,
         "models with a recurrent state": states.has_states(model),
         "multimodal models": model.is_multimodal_model,
+        f"models quantised by {model.quantization!r}": model.quantization is not None,
         "prompt embeddings (enable_prompt_embeds)": model.enable_prompt_embeds,
         "LoRA adapters (enable_lora)": vllm_config.lora_config is not None,
         "KV connectors (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
@@ -86,8 +87,6 @@ def _broken_of_models(vllm_config: Any) -> Iterator[str]:
             yield f"{asked} needs {name} 1, got {ranks}"
     if parallel.tensor_parallel_size > 1 and parallel.data_parallel_size > 1:
         yield f"{asked} needs tensor_parallel_size ({parallel.tensor_parallel_size}) or data_parallel_size ({parallel.data_parallel_size}) to be 1"
-    if (quantised := vllm_config.model_config.quantization) is not None:
-        yield f"{asked} is served for models without quantisation, and this one's is {quantised!r}; leave --speculative-config out, or give 'ngram'"
     if draft.method == "medusa":
         return
     its_own = {"model_config": draft.draft_model_config, "parallel_config": draft.draft_parallel_config}
