@@ -101,13 +101,6 @@ def test_two_ranks(llama, next_token_models, run_engines):
         assert kept(result) == kept(alone), name
 
 
-def test_two_stages(llama, run_engines):
-    folder, expected, _ = llama
-    (result,) = run_engines([job(folder, NGRAM, pipeline_parallel_size=2)])
-    assert tokens(result) == expected
-    assert sum(kept(result)) > 0
-
-
 @pytest.mark.parametrize("method", ["mtp", "ngram", "draft_model"])
 def test_replicas(method, next_token_models, run_replicas):
     """Two replicas that share experts, with different work: the one that is done first drafts for nobody beside the other."""

@@ -103,7 +103,7 @@ ALONE = {
     "block rejection": ({}, {"speculative_config": NGRAM | {"rejection_sample_method": "block"}}, {}, "speculative_config.rejection_sample_method ('block') must be 'standard' or 'synthetic'"),
     "drafts and states": (HYBRID, {"block_size": 256, "speculative_config": NGRAM}, {}, "speculative decoding (method 'ngram') cannot be used with models with a recurrent state; leave --speculative-config out, or that"),
     "drafts and embeddings": ({}, {"enable_prompt_embeds": True, "speculative_config": NGRAM}, {}, "cannot be used with prompt embeddings (enable_prompt_embeds)"),
-    "drafts and stages": ({}, {"pipeline_parallel_size": 2, "speculative_config": OWN}, {}, "speculative_config.method ('draft_model') needs pipeline_parallel_size 1, got 2"),
+    "drafts and stages": ({}, {"pipeline_parallel_size": 2, "speculative_config": OWN}, {}, "pipeline_parallel_size (2) must be 1 with speculative decoding (method 'draft_model'); leave --speculative-config out, or raise tensor_parallel_size instead"),
     "drafts and options": ({}, {"additional_config": {"weight_prefetch_config": {"enabled": True}}, "speculative_config": OWN}, {}, "speculative decoding (method 'draft_model') cannot be used with options of additional_config (weight_prefetch_config); leave --speculative-config out, or that"),
     "drafts over replicas": (MOE, {"data_parallel_size": 2, "speculative_config": OWN}, {}, "speculative_config.method ('draft_model') needs data_parallel_size 1, got 2"),
     "vLLM's balancing": ({**MOE}, {"eplb_config": {"step_interval": 100, "window_size": 250}}, {}, "--eplb-config.window_size (250), --eplb-config.step_interval (100): vLLM's own balancing of experts does not run on this platform; give its counterpart, --additional-config '{\"eplb_config\": {\"dynamic_eplb\": true, \"expert_heat_collection_interval\": 100, \"load_window\": 2, \"load_weighting\": \"mean\"}}'"),
@@ -151,7 +151,7 @@ GOOD = {
     "MLA": ({**LATENT, "num_attention_heads": 16}, {"attention_backend": "ASCEND_MLA", "block_size": 1024, "tensor_parallel_size": 2}, {}),
     "copied weights": ({}, {"cpu_offload_gb": 1}, {"VLLM_WEIGHT_OFFLOADING_DISABLE_UVA": "1"}),
     "experts": (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, {}),
-    "n-grams": ({}, {"speculative_config": NGRAM, "pipeline_parallel_size": 2}, {}),
+    "n-grams": ({"num_key_value_heads": 2}, {"speculative_config": NGRAM, "tensor_parallel_size": 2}, {}),
     "a draft model": ({}, {"speculative_config": OWN}, {}),
     "states beside attention": (HYBRID, {"block_size": 256, "tensor_parallel_size": 2}, {}),
 }  # fmt: skip

@@ -20,7 +20,6 @@ _OF_MODELS = ("draft_model", "eagle", "eagle3", "medusa", "mtp")
 _OVER_RANKS = {
     "tensor_parallel_size": ("draft_model", "eagle", "mtp"),
     "data_parallel_size": ("mtp",),
-    "pipeline_parallel_size": (),
 }
 _MTP = ("deepseek_mtp", "glm4_moe_mtp")
 _MOST_TOKENS = 128  # vLLM's rejection sampler asserts it in a step
@@ -51,6 +50,10 @@ def broken(vllm_config: Any) -> Iterator[str]:
     for name, served in _ONLY.items():
         if (value := getattr(draft, name)) not in served:
             yield f"speculative_config.{name} ({value!r}) must be {' or '.join(map(repr, served))}"
+    if (
+        stages := vllm_config.parallel_config.pipeline_parallel_size
+    ) > 1:  # vLLM's V1 model runner asks stages for a drafter that only the last one has
+        yield f"pipeline_parallel_size ({stages}) must be 1 with speculative decoding (method {method!r}); {advice}, or raise tensor_parallel_size instead"
     for what in _beside(vllm_config):
         yield f"speculative decoding (method {method!r}) cannot be used with {what}; {advice}, or that"
     if method in _OF_MODELS:
