@@ -142,6 +142,12 @@ def speculation(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def features(session: nox.Session) -> None:
+    """What a user switches on (LoRA, sleep mode, new weights, int8 of compressed-tensors, torchrun), beyond what the default tests have."""
+    run_more_engines(session, "feature_engines.py")
+
+
+@nox.session(python=PYTHON)
 def states(session: nox.Session) -> None:
     """Models with a recurrent state over pipeline stages and over replicas that share experts."""
     run_more_engines(session, "state_engines.py")
@@ -170,6 +176,8 @@ ON_STREAMS = (
     "test_moe.py::test_mc2_in_bfloat16",
     "test_graph_engines.py",
     "test_speculation.py",
+    "test_lora.py",
+    "test_adapters.py",
 )
 
 

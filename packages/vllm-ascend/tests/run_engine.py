@@ -7,6 +7,7 @@ python run_engine.py JOB.json RESULT.json
 import gc
 import json
 import sys
+import zlib
 from unittest import mock
 
 
@@ -14,9 +15,10 @@ def generate(llm, run):
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": ids} for ids in run["prompts"]]
+    adapters = [adapter(name) for name in run["adapters"]] if "adapters" in run else None
     sampling = run["sampling"]  # one for all, or one for each
     params = [SamplingParams(**each) for each in sampling] if isinstance(sampling, list) else SamplingParams(**sampling)
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
     return [
         {
             "tokens": list(output.outputs[0].token_ids),
@@ -32,6 +34,37 @@ def generate(llm, run):
         }
         for output in outputs
     ]
+
+
+def adapter(folder):
+    """vLLM's request for the LoRA adapter in a folder; None stands for the base model."""
+    from vllm.lora.request import LoRARequest
+
+    # An adapter of one folder has one number in an engine; vLLM asks for numbers from 1 on.
+    return None if folder is None else LoRARequest(folder, zlib.crc32(folder.encode()) + 1, folder)
+
+
+def used_memory(worker):
+    """Bytes of one worker's device that are taken."""
+    import torch
+
+    torch.npu.synchronize()
+    torch.npu.empty_cache()
+    free, total = torch.npu.mem_get_info()
+    return total - free
+
+
+def act(llm, inspected, name, *arguments):
+    """Do what a job asks for before a run. Returns what is said if it is refused, and the memory that is taken on each device then if that may be asked."""
+    actions = {
+        "sleep": llm.sleep,
+        "wake_up": llm.wake_up,
+        "reload": lambda: llm.collective_rpc("reload_weights"),
+        "load_adapter": lambda folder: llm.llm_engine.add_lora(adapter(folder)),
+        "drop_adapter": lambda folder: llm.llm_engine.remove_lora(adapter(folder).lora_int_id),
+    }
+    said = refusal(actions[name], *arguments)
+    return {"said": said, "memory": llm.collective_rpc(used_memory) if inspected else None}
 
 
 def preemptions(llm):
@@ -213,12 +246,14 @@ def main(job_file, result_file):
     for engine in job:
         llm = start(engine.get("rendezvous"), disable_log_stats=False, **engine["engine"])
         inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
+        actions = []
         runs, collectives, refusals, calls = [], [], [], [llm.collective_rpc(all_operators) if inspected else None]
         launched = [llm.collective_rpc(graphs) if inspected else None]
         allocated = [llm.collective_rpc(memory) if inspected else None]
         drafts = []
         for run in engine["runs"]:
             refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
+            actions.append([act(llm, inspected, *action) for action in run.get("before", ())])
             if run.get("watch"):
                 llm.collective_rpc(watch_copies)
             runs.append(generate(llm, run))
@@ -235,6 +270,7 @@ def main(job_file, result_file):
             {
                 "runs": runs,
                 "refusals": refusals,
+                "actions": actions,
                 "loads": [llm.collective_rpc(load, args=(folder,)) for folder in engine.get("load", ())],
                 "preemptions": preemptions(llm),
                 "speculation": drafts,  # after each run

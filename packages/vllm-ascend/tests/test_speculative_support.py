@@ -10,7 +10,7 @@ from vllm_ascend.speculative import support
 def config(method="medusa", *, parallel=None, kind="medusa", **model):
     own = {
         "runner_type": "generate", "is_encoder_decoder": False, "is_attention_free": False, "is_hybrid": False, "is_multimodal_model": False,
-        "enable_prompt_embeds": False, "quantization": None,
+        "enable_prompt_embeds": False, "enable_sleep_mode": False, "quantization": None,
     }  # fmt: skip
     sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1} | (parallel or {})
     draft = SimpleNamespace(
@@ -36,6 +36,7 @@ def test_what_is_served():
         (config(parallel={"tensor_parallel_size": 2}), "('medusa') needs tensor_parallel_size 1, got 2"),
         (config(runner_type="pooling"), "(method 'medusa') cannot be used with pooling models"),
         (config(is_multimodal_model=True), "(method 'medusa') cannot be used with multimodal models"),
+        (config(enable_sleep_mode=True), "cannot be used with sleep mode (enable_sleep_mode)"),
         (config(is_encoder_decoder=True), "cannot be used with models with an encoder and a decoder"),
     ],
 )  # fmt: skip

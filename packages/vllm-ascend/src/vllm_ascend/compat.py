@@ -19,6 +19,7 @@ import torch
 from vllm_ascend import multimodal
 
 __all__ = [
+    "accept_profiler",
     "alias_cuda_streams",
     "copy_states_of_blocks",
     "declare_torchvision_operators",
@@ -29,6 +30,18 @@ __all__ = [
     "replace_triton_kernels",
     "shard_of",
 ]
+
+
+def accept_profiler() -> None:
+    """Let vLLM's worker accept `--profiler-config` with the profiler "torch" on an NPU.
+
+    Reason: `vllm/profiler/wrapper.py` has tables of its own devices, by which it refuses all others. Retired by: a hook for platforms there.
+    """
+    from vllm.profiler import wrapper
+
+    wrapper._SUPPORTED_PROFILER_KINDS["npu"] = frozenset({"torch"})
+    wrapper._DEFAULT_TORCH_PROFILER_ACTIVITIES["npu"] = ("CPU",)
+    wrapper._SUPPORTED_TORCH_PROFILER_ACTIVITIES["npu"] = frozenset({"CPU"})
 
 
 def alias_cuda_streams() -> None:

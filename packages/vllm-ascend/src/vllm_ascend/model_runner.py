@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
+from vllm.model_executor.models import supports_lora
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
@@ -34,6 +36,7 @@ from vllm_ascend.eplb.rebalance import Rebalancer
 from vllm_ascend.eplb.record import LoadRecorder
 from vllm_ascend.host_copy import HostCopy
 from vllm_ascend.layers import linear, moe, moving, sequence
+from vllm_ascend.lora.manager import AscendLoRAManager
 from vllm_ascend.speculative.lengths import DraftLengths
 from vllm_ascend.step_inputs import StepInputs
 
@@ -77,6 +80,14 @@ class AscendModelRunner(GPUModelRunner):
         if self.rebalancer is not None:
             self.model_memory_usage += self.rebalancer.num_bytes  # so that the KV cache leaves room for its buffers
         self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())
+
+    def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
+        """Put LoRA layers into the model. ValueError for one that has no adapters in vLLM."""
+        if not supports_lora(model):
+            raise ValueError(f"{type(model).__name__} takes no LoRA adapters in vLLM; leave --enable-lora out")
+        self.lora_manager = AscendLoRAManager(vllm_config, device, model.embedding_modules)
+        adapted: nn.Module = self.lora_manager.create_lora_manager(model, vllm_config)
+        return adapted
 
     def profile_run(self, randomize_inputs: bool = False) -> None:
         """The largest step, as vLLM runs it to measure memory; then `warm_up` over a small KV cache, whose lasting costs are measured with it."""
@@ -221,7 +232,20 @@ class AscendModelRunner(GPUModelRunner):
             raise RuntimeError(
                 "a request with prompt_logprobs has come to an engine with finegrained_tp_config.lmhead_tensor_parallel_size"
             )
-        return super()._get_prompt_logprobs_dict(*args, **kwargs)
+        if self.lora_config is None or not self.num_prompt_logprobs:
+            return super()._get_prompt_logprobs_dict(*args, **kwargs)
+        # vLLM has the adapters of the rows that are sampled alone, and these rows are others: of one request at a time.
+        manager, wanted = cast(AscendLoRAManager, self.lora_manager), self.num_prompt_logprobs
+        found: dict[str, Any] = {}
+        for request, number in list(wanted.items()):
+            adapter = self.requests[request].lora_request
+            self.num_prompt_logprobs = {request: number}
+            with manager.sampling_as(0 if adapter is None else adapter.lora_int_id):
+                found |= super()._get_prompt_logprobs_dict(*args, **kwargs)
+            if not self.num_prompt_logprobs:
+                del wanted[request]
+        self.num_prompt_logprobs = wanted
+        return found
 
     @staticmethod
     def _shares_lmhead() -> bool:

@@ -87,6 +87,8 @@ class StepInputs:
                 runner.mrope_positions.gpu[row, :tokens].copy_(
                     runner.mrope_positions.cpu[row, :tokens], non_blocking=True
                 )
+        if runner.lora_config:
+            runner.set_active_loras(batch, counts)
         if runner.speculative_config is None:
             return runner.query_start_loc.gpu[1 : requests + 1] - 1, None, 1
         runner.discard_request_mask.copy_to_gpu(requests)  # for the draft's inputs

@@ -61,16 +61,19 @@ def small_cache(runner: AscendModelRunner, tokens: int = 1) -> Iterator[int]:
 def warm_up(worker: AscendWorker, *, cached: bool = True) -> None:
     """Run the steps, and leave no trace of them in the runner. Collective over all ranks of all replicas.
 
+    Encoder-decoder models are left out: their prompt is nothing without what the encoder makes of an input. So are models that pool over pipeline stages,
+    of which only the last one may know the tasks.
+
     Args:
         worker: whose model is loaded.
         cached: whether the model has a KV cache, which then has no size yet. An encoder has none: its runner is ready for steps.
-
-    Encoder-decoder models are left out: their prompt is nothing without what the encoder makes of an input.
     """
     runner = worker.model_runner
     pools = runner.is_pooling_model
     tokens = min(PROMPT, runner.max_num_tokens, runner.max_model_len - (not pools))
-    if runner.model_config.is_encoder_decoder or tokens < 1 or (pools and not _pooling_task(runner)):
+    if runner.model_config.is_encoder_decoder or tokens < 1:
+        return
+    if pools and (runner.parallel_config.pipeline_parallel_size > 1 or not _pooling_task(runner)):
         return
     with small_cache(runner) if cached else nullcontext(0) as groups, _uncounted(runner):
         runner.cudagraph_dispatcher.keys_initialized = False  # no step is prepared for a graph before there are any
@@ -95,7 +98,7 @@ def _step(worker: AscendWorker, step: SchedulerOutput) -> None:
 
 
 def _pooling_task(runner: AscendModelRunner) -> PoolingTask | None:
-    """A task of a model that pools; None on a pipeline stage without a pooler, and where a plugin of vLLM's does all of it."""
+    """A task of a model that pools; None where a plugin of vLLM's does all of it."""
     tasks = sorted(set(runner.get_supported_pooling_tasks()) - {"plugin"})
     return tasks[0] if tasks else None
 

@@ -70,6 +70,7 @@ def _beside(vllm_config: Any) -> Iterator[str]:
         "multimodal models": model.is_multimodal_model,
         f"models quantised by {model.quantization!r}": model.quantization is not None,
         "prompt embeddings (enable_prompt_embeds)": model.enable_prompt_embeds,
+        "sleep mode (enable_sleep_mode)": model.enable_sleep_mode,
         "LoRA adapters (enable_lora)": vllm_config.lora_config is not None,
         "KV connectors (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
     }
