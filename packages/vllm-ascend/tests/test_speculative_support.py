@@ -34,6 +34,7 @@ def test_what_is_served():
     [
         (config(quantization="ascend"), "(method 'medusa') cannot be used with models quantised by 'ascend'"),
         (config(parallel={"tensor_parallel_size": 2}), "('medusa') needs tensor_parallel_size 1, got 2"),
+        (config(parallel={"data_parallel_size": 2}), "('medusa') needs data_parallel_size 1, got 2"),
         (config(runner_type="pooling"), "(method 'medusa') cannot be used with pooling models"),
         (config(is_multimodal_model=True), "(method 'medusa') cannot be used with multimodal models"),
         (config(enable_sleep_mode=True), "cannot be used with sleep mode (enable_sleep_mode)"),

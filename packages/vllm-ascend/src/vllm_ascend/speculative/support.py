@@ -19,7 +19,7 @@ _OF_MODELS = ("draft_model", "eagle", "eagle3", "medusa", "mtp")
 # Methods of models over several ranks of a kind. Drafts of the text alone are the same over all.
 _OVER_RANKS = {
     "tensor_parallel_size": ("draft_model", "eagle", "mtp"),
-    "data_parallel_size": ("mtp",),
+    "data_parallel_size": ("draft_model", "mtp"),
 }
 _MTP = ("deepseek_mtp", "glm4_moe_mtp")
 _MOST_TOKENS = 128  # vLLM's rejection sampler asserts it in a step
