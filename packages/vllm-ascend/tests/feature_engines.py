@@ -125,11 +125,7 @@ def as_compressed(modelslim, folder, *, static):
     return folder
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_int8_of_compressed_tensors(ranks, static, tmp_path, run_engines):
-    """The tokens of the same weights in ModelSlim's form. Its weights are kept after a sleep without them."""
-    from ascend_sim.checkpoints import quantise
+def small_qwen3(folder):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(4)
@@ -137,7 +133,17 @@ def test_int8_of_compressed_tensors(ranks, static, tmp_path, run_engines):
         vocab_size=500, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=128,
         max_position_embeddings=256, initializer_range=0.1, tie_word_embeddings=False,
     )).float().eval()  # fmt: skip
-    model.save_pretrained(tmp_path / "float")
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_int8_of_compressed_tensors(ranks, static, tmp_path, run_engines):
+    """The tokens of the same weights in ModelSlim's form. Its weights are kept after a sleep without them."""
+    from ascend_sim.checkpoints import quantise
+
+    model = small_qwen3(tmp_path / "float")
     if static:
         modelslim = quantise_statically(model, tmp_path / "float", tmp_path / "modelslim", PROMPTS[:1])
     else:
@@ -145,7 +151,8 @@ def test_int8_of_compressed_tensors(ranks, static, tmp_path, run_engines):
     folder = as_compressed(modelslim, tmp_path / "compressed", static=static)
     sampling = {"prompts": PROMPTS[:4], "sampling": SAMPLING}
     asleep = sampling | {"before": [["sleep", 2], ["wake_up", ["weights"]], ["reload"], ["wake_up", ["kv_cache"]]]}
-    engine = {name: value for name, value in TINY.items() if "lora" not in name} | {"tensor_parallel_size": ranks}
+    engine = {name: value for name, value in TINY.items() if "lora" not in name}
+    engine |= {"tensor_parallel_size": ranks, "dtype": "bfloat16"}
     jobs = [
         {"engine": engine | {"model": str(modelslim)}, "runs": [sampling]},
         {"engine": engine | {"model": str(folder), "enable_sleep_mode": True}, "runs": [sampling, asleep]},

@@ -123,6 +123,7 @@ ALONE = {
     "LoRA and an option": ({"num_key_value_heads": 12}, {"enable_lora": True, "tensor_parallel_size": 2, "additional_config": {"enable_matmul_allreduce": True}}, {}, "option 'enable_matmul_allreduce' (True) cannot be used with LoRA adapters: vLLM's LoRA layers call a layer's product themselves"),
     "LoRA and prefetch": ({}, {"enable_lora": True, "additional_config": {"weight_prefetch_config": {"enabled": True}}}, {}, "option 'weight_prefetch_config' ("),
     "LoRA of latents": ({**LATENT, "num_attention_heads": 16}, {"enable_lora": True, "lora_target_modules": ["o_proj"]}, {}, "LoRA adapters (--enable-lora) cannot be used with multi-head latent attention: its kernels read the weight of kv_b_proj without its adapter; leave --enable-lora out"),
+    "LoRA of int8 weights": ({"quantization_config": COMPRESSED}, {"enable_lora": True, "dtype": "bfloat16"}, {}, "LoRA adapters (--enable-lora) cannot be used with a quantised checkpoint (quantization 'compressed-tensors'): no test has shown it to be right"),
     "LoRA of poolers": ({}, {"enable_lora": True, "runner": "pooling"}, {}, "LoRA adapters (--enable-lora) cannot be used with a pooling model: no test has shown it to be right; leave --enable-lora out"),
     "LoRA of states": (HYBRID, {"enable_lora": True, "dtype": "bfloat16"}, {}, "LoRA adapters (--enable-lora) cannot be used with a model with a recurrent state"),
     "LoRA of embedded prompts": ({}, {"enable_lora": True, "enable_prompt_embeds": True}, {}, "LoRA adapters (--enable-lora) cannot be used with enable_prompt_embeds (True)"),
