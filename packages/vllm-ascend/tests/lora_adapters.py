@@ -51,6 +51,14 @@ def make(folder, base, prompts, length, generate, adapters):
     return made
 
 
+def side_by_side(adapters, prompts, names, sampling):
+    """A run with each prompt for each of the adapters, in one batch, and what it must say."""
+    asked = [(ids, name, adapters.tokens[name][i]) for i, ids in enumerate(prompts) for name in names]
+    folders = [adapters.folders.get(name) for _, name, _ in asked]
+    run = {"prompts": [ids for ids, _, _ in asked], "adapters": folders, "sampling": sampling}
+    return run, [said for _, _, said in asked]
+
+
 def spoil(folder, source):
     """Copy an adapter with one value that is not a number. Returns the folder."""
     import shutil

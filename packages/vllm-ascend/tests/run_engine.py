@@ -71,6 +71,13 @@ def preemptions(llm):
     return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
+def speculation(llm):
+    """Drafts, their tokens, and those that were kept, in all and by their place in a draft; vLLM's own metrics."""
+    counts = {metric.name: metric for metric in llm.get_metrics() if metric.name.startswith("vllm:spec_decode_num_")}
+    values = {name.removeprefix("vllm:spec_decode_num_"): one for name, one in counts.items()}
+    return {name: getattr(one, "values", None) or getattr(one, "value", None) for name, one in values.items()}
+
+
 def traffic(worker):
     """Calls of each collective so far, by name, in one worker."""
     from collections import Counter
@@ -243,12 +250,14 @@ def main(job_file, result_file):
         runs, collectives, refusals, calls = [], [], [], [llm.collective_rpc(all_operators) if inspected else None]
         launched = [llm.collective_rpc(graphs) if inspected else None]
         allocated = [llm.collective_rpc(memory) if inspected else None]
+        drafts = []
         for run in engine["runs"]:
             refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
             actions.append([act(llm, inspected, *action) for action in run.get("before", ())])
             if run.get("watch"):
                 llm.collective_rpc(watch_copies)
             runs.append(generate(llm, run))
+            drafts.append(speculation(llm))
             collectives.append(llm.collective_rpc(traffic) if inspected else None)
             calls.append(llm.collective_rpc(all_operators) if inspected else None)
             launched.append(llm.collective_rpc(graphs) if inspected else None)
@@ -264,6 +273,7 @@ def main(job_file, result_file):
                 "actions": actions,
                 "loads": [llm.collective_rpc(load, args=(folder,)) for folder in engine.get("load", ())],
                 "preemptions": preemptions(llm),
+                "speculation": drafts,  # after each run
                 "collectives": collectives,
                 "calls": calls,  # before the first run, and after each
                 "blocking": llm.collective_rpc(blocking_copies) if inspected else None,

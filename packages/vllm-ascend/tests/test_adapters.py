@@ -3,7 +3,7 @@
 
 import pytest
 from engine_jobs import ONE_PROCESS
-from lora_adapters import ALL, make, spoil
+from lora_adapters import ALL, make, side_by_side, spoil
 
 pytestmark = pytest.mark.slow
 LENGTH = 16
@@ -17,19 +17,11 @@ def adapters(tiny_qwen3, hugging_face, tmp_path_factory):
     return make(tmp_path_factory.mktemp("adapters"), folder, prompts[:3], LENGTH, hugging_face, wanted)
 
 
-def run(adapters, prompts, names, **options):
-    """A run with each prompt for each of the adapters, side by side, and what it must say."""
-    asked = [(ids, name, adapters.tokens[name][i]) for i, ids in enumerate(prompts) for name in names]
-    folders = [adapters.folders.get(name) for _, name, _ in asked]
-    job = {"prompts": [ids for ids, _, _ in asked], "adapters": folders, "sampling": SAMPLING, **options}
-    return job, [said for _, _, said in asked]
-
-
 def test_adapters_and_sleep(adapters, tiny_qwen3, run_engines, tmp_path):
     folder, prompts = tiny_qwen3[0], tiny_qwen3[1][:3]
-    everything, said = run(adapters, prompts, ["base", *adapters.folders])
+    everything, said = side_by_side(adapters, prompts, ["base", *adapters.folders], SAMPLING)
     assert all(adapters.merged[name] == adapters.tokens[name] != adapters.tokens["base"] for name in adapters.folders)
-    some, said_of_some = run(adapters, prompts[:1], ["base", "all"])
+    some, said_of_some = side_by_side(adapters, prompts[:1], ["base", "all"], SAMPLING)
     cycles = [["sleep", 1], ["wake_up"]] * 20
     changes = [[action, adapters.folders[name]] for _ in range(7) for name in adapters.folders for action in ("load_adapter", "drop_adapter")]  # fmt: skip
     spoiled = spoil(tmp_path / "spoiled", adapters.folders["two layers"])

@@ -71,6 +71,8 @@ MODERN = {
     "architectures": ["ModernBertModel"], "model_type": "modernbert", "num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 512, "head_dim": 64,
     "global_attn_every_n_layers": 2, "local_attention": 16, "pad_token_id": 0,
 }  # fmt: skip
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+OWN = {"method": "draft_model", "model": "ITSELF", "num_speculative_tokens": 2}  # the folder of the model at hand
 GRANITE = {
     "architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 64, "shared_intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "layer_types": ["mamba", "attention"],
@@ -110,15 +112,24 @@ ALONE = {
     "backend": ({}, {"attention_backend": "FLASH_ATTN"}, {}, "attention_config.backend ('FLASH_ATTN') is not a backend of vllm-ascend for this model; leave it out, or give 'ASCEND_ATTN'"),
     "backend of MLA": ({}, {"attention_backend": "ASCEND_MLA"}, {}, "('ASCEND_MLA') is not a backend of vllm-ascend for this model"),
     "backend of a kind": ({}, {"attention_config": {"backend_per_kind": {"sliding_window": "TRITON_ATTN"}}}, {}, "backend_per_kind['sliding_window'] ('TRITON_ATTN')"),
+    "drafting method": ({}, {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, {}, "speculative_config.method ('ngram_gpu') is not served by vllm-ascend, which has 'draft_model', 'eagle', 'eagle3', 'medusa', 'mtp', 'ngram', 'suffix'"),
+    "many drafts": ({}, {"speculative_config": NGRAM | {"num_speculative_tokens": 129}}, {}, "speculative_config.num_speculative_tokens (129) must be at most 128"),
+    "block rejection": ({}, {"speculative_config": NGRAM | {"rejection_sample_method": "block"}}, {}, "speculative_config.rejection_sample_method ('block') must be 'standard' or 'synthetic'"),
+    "drafts and states": (HYBRID, {"block_size": 256, "speculative_config": NGRAM}, {}, "speculative decoding (method 'ngram') cannot be used with models with a recurrent state; leave --speculative-config out, or that"),
+    "drafts and embeddings": ({}, {"enable_prompt_embeds": True, "speculative_config": NGRAM}, {}, "cannot be used with prompt embeddings (enable_prompt_embeds)"),
+    "drafts and stages": ({}, {"pipeline_parallel_size": 2, "speculative_config": OWN}, {}, "pipeline_parallel_size (2) must be 1 with speculative decoding (method 'draft_model'); leave --speculative-config out, or raise tensor_parallel_size instead"),
+    "drafts and options": ({}, {"additional_config": {"weight_prefetch_config": {"enabled": True}}, "speculative_config": OWN}, {}, "speculative decoding (method 'draft_model') cannot be used with options of additional_config (weight_prefetch_config); leave --speculative-config out, or that"),
+    "drafts over both": (MOE, {"tensor_parallel_size": 2, "data_parallel_size": 2, "speculative_config": OWN | {"draft_tensor_parallel_size": 2}}, {}, "('draft_model') needs tensor_parallel_size (2) or data_parallel_size (2) to be 1"),
     "LoRA and an option": ({"num_key_value_heads": 12}, {"enable_lora": True, "tensor_parallel_size": 2, "additional_config": {"enable_matmul_allreduce": True}}, {}, "option 'enable_matmul_allreduce' (True) cannot be used with LoRA adapters: vLLM's LoRA layers call a layer's product themselves"),
     "LoRA and prefetch": ({}, {"enable_lora": True, "additional_config": {"weight_prefetch_config": {"enabled": True}}}, {}, "option 'weight_prefetch_config' ("),
     "LoRA of latents": ({**LATENT, "num_attention_heads": 16}, {"enable_lora": True, "lora_target_modules": ["o_proj"]}, {}, "LoRA adapters (--enable-lora) cannot be used with multi-head latent attention: its kernels read the weight of kv_b_proj without its adapter; leave --enable-lora out"),
+    "LoRA of int8 weights": ({"quantization_config": COMPRESSED}, {"enable_lora": True, "dtype": "bfloat16"}, {}, "LoRA adapters (--enable-lora) cannot be used with a quantised checkpoint (quantization 'compressed-tensors'): no test has shown it to be right"),
+    "LoRA of poolers": ({}, {"enable_lora": True, "runner": "pooling"}, {}, "LoRA adapters (--enable-lora) cannot be used with a pooling model: no test has shown it to be right; leave --enable-lora out"),
     "LoRA of states": (HYBRID, {"enable_lora": True, "dtype": "bfloat16"}, {}, "LoRA adapters (--enable-lora) cannot be used with a model with a recurrent state"),
     "LoRA of embedded prompts": ({}, {"enable_lora": True, "enable_prompt_embeds": True}, {}, "LoRA adapters (--enable-lora) cannot be used with enable_prompt_embeds (True)"),
     "LoRA of experts": (MOE, {"enable_lora": True}, {}, "LoRA adapters (--enable-lora) cannot be used with adapters of routed experts"),
     "sleep of experts that move": (MOE, {"enable_sleep_mode": True, "tensor_parallel_size": 2, "enable_expert_parallel": True, "additional_config": {"eplb_config": {"dynamic_eplb": True}}}, {}, "option 'eplb_config.dynamic_eplb' (True) cannot be used with enable_sleep_mode"),
     "sleep of NCCL": ({}, {"enable_sleep_mode": True, "enable_nccl_comm_suspend": True}, {}, "enable_nccl_comm_suspend (True) is for NCCL"),
-    "speculative": ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, {}, "speculative decoding (method 'ngram') is not supported"),
     "vLLM's balancing": ({**MOE}, {"eplb_config": {"step_interval": 100, "window_size": 250}}, {}, "--eplb-config.window_size (250), --eplb-config.step_interval (100): vLLM's own balancing of experts does not run on this platform; give its counterpart, --additional-config '{\"eplb_config\": {\"dynamic_eplb\": true, \"expert_heat_collection_interval\": 100, \"load_window\": 2, \"load_weighting\": \"mean\"}}'"),
     "float8 weights": ({}, {"quantization": "fp8"}, {}, "quantization ('fp8') has no kernels in vllm-ascend, which serves ModelSlim's W8A8"),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}}, {"dtype": "bfloat16"}, {}, "quantization ('auto_gptq') has no kernels"),
@@ -175,6 +186,8 @@ GOOD = {
     "MLA": ({**LATENT, "num_attention_heads": 16}, {"attention_backend": "ASCEND_MLA", "block_size": 1024, "tensor_parallel_size": 2}, {}),
     "copied weights": ({}, {"cpu_offload_gb": 1}, {"VLLM_WEIGHT_OFFLOADING_DISABLE_UVA": "1"}),
     "experts": (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, {}),
+    "n-grams": ({"num_key_value_heads": 2}, {"speculative_config": NGRAM, "tensor_parallel_size": 2}, {}),
+    "a draft model": ({}, {"speculative_config": OWN}, {}),
     "states beside attention": (HYBRID, {"block_size": 256, "tensor_parallel_size": 2}, {}),
 }  # fmt: skip
 EXPERTS = (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True})
@@ -230,6 +243,7 @@ def answers(tmp_path_factory):
         folder = root / str(number)
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config if "architectures" in config else DENSE | config))
+        arguments = json.loads(json.dumps(arguments).replace("ITSELF", str(folder)))
         jobs[name] = (str(folder), arguments, env, chip)
     (root / "jobs.json").write_text(json.dumps(jobs))
     (root / "run.py").write_text(RUN)

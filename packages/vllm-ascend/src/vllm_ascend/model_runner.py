@@ -27,14 +27,17 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.model_executor.models import supports_lora
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ascend import compat, graphs, loader, parallel
 from vllm_ascend.attention import mla
 from vllm_ascend.eplb.rebalance import Rebalancer
 from vllm_ascend.eplb.record import LoadRecorder
+from vllm_ascend.host_copy import HostCopy
 from vllm_ascend.layers import linear, moe, moving, sequence
 from vllm_ascend.lora.manager import AscendLoRAManager
+from vllm_ascend.speculative.lengths import DraftLengths
 from vllm_ascend.step_inputs import StepInputs
 
 if TYPE_CHECKING:
@@ -58,6 +61,8 @@ class AscendModelRunner(GPUModelRunner):
         compat.alias_cuda_streams()
         super().__init__(vllm_config, device)
         self.step_inputs = StepInputs(self)
+        drafter = getattr(self, "drafter", None)  # of the last pipeline stage
+        self.draft_lengths = DraftLengths(drafter) if isinstance(drafter, SpecDecodeBaseProposer) else None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then give the linear ops its weights and put FlashComm1's hooks on it."""
@@ -65,9 +70,11 @@ class AscendModelRunner(GPUModelRunner):
         if isinstance(self.model, CUDAGraphWrapper):
             self.model = graphs.AscendGraphWrapper(self.model.runnable, self.vllm_config)
         model = self.get_model()
-        linear.finish_loading(model)
         sequence.attach(model)
-        mla.reserve_workspace(model)
+        draft = getattr(getattr(self, "drafter", None), "model", None)
+        for one in (model, draft) if isinstance(draft, torch.nn.Module) else (model,):
+            linear.finish_loading(one)
+            mla.reserve_workspace(one)
         self.load_recorder = moe.load_recorder(model)
         self.rebalancer = moving.rebalancer(model, str(self.model_config.served_model_name))
         if self.rebalancer is not None:
@@ -104,7 +111,23 @@ class AscendModelRunner(GPUModelRunner):
         """Prepare a step on the host; with embeddings in the place of prompts as vLLM does it, on the device."""
         if self.enable_prompt_embeds:
             return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        return self.step_inputs.prepare(scheduler_output, num_scheduled_tokens)
+        prepared = self.step_inputs.prepare(scheduler_output, num_scheduled_tokens)
+        if self.draft_lengths is not None:
+            begins = self.input_batch.num_computed_tokens_cpu[: len(num_scheduled_tokens)]
+            self.draft_lengths.begin(begins, prepared[1].num_draft_tokens)
+        return prepared
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> None:
+        """vLLM's, of which the function that corrects computed tokens is called while the step is prepared, not after its launch."""
+        self.step_inputs.exact_counts = super()._update_states(scheduler_output)
+
+    def _copy_valid_sampled_token_count(
+        self, next_token_ids: torch.Tensor, valid_sampled_tokens_count: torch.Tensor
+    ) -> None:
+        """Begin to copy to the host how many tokens each request has won, before a draft runs."""
+        super()._copy_valid_sampled_token_count(next_token_ids, valid_sampled_tokens_count)
+        if self.draft_lengths is not None and self.num_spec_tokens > 1:  # a second pass needs them
+            self.draft_lengths.won = HostCopy(valid_sampled_tokens_count)
 
     def _init_kv_zero_meta(self) -> None:
         """Nothing: vLLM prepares addresses for a Triton kernel here, which `_zero_block_ids` does without."""

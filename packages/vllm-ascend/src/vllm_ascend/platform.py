@@ -61,7 +61,9 @@ class AscendPlatform(Platform):
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
         """Replace the Triton kernels of the V1 path."""
-        compat.register_slot_mapping()
+        from vllm_ascend.triton_kernels import REPLACEMENTS
+
+        compat.replace_triton_kernels(REPLACEMENTS)
 
     @classmethod
     def get_default_ir_op_priority(cls, vllm_config: VllmConfig) -> IrOpPriorityConfig:

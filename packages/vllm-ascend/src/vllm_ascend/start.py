@@ -22,6 +22,7 @@ from vllm_ascend.lora import limits as adapters
 from vllm_ascend.moe_layers import ConfigReader
 from vllm_ascend.quantization import foreign
 from vllm_ascend.sleep import limits as sleep
+from vllm_ascend.speculative import support as speculation
 
 __all__ = ["Host", "check", "notices"]
 
@@ -64,6 +65,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         deployment = Deployment.of(vllm_config)
         found += _absent_for_the_model(vllm_config)
         found += states.broken(vllm_config, config)
+        found += speculation.broken(vllm_config)
         found += limits.broken(limits.Attention.of(vllm_config))
         found += adapters.broken(vllm_config, config)
         found += sleep.broken(vllm_config, config)
@@ -89,10 +91,6 @@ def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
     parallel, offload = vllm_config.parallel_config, vllm_config.offload_config
     if envs.wants_v2_model_runner():
         yield "VLLM_USE_V2_MODEL_RUNNER=1: vllm-ascend serves vLLM's V1 model runner only; unset it or set it to 0"
-    if (draft := vllm_config.speculative_config) is not None:
-        yield (
-            f"speculative decoding (method {draft.method!r}) is not supported by vllm-ascend; leave --speculative-config out"
-        )
     if asked := _of_vllms_load_balancing(parallel):
         yield (
             f"{', '.join(asked)}: vLLM's own balancing of experts does not run on this platform; give its counterpart, "

@@ -49,6 +49,13 @@ def of_linear_layers(config: AscendConfig) -> Iterator[str]:
 def _of_the_engine(vllm_config: Any) -> Iterator[tuple[str, str]]:
     model, adapters, parallel = vllm_config.model_config, vllm_config.lora_config, vllm_config.parallel_config
     leave = "leave --enable-lora out, and merge the adapter into the model"
+    if model.runner_type != "generate":
+        yield "a pooling model", f"no test has shown it to be right; {leave}"
+    if model.quantization is not None:
+        yield (
+            f"a quantised checkpoint (quantization {model.quantization!r})",
+            f"no test has shown it to be right; {leave}",
+        )
     if model.use_mla:
         yield "multi-head latent attention", f"its kernels read the weight of kv_b_proj without its adapter; {leave}"
     if model.is_hybrid or model.is_attention_free:
