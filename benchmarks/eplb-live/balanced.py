@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-REPEATS = 5
+REPEATS = 3
 
 
 def work(worker):

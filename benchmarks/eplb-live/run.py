@@ -154,7 +154,7 @@ def balanced(source: Path, folder: Path) -> Table:
     }  # fmt: skip
     table = table_of(
         f"{LAYERS} layers of {EXPERTS} experts and {redundant} redundant one over {ranks} ranks, intervals of {BALANCED_INTERVAL} steps",
-        ["way", "tokens equal", "steps", "operators a step", "collectives a step", "intervals", "slots moved", "steps a second, best of 5"],
+        ["way", "tokens equal", "steps", "operators a step", "collectives a step", "intervals", "slots moved", "steps a second, best of 3"],
     )  # fmt: skip
     found: dict[str, dict] = {}
     for way, options in ways.items():
@@ -275,8 +275,9 @@ host's CPU, on which other work ran: they say nothing about an NPU, nor which wa
 """
 
 
-NEEDLESS = """What it costs that experts may move, on a stream that gives no reason to: they lie where a plan for this stream puts them. Counting is one operator a MoE layer; at
-the end of an interval the counts are summed over ranks. Steps a second are those of this host's CPU, on which the planner's process and perhaps other work ran too.
+NEEDLESS = """What it costs that experts may move, on a stream that gives little reason to: they lie where a plan for this stream puts them, and what still moves follows the differences between
+intervals. Counting is one operator a MoE layer; at the end of an interval the counts are summed over ranks. Steps a second are those of this host's CPU, on which the planner's process
+and other work ran too: no more than noise can be read from them here.
 """
 
 

@@ -17,7 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("*.md", "docs/**/*.md", "packages/*/README.md", "packages/*/docs/*.md", "benchmarks/*/*.md")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 # Pages that join the guides as soon as they are there.
-GUIDES = {"Speculative decoding": "docs/speculation.md", "LoRA": "docs/lora.md", "Features": "docs/features.md"}
+GUIDES = {
+    "Speculative decoding": "docs/speculation.md",
+    "LoRA": "docs/lora.md",
+    "Sleep and new weights": "docs/sleep.md",
+    "Features": "docs/features.md",
+}
 API = ("ascend_eplb", "ascend_comm", "ascend_linear", "ascend_moe", "ascend_sim.counters")
 
 

@@ -7,6 +7,7 @@ python run_engine.py JOB.json RESULT.json
 import gc
 import json
 import sys
+import zlib
 from unittest import mock
 
 
@@ -14,9 +15,10 @@ def generate(llm, run):
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": ids} for ids in run["prompts"]]
+    adapters = [adapter(name) for name in run["adapters"]] if "adapters" in run else None
     sampling = run["sampling"]  # one for all, or one for each
     params = [SamplingParams(**each) for each in sampling] if isinstance(sampling, list) else SamplingParams(**sampling)
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
     return [
         {
             "tokens": list(output.outputs[0].token_ids),
@@ -34,8 +36,46 @@ def generate(llm, run):
     ]
 
 
+def adapter(folder):
+    """vLLM's request for the LoRA adapter in a folder; None stands for the base model."""
+    from vllm.lora.request import LoRARequest
+
+    # An adapter of one folder has one number in an engine; vLLM asks for numbers from 1 on.
+    return None if folder is None else LoRARequest(folder, zlib.crc32(folder.encode()) + 1, folder)
+
+
+def used_memory(worker):
+    """Bytes of one worker's device that are taken."""
+    import torch
+
+    torch.npu.synchronize()
+    torch.npu.empty_cache()
+    free, total = torch.npu.mem_get_info()
+    return total - free
+
+
+def act(llm, inspected, name, *arguments):
+    """Do what a job asks for before a run. Returns what is said if it is refused, and the memory that is taken on each device then if that may be asked."""
+    actions = {
+        "sleep": llm.sleep,
+        "wake_up": llm.wake_up,
+        "reload": lambda: llm.collective_rpc("reload_weights"),
+        "load_adapter": lambda folder: llm.llm_engine.add_lora(adapter(folder)),
+        "drop_adapter": lambda folder: llm.llm_engine.remove_lora(adapter(folder).lora_int_id),
+    }
+    said = refusal(actions[name], *arguments)
+    return {"said": said, "memory": llm.collective_rpc(used_memory) if inspected else None}
+
+
 def preemptions(llm):
     return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+def speculation(llm):
+    """Drafts, their tokens, and those that were kept, in all and by their place in a draft; vLLM's own metrics."""
+    counts = {metric.name: metric for metric in llm.get_metrics() if metric.name.startswith("vllm:spec_decode_num_")}
+    values = {name.removeprefix("vllm:spec_decode_num_"): one for name, one in counts.items()}
+    return {name: getattr(one, "values", None) or getattr(one, "value", None) for name, one in values.items()}
 
 
 def traffic(worker):
@@ -206,14 +246,18 @@ def main(job_file, result_file):
     for engine in job:
         llm = start(engine.get("rendezvous"), disable_log_stats=False, **engine["engine"])
         inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
+        actions = []
         runs, collectives, refusals, calls = [], [], [], [llm.collective_rpc(all_operators) if inspected else None]
         launched = [llm.collective_rpc(graphs) if inspected else None]
         allocated = [llm.collective_rpc(memory) if inspected else None]
+        drafts = []
         for run in engine["runs"]:
             refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
+            actions.append([act(llm, inspected, *action) for action in run.get("before", ())])
             if run.get("watch"):
                 llm.collective_rpc(watch_copies)
             runs.append(generate(llm, run))
+            drafts.append(speculation(llm))
             collectives.append(llm.collective_rpc(traffic) if inspected else None)
             calls.append(llm.collective_rpc(all_operators) if inspected else None)
             launched.append(llm.collective_rpc(graphs) if inspected else None)
@@ -226,8 +270,10 @@ def main(job_file, result_file):
             {
                 "runs": runs,
                 "refusals": refusals,
+                "actions": actions,
                 "loads": [llm.collective_rpc(load, args=(folder,)) for folder in engine.get("load", ())],
                 "preemptions": preemptions(llm),
+                "speculation": drafts,  # after each run
                 "collectives": collectives,
                 "calls": calls,  # before the first run, and after each
                 "blocking": llm.collective_rpc(blocking_copies) if inspected else None,

@@ -2,12 +2,13 @@
 """`vllm serve` for tests: a process in a session of its own, which listens on a port that the kernel chooses, and its clients."""
 
 import sys
+from contextlib import contextmanager
 
 import httpx
 import openai
 from engine_processes import LIMIT, end, listening_port, start, until, what_it_said
 
-__all__ = ["Server"]
+__all__ = ["Server", "running"]
 
 
 class Server:
@@ -55,3 +56,18 @@ class Server:
     def post(self, path, **body):
         """The answer to a request about its model."""
         return self.http.post(path, json={"model": "model", **body})
+
+
+@contextmanager
+def running(servers, never):
+    """Servers by name, which start side by side and answer inside the block. At its end all are alive, and none has said `never`; then they end."""
+    try:
+        for server in servers.values():
+            server.wait()
+        yield servers
+        for server in servers.values():
+            assert server.is_alive()
+            assert never not in server.log.read_text()
+    finally:
+        for server in servers.values():
+            server.close()

@@ -9,7 +9,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from served import Server
+from served import Server, running
 from zoo import ENTRIES, media, reference
 from zoo.entries import Entry
 from zoo.multimodal import ids_of, tokenizer
@@ -55,16 +55,8 @@ def servers(made):
     started = {
         name: Server(folder, folder / "log.txt", *options[name], env=RELAXED) for name, (folder, _) in made.items()
     }
-    try:
-        for server in started.values():
-            server.wait()
+    with running(started, "EngineDeadError"):
         yield started
-        for server in started.values():
-            assert server.is_alive()
-            assert "EngineDeadError" not in server.log.read_text()
-    finally:
-        for server in started.values():
-            server.close()
 
 
 @pytest.fixture

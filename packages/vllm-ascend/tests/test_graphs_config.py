@@ -17,11 +17,15 @@ def config(asked, level=2, **changed):
         "enforce_eager": False, "runner_type": "generate", "is_encoder_decoder": False, "is_hybrid": False, "is_attention_free": False,
         "enable_prompt_embeds": False, "hf_text_config": {}, "architectures": ["AForCausalLM"], "uses_alibi": False, "is_mm_prefix_lm": False,
     }  # fmt: skip
+    draft = changed.pop("speculative_config", None)
+    lora = changed.pop("lora", None)
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=asked),
         model_config=SimpleNamespace(**model | changed),
         optimization_level=level,
         kv_transfer_config=None,
+        speculative_config=draft,
+        lora_config=lora,
     )
 
 
@@ -63,9 +67,11 @@ def test_without_optimisations_nothing_is_captured_unless_asked_for(asked, taken
     [
         ({"runner_type": "pooling"}, "pooling models"),
         ({"is_hybrid": True}, "models with a recurrent state"),
+        ({"lora": object()}, "LoRA adapters (enable_lora)"),
         ({"enable_prompt_embeds": True}, "prompt embeddings"),
         ({"uses_alibi": True}, "steps of attention with ALiBi position biases (AForCausalLM)"),
         ({"hf_text_config": {"attn_logit_softcapping": 50.0}}, "steps of attention with a soft cap"),
+        ({"speculative_config": object()}, "steps with drafted tokens (--speculative-config)"),
     ],
 )
 def test_what_is_not_captured_is_named(changed, feature):

@@ -219,6 +219,7 @@ ABSENT = {
 }  # fmt: skip
 
 
+ASLEEP = {"before": [["sleep", 2], ["wake_up", ["weights"]], ["reload"], ["wake_up", ["kv_cache"]]]}
 ANEW = 3  # each checkpoint of so many is also tried in an engine that runs
 LACKS = "lacks 1 of the tensors that rank 0 needs, or parts of them: '{}' (as vLLM's model names them)."
 
@@ -243,8 +244,9 @@ def test_what_a_checkpoint_lacks_is_named_and_weights_are_replaced(checkpoints, 
         b = checkpoints[kind, "B"]
         incomplete[kind] = [without(b, name, tmp_path / f"{kind}-{at}") for at, name in enumerate(names)]
         anew = [{"weights_path": folder} for folder in [*incomplete[kind][::ANEW], str(b)]]
-        runs = [{}, {"reload": [{"is_checkpoint_format": False}, *anew]}]
-        jobs += [job(checkpoints[kind, "A"], *runs, load=[*incomplete[kind], str(b)]), job(b, {})]
+        runs = [{}, {"reload": [{"is_checkpoint_format": False}, *anew]}, ASLEEP]
+        options = {"enable_sleep_mode": True}
+        jobs += [job(checkpoints[kind, "A"], *runs, load=[*incomplete[kind], str(b)], options=options), job(b, {})]
     empty = tmp_path / "empty"
     empty.mkdir()
     for name in ("config.json", "quant_model_description.json"):
@@ -263,18 +265,22 @@ def test_what_a_checkpoint_lacks_is_named_and_weights_are_replaced(checkpoints, 
         assert taken is None, kind
         assert said(anew["runs"][1]) == said(started["runs"][0]), kind
         assert said(anew["runs"][0]) != said(anew["runs"][1]), kind
+        assert [one["said"] for one in anew["actions"][2]] == [None] * 4, kind
+        assert said(anew["runs"][2]) == said(anew["runs"][1]), kind
     assert finite(dummy["runs"][0])
 
 
 @pytest.mark.slow
 def test_weights_are_replaced_on_ranks_with_shards_and_replicas(checkpoints, run_engines):
-    """Each rank loads its own shards anew, and the experts of its slots, replicas among them."""
+    """Each rank loads its own shards anew, and the experts of its slots, replicas among them; also after it has slept without its weights."""
     options = {
-        "tensor_parallel_size": 2, "enable_expert_parallel": True, "additional_config": {"eplb_config": {"num_redundant_experts": 4}},
+        "enable_sleep_mode": True, "tensor_parallel_size": 2, "enable_expert_parallel": True, "additional_config": {"eplb_config": {"num_redundant_experts": 4}},
     }  # fmt: skip
     a, b = (checkpoints["mixed", letter] for letter in "AB")
-    jobs = [job(a, {}, {"reload": [{"weights_path": str(b)}]}, options=options), job(b, {}, options=options)]
+    jobs = [job(a, {}, {"reload": [{"weights_path": str(b)}]}, ASLEEP, options=options), job(b, {}, options=options)]
     anew, started = run_engines(jobs, **ENVIRONMENT)
     assert anew["refusals"][1] == [None]
     assert said(anew["runs"][1]) == said(started["runs"][0])
     assert said(anew["runs"][0]) != said(anew["runs"][1])
+    assert [one["said"] for one in anew["actions"][2]] == [None] * 4
+    assert said(anew["runs"][2]) == said(anew["runs"][1])

@@ -208,7 +208,7 @@ def test_the_allocator_has_segments_that_grow_unless_the_user_says_otherwise(giv
 
 def test_slot_mapping_follows_the_block_table():
     import torch
-    from vllm_ascend.compat import compute_slot_mapping
+    from vllm_ascend.triton_kernels import compute_slot_mapping
 
     starts = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
     positions = torch.tensor([14, 15, 16, 0, 33])
@@ -229,14 +229,15 @@ class AnswersEveryName:
 
 def test_the_slot_mapping_is_replaced_whatever_other_modules_hold(monkeypatch):
     from vllm.v1.worker.block_table import ComputeSlotMappingKernel
-    from vllm_ascend import compat
+    from vllm_ascend import compat, triton_kernels
 
     module = ModuleType("some_library")
     module.functions = AnswersEveryName()
     monkeypatch.setitem(sys.modules, "some_library", module)
     monkeypatch.setattr(ComputeSlotMappingKernel, "kernel", ComputeSlotMappingKernel.kernel)
-    compat.register_slot_mapping()
-    assert ComputeSlotMappingKernel.kernel.func is compat.compute_slot_mapping
+    name = "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel"
+    compat.replace_triton_kernels({name: triton_kernels.compute_slot_mapping})
+    assert ComputeSlotMappingKernel.kernel.func is triton_kernels.compute_slot_mapping
 
 
 def test_streams_and_events_of_cuda_are_classes(monkeypatch):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pooling_models
 import pytest
 import torch
-from served import Server
+from served import Server, running
 
 pytestmark = pytest.mark.slow
 
@@ -27,16 +27,8 @@ def servers(models, tmp_path_factory):
         "embedder": Server(minilm(models / "minilm"), folder / "embedder.txt", *OPTIONS),
         "cross-encoder": Server(checkpoint, folder / "cross-encoder.txt", *OPTIONS),
     }
-    try:
-        for server in started.values():
-            server.wait()
+    with running(started, "Traceback"):
         yield started
-        for server in started.values():
-            assert server.is_alive()
-            assert "Traceback" not in server.log.read_text()
-    finally:
-        for server in started.values():
-            server.close()
 
 
 @pytest.fixture

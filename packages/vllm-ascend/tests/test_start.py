@@ -53,6 +53,16 @@ COMPRESSED = {
         "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     }},
 }  # fmt: skip
+
+
+def compressed(**changes):
+    """COMPRESSED with other weights or activations."""
+    (group,) = COMPRESSED["config_groups"].values()
+    return COMPRESSED | {
+        "config_groups": {"group_0": group | {name: group[name] | changed for name, changed in changes.items()}}
+    }
+
+
 ENCODER = {  # heads of 40, which are filled up to 64
     "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 480, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 40,
     "position_embedding_type": "absolute", "pad_token_id": 0,
@@ -61,6 +71,8 @@ MODERN = {
     "architectures": ["ModernBertModel"], "model_type": "modernbert", "num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 512, "head_dim": 64,
     "global_attn_every_n_layers": 2, "local_attention": 16, "pad_token_id": 0,
 }  # fmt: skip
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+OWN = {"method": "draft_model", "model": "ITSELF", "num_speculative_tokens": 2}  # the folder of the model at hand
 GRANITE = {
     "architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 64, "shared_intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "layer_types": ["mamba", "attention"],
@@ -91,12 +103,33 @@ ALONE = {
     "MLA pieces": ({**LATENT, "num_attention_heads": 16, "v_head_dim": 256}, {"max_num_batched_tokens": 65536, "max_num_seqs": 96}, {}, "max_num_batched_tokens (65536) must be at most 64000 with max_num_seqs (96)"),
     "stages of a Granite with experts": (GRANITE, {"pipeline_parallel_size": 2}, {}, "pipeline_parallel_size (2) must be 1 with GraniteMoeHybridForCausalLM that has experts"),
     "decode context": ({"num_key_value_heads": 1}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, {}, "decode_context_parallel_size (2) must be 1"),
+    "offloaded cache": ({}, {"kv_offloading_size": 0.5}, {}, "kv_offloading_size (0.5) cannot be used on an NPU: vLLM's copies between the KV cache and host memory are CUDA's; leave it out"),
+    "simply offloaded cache": ({}, {"kv_transfer_config": {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": [{"kv_connector": "SimpleCPUOffloadConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20}}]}}}, {}, "kv_transfer_config (connector 'SimpleCPUOffloadConnector') cannot be used on an NPU"),
+    "example of a connector": ({}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": "/tmp"}}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with enable_chunked_prefill (True)"),
+    "profiler": ({}, {"profiler_config": {"profiler": "cuda"}}, {}, "profiler_config.profiler ('cuda') must be 'torch' on an NPU"),
+    "what is profiled": ({}, {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "/tmp", "torch_profiler_activities": ["CPU", "CUDA"]}}, {}, "profiler_config.torch_profiler_activities (['CPU', 'CUDA']) must be ['CPU'] on an NPU"),
     "prefill context": ({}, {"prefill_context_parallel_size": 2}, {}, "prefill_context_parallel_size (2) must be 1"),
     "backend": ({}, {"attention_backend": "FLASH_ATTN"}, {}, "attention_config.backend ('FLASH_ATTN') is not a backend of vllm-ascend for this model; leave it out, or give 'ASCEND_ATTN'"),
     "backend of MLA": ({}, {"attention_backend": "ASCEND_MLA"}, {}, "('ASCEND_MLA') is not a backend of vllm-ascend for this model"),
     "backend of a kind": ({}, {"attention_config": {"backend_per_kind": {"sliding_window": "TRITON_ATTN"}}}, {}, "backend_per_kind['sliding_window'] ('TRITON_ATTN')"),
-    "LoRA": ({}, {"enable_lora": True}, {}, "LoRA (max_lora_rank 16) has no kernels in vllm-ascend"),
-    "speculative": ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, {}, "speculative decoding (method 'ngram') is not supported"),
+    "drafting method": ({}, {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, {}, "speculative_config.method ('ngram_gpu') is not served by vllm-ascend, which has 'draft_model', 'eagle', 'eagle3', 'medusa', 'mtp', 'ngram', 'suffix'"),
+    "many drafts": ({}, {"speculative_config": NGRAM | {"num_speculative_tokens": 129}}, {}, "speculative_config.num_speculative_tokens (129) must be at most 128"),
+    "block rejection": ({}, {"speculative_config": NGRAM | {"rejection_sample_method": "block"}}, {}, "speculative_config.rejection_sample_method ('block') must be 'standard' or 'synthetic'"),
+    "drafts and states": (HYBRID, {"block_size": 256, "speculative_config": NGRAM}, {}, "speculative decoding (method 'ngram') cannot be used with models with a recurrent state; leave --speculative-config out, or that"),
+    "drafts and embeddings": ({}, {"enable_prompt_embeds": True, "speculative_config": NGRAM}, {}, "cannot be used with prompt embeddings (enable_prompt_embeds)"),
+    "drafts and stages": ({}, {"pipeline_parallel_size": 2, "speculative_config": OWN}, {}, "pipeline_parallel_size (2) must be 1 with speculative decoding (method 'draft_model'); leave --speculative-config out, or raise tensor_parallel_size instead"),
+    "drafts and options": ({}, {"additional_config": {"weight_prefetch_config": {"enabled": True}}, "speculative_config": OWN}, {}, "speculative decoding (method 'draft_model') cannot be used with options of additional_config (weight_prefetch_config); leave --speculative-config out, or that"),
+    "drafts over both": (MOE, {"tensor_parallel_size": 2, "data_parallel_size": 2, "speculative_config": OWN | {"draft_tensor_parallel_size": 2}}, {}, "('draft_model') needs tensor_parallel_size (2) or data_parallel_size (2) to be 1"),
+    "LoRA and an option": ({"num_key_value_heads": 12}, {"enable_lora": True, "tensor_parallel_size": 2, "additional_config": {"enable_matmul_allreduce": True}}, {}, "option 'enable_matmul_allreduce' (True) cannot be used with LoRA adapters: vLLM's LoRA layers call a layer's product themselves"),
+    "LoRA and prefetch": ({}, {"enable_lora": True, "additional_config": {"weight_prefetch_config": {"enabled": True}}}, {}, "option 'weight_prefetch_config' ("),
+    "LoRA of latents": ({**LATENT, "num_attention_heads": 16}, {"enable_lora": True, "lora_target_modules": ["o_proj"]}, {}, "LoRA adapters (--enable-lora) cannot be used with multi-head latent attention: its kernels read the weight of kv_b_proj without its adapter; leave --enable-lora out"),
+    "LoRA of int8 weights": ({"quantization_config": COMPRESSED}, {"enable_lora": True, "dtype": "bfloat16"}, {}, "LoRA adapters (--enable-lora) cannot be used with a quantised checkpoint (quantization 'compressed-tensors'): no test has shown it to be right"),
+    "LoRA of poolers": ({}, {"enable_lora": True, "runner": "pooling"}, {}, "LoRA adapters (--enable-lora) cannot be used with a pooling model: no test has shown it to be right; leave --enable-lora out"),
+    "LoRA of states": (HYBRID, {"enable_lora": True, "dtype": "bfloat16"}, {}, "LoRA adapters (--enable-lora) cannot be used with a model with a recurrent state"),
+    "LoRA of embedded prompts": ({}, {"enable_lora": True, "enable_prompt_embeds": True}, {}, "LoRA adapters (--enable-lora) cannot be used with enable_prompt_embeds (True)"),
+    "LoRA of experts": (MOE, {"enable_lora": True}, {}, "LoRA adapters (--enable-lora) cannot be used with adapters of routed experts"),
+    "sleep of experts that move": (MOE, {"enable_sleep_mode": True, "tensor_parallel_size": 2, "enable_expert_parallel": True, "additional_config": {"eplb_config": {"dynamic_eplb": True}}}, {}, "option 'eplb_config.dynamic_eplb' (True) cannot be used with enable_sleep_mode"),
+    "sleep of NCCL": ({}, {"enable_sleep_mode": True, "enable_nccl_comm_suspend": True}, {}, "enable_nccl_comm_suspend (True) is for NCCL"),
     "vLLM's balancing": ({**MOE}, {"eplb_config": {"step_interval": 100, "window_size": 250}}, {}, "--eplb-config.window_size (250), --eplb-config.step_interval (100): vLLM's own balancing of experts does not run on this platform; give its counterpart, --additional-config '{\"eplb_config\": {\"dynamic_eplb\": true, \"expert_heat_collection_interval\": 100, \"load_window\": 2, \"load_weighting\": \"mean\"}}'"),
     "float8 weights": ({}, {"quantization": "fp8"}, {}, "quantization ('fp8') has no kernels in vllm-ascend, which serves ModelSlim's W8A8"),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}}, {"dtype": "bfloat16"}, {}, "quantization ('auto_gptq') has no kernels"),
@@ -104,7 +137,11 @@ ALONE = {
     "int8 experts of a dense model": ({}, {"quantization": "experts_int8"}, {}, "quantization ('experts_int8') has no kernels"),
     "int8 weights": ({}, {"quantization": "int8_per_channel_weight_only"}, {}, "quantization ('int8_per_channel_weight_only') has no kernels"),
     "mxfp8": ({}, {"quantization": "mxfp8"}, {}, "quantization ('mxfp8') has no kernels"),
-    "compressed-tensors": ({"quantization_config": COMPRESSED}, {"dtype": "bfloat16"}, {}, "quantization ('compressed-tensors') has no kernels"),
+    "compressed experts": ({**MOE, "quantization_config": COMPRESSED}, {"dtype": "bfloat16"}, {}, "quantization ('compressed-tensors') with routed experts has no kernels in vllm-ascend"),
+    "compressed weights alone": ({"quantization_config": compressed(weights={"num_bits": 4, "strategy": "group", "group_size": 128})}, {"dtype": "bfloat16"}, {}, "quantization ('compressed-tensors') with int4 weights and int8 activations (target 'Linear') has no kernels"),
+    "compressed activations with a zero point": ({"quantization_config": compressed(input_activations={"symmetric": False})}, {"dtype": "bfloat16"}, {}, "activations static for each tensor, or dynamic and symmetric for each token"),
+    "compressed in float8": ({"quantization_config": compressed(weights={"type": "float"}, input_activations={"type": "float"})}, {"dtype": "bfloat16"}, {}, "with float8 weights and float8 activations (target 'Linear') has no kernels"),
+    "compressed and an option": ({"quantization_config": COMPRESSED, "num_key_value_heads": 12}, {"dtype": "bfloat16", "tensor_parallel_size": 2, "additional_config": {"enable_matmul_allreduce": True}}, {}, "option 'enable_matmul_allreduce' (True) cannot be used with quantization ('compressed-tensors')"),
     "GPT-OSS as it is published": ({**GPT_OSS, "quantization_config": {"quant_method": "mxfp4"}}, {"dtype": "bfloat16"}, {}, "mxfp4') has no kernels"),
     "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}}, {"dtype": "bfloat16"}, {}, "awq') has no kernels"),
     "offload": ({}, {"cpu_offload_gb": 1}, {}, "cpu_offload_gb (1.0) needs a view of host memory"),
@@ -126,6 +163,13 @@ ALONE = {
 }  # fmt: skip
 GOOD = {
     "as it is": ({}, {}, {}),
+    "LoRA": ({}, {"enable_lora": True, "additional_config": {"weight_nz_mode": 0}}, {}),
+    "LoRA beside experts": (MOE, {"enable_lora": True, "lora_target_modules": ["q_proj", "o_proj"]}, {}),
+    "torch's profiler": ({}, {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "/tmp"}}, {}),
+    "example of whole prompts": ({}, {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096, "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": "/tmp"}}}, {}),
+    "sleep": ({}, {"enable_sleep_mode": True}, {}),
+    "compressed-tensors": ({"quantization_config": COMPRESSED}, {"dtype": "bfloat16"}, {}),
+    "compressed-tensors, static": ({"quantization_config": compressed(input_activations={"dynamic": False, "strategy": "tensor", "symmetric": False})}, {"dtype": "bfloat16"}, {}),
     "soft cap": ({"attn_logit_softcapping": 50.0}, {}, {}),
     "ALiBi": ({"alibi": True}, {}, {}),
     "sinks": ({"add_swa_attention_sink_bias": True}, {}, {}),
@@ -142,6 +186,8 @@ GOOD = {
     "MLA": ({**LATENT, "num_attention_heads": 16}, {"attention_backend": "ASCEND_MLA", "block_size": 1024, "tensor_parallel_size": 2}, {}),
     "copied weights": ({}, {"cpu_offload_gb": 1}, {"VLLM_WEIGHT_OFFLOADING_DISABLE_UVA": "1"}),
     "experts": (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, {}),
+    "n-grams": ({"num_key_value_heads": 2}, {"speculative_config": NGRAM, "tensor_parallel_size": 2}, {}),
+    "a draft model": ({}, {"speculative_config": OWN}, {}),
     "states beside attention": (HYBRID, {"block_size": 256, "tensor_parallel_size": 2}, {}),
 }  # fmt: skip
 EXPERTS = (MOE, {"tensor_parallel_size": 2, "enable_expert_parallel": True})
@@ -156,7 +202,7 @@ FIVE = {
     "kv_cache_dtype": "fp8",
     "block_size": 8,
     "attention_backend": "FLASH_ATTN",
-    "enable_lora": True,
+    "profiler_config": {"profiler": "cuda"},
     "additional_config": {"nope": 1},
 }
 RUN = """
@@ -197,6 +243,7 @@ def answers(tmp_path_factory):
         folder = root / str(number)
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config if "architectures" in config else DENSE | config))
+        arguments = json.loads(json.dumps(arguments).replace("ITSELF", str(folder)))
         jobs[name] = (str(folder), arguments, env, chip)
     (root / "jobs.json").write_text(json.dumps(jobs))
     (root / "run.py").write_text(RUN)
@@ -231,7 +278,7 @@ def test_what_is_supported_is_taken(answers, name):
 def test_five_faults_are_one_error(answers):
     lines = answers["five"].splitlines()
     first = next(index for index, line in enumerate(lines) if "5 things are wrong with this configuration:" in line)
-    for number, name in enumerate(("'nope'", "LoRA", "FLASH_ATTN", "'fp8'", "block_size (8)"), 1):
+    for number, name in enumerate(("'nope'", "profiler_config", "FLASH_ATTN", "'fp8'", "block_size (8)"), 1):
         assert lines[first + number].startswith(f"{number}. ")
         assert name in lines[first + number]
 

@@ -33,7 +33,17 @@ __all__ = [
 ]
 
 # Libraries that torch_npu names in its NEEDED entries or opens at run time. libascendcl answers for all of them.
-SONAMES = ("libhccl", "libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel", "libopapi", "libruntime")
+SONAMES = (
+    "libhccl",
+    "libacl_op_compiler",
+    "libge_runner",
+    "libgraph",
+    "libacl_tdt_channel",
+    "libopapi",
+    "libruntime",
+    "libmsprofiler",
+    "libascend_hal",
+)
 CANN_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
 SMALLEST_MEMORY = 32 << 20
 LARGEST_MEMORY = 1 << 46  # half of what a process can address

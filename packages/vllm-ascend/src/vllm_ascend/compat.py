@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,16 +19,29 @@ import torch
 from vllm_ascend import multimodal
 
 __all__ = [
+    "accept_profiler",
     "alias_cuda_streams",
     "copy_states_of_blocks",
     "declare_torchvision_operators",
     "name_missing_libraries",
-    "register_slot_mapping",
     "replace_fused_topk",
     "replace_grouped_topk",
     "replace_model_loader",
+    "replace_triton_kernels",
     "shard_of",
 ]
+
+
+def accept_profiler() -> None:
+    """Let vLLM's worker accept `--profiler-config` with the profiler "torch" on an NPU.
+
+    Reason: `vllm/profiler/wrapper.py` has tables of its own devices, by which it refuses all others. Retired by: a hook for platforms there.
+    """
+    from vllm.profiler import wrapper
+
+    wrapper._SUPPORTED_PROFILER_KINDS["npu"] = frozenset({"torch"})
+    wrapper._DEFAULT_TORCH_PROFILER_ACTIVITIES["npu"] = ("CPU",)
+    wrapper._SUPPORTED_TORCH_PROFILER_ACTIVITIES["npu"] = frozenset({"CPU"})
 
 
 def alias_cuda_streams() -> None:
@@ -96,72 +110,26 @@ def replace_model_loader(in_tree: type, ours: type) -> None:
     formats.update({name: ours for name, loader in formats.items() if loader is in_tree})
 
 
-def compute_slot_mapping(
-    num_tokens: int,
-    max_num_tokens: int,
-    query_start_loc: torch.Tensor,
-    positions: torch.Tensor,
-    block_table: torch.Tensor,
-    block_table_stride: int,
-    slot_mapping: torch.Tensor,
-    KV_CACHE_BLOCK_SIZE: int,  # noqa: N803  (the names are the kernel's)
-    TOTAL_CP_WORLD_SIZE: int = 1,  # noqa: N803
-    TOTAL_CP_RANK: int = 0,  # noqa: N803
-    CP_KV_CACHE_INTERLEAVE_SIZE: int = 1,  # noqa: N803
-    PAD_ID: int = -1,  # noqa: N803
-    BLOCK_SIZE: int = 1024,  # noqa: N803
-) -> None:
-    """Slot of each token: block * block_size + offset within it; `PAD_ID` after the last token and for another rank's tokens.
+def replace_triton_kernels(replacements: Mapping[str, Callable[..., None]]) -> None:
+    """Replace Triton kernels of vLLM through its own hook.
+
+    Reason: they need Triton, which this plugin never asks for. The hook looks for the kernels in every module of the process, and takes
+    `__dict__` of whatever it finds there for a dictionary; of an object that answers every name (llvmlite has one) it is not, and the start ended with
+    "'_lib_fn_wrapper' object has no attribute 'get'". Only vLLM's modules hold the kernels, so that the hook is shown no others.
+    Retired by: for the hook nothing, it is vLLM's way for other platforms; for the modules a check of the type in `_rebind_kernels`.
 
     Args:
-        num_tokens: tokens of this step.
-        max_num_tokens: length of `slot_mapping`.
-        query_start_loc: `[requests + 1]`, first token of each request.
-        positions: `[num_tokens]`, position of each token in its request.
-        block_table: `[requests, stride]`, physical block of each logical one.
-        block_table_stride: blocks of a row.
-        slot_mapping: `[max_num_tokens]`, written.
-        KV_CACHE_BLOCK_SIZE: tokens of a block.
-        TOTAL_CP_WORLD_SIZE: ranks over which a request's tokens are spread (context parallel).
-        TOTAL_CP_RANK: this rank among them.
-        CP_KV_CACHE_INTERLEAVE_SIZE: consecutive tokens on one rank.
-        PAD_ID: the slot that means "none".
-        BLOCK_SIZE: unused, the Triton kernel's tile.
-    """
-    position = positions[:num_tokens]
-    request = torch.bucketize(
-        torch.arange(num_tokens, device=position.device, dtype=query_start_loc.dtype), query_start_loc[1:], right=True
-    )
-    span = KV_CACHE_BLOCK_SIZE * TOTAL_CP_WORLD_SIZE
-    block = block_table.reshape(-1)[request * block_table_stride + position // span]
-    offset = position % span
-    if TOTAL_CP_WORLD_SIZE > 1:
-        run = CP_KV_CACHE_INTERLEAVE_SIZE
-        local = offset // run % TOTAL_CP_WORLD_SIZE == TOTAL_CP_RANK
-        offset = offset // (TOTAL_CP_WORLD_SIZE * run) * run + offset % run
-        slot_mapping[:num_tokens] = torch.where(local, block * KV_CACHE_BLOCK_SIZE + offset, PAD_ID)
-    else:
-        slot_mapping[:num_tokens] = block * KV_CACHE_BLOCK_SIZE + offset
-    slot_mapping[num_tokens:max_num_tokens].fill_(PAD_ID)
-
-
-def register_slot_mapping() -> None:
-    """Replace vLLM's one Triton kernel on the V1 path through its own hook.
-
-    Reason: it needs Triton, which this plugin never asks for. The hook looks for the kernel in every module of the process, and takes
-    `__dict__` of whatever it finds there for a dictionary; of an object that answers every name (llvmlite has one) it is not, and the start ended with
-    "'_lib_fn_wrapper' object has no attribute 'get'". Only vLLM's modules hold the kernel, so that the hook is shown no others.
-    Retired by: for the hook nothing, it is vLLM's way for other platforms; for the modules a check of the type in `_rebind_kernels`.
+        replacements: by the full name of the kernel.
     """
     from vllm.triton_utils import dispatcher
 
+    for name in replacements:  # the hook would import them, but looks for them among the modules that there are now
+        import_module(".".join(part for part in name.split(".")[:-1] if not part[0].isupper()))
     modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "vllm"}
     kept = dispatcher.sys
     try:
         dispatcher.sys = SimpleNamespace(modules=modules)  # type: ignore[assignment]
-        dispatcher.register_kernels(
-            {"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping}
-        )
+        dispatcher.register_kernels(replacements)
     finally:
         dispatcher.sys = kept
 

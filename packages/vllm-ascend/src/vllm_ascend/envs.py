@@ -57,6 +57,11 @@ def set_defaults_for_vllm() -> None:
         os.environ["PYTORCH_NPU_ALLOC_CONF"] = ALLOCATOR
 
 
+def segments_grow() -> bool:
+    """Whether torch_npu's allocator makes segments that grow, by `set_defaults_for_vllm` or by what the user set."""
+    return any("expandable_segments:True" in os.environ.get(name, "") for name in ALLOCATOR_VARIABLES)
+
+
 def wants_v2_model_runner() -> bool:
     """Whether the user asked for the V2 model runner."""
     return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0", "false", "False")

@@ -50,7 +50,9 @@ def uncovered(vllm_config: Any) -> Iterator[str]:
         "pooling models": model.runner_type != "generate",
         "models with an encoder and a decoder": model.is_encoder_decoder,
         "models with a recurrent state": model.is_hybrid or model.is_attention_free,
+        "steps with drafted tokens (--speculative-config)": vllm_config.speculative_config is not None,
         "prompt embeddings (enable_prompt_embeds)": model.enable_prompt_embeds,
+        "LoRA adapters (enable_lora)": vllm_config.lora_config is not None,
         "KV connectors (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
     }
     yield from (feature for feature, present in features.items() if present)

@@ -18,11 +18,14 @@ __all__ = [
     "attention_of_any_size",
     "attention_with_sinks",
     "causal_mask",
+    "device_profiler",
     "gather_kv",
     "in_fractal_nz",
     "kernel_head_size",
     "latent_attention",
+    "let_segments_grow",
     "merge_attention",
+    "pluggable_allocator",
     "prompt_latent_attention",
     "rms_norm",
     "rotary_mul",
@@ -317,3 +320,40 @@ def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Ten
     rows = [out.view(-1, out.shape[-1]) for out in outs]
     out, lse = _npu().npu_attention_update([lse.view(-1) for lse in lses], rows, 1)
     return out.view(outs[0].shape), lse.view(lses[0].shape)
+
+
+def pluggable_allocator(allocate: int, free: int) -> Any:
+    """An allocator for `torch.npu.MemPool`, as `torch.npu.memory.NPUPluggableAllocator` makes it of two functions of a library.
+
+    Args:
+        allocate: address of `void *(ssize_t bytes, int device, aclrtStream stream)`.
+        free: address of `void (void *pointer, size_t bytes, aclrtStream stream)`.
+    """
+    return _npu()._C._npu_customAllocator(allocate, free)
+
+
+def device_profiler(
+    *, folder: str, name: str, steps: tuple[int, int, int] | None, device: bool, **options: bool
+) -> Any:
+    """A profiler of the host, and of the device, which writes its traces when it stops.
+
+    Args:
+        folder: where each trace gets a folder.
+        name: how that folder's name begins.
+        steps: how many steps it waits, warms up and records. None: it records from its start to its end.
+        device: whether the device is recorded.
+        options: `record_shapes`, `profile_memory`, `with_stack`, `with_flops`.
+    """
+    npu = _npu().profiler
+    schedule = None if steps is None else npu.schedule(wait=steps[0], warmup=steps[1], active=steps[2], repeat=1)
+    return npu.profile(
+        activities=[npu.ProfilerActivity.CPU, *([npu.ProfilerActivity.NPU] if device else [])],
+        schedule=schedule,
+        on_trace_ready=npu.tensorboard_trace_handler(folder, worker_name=name),
+        **options,
+    )
+
+
+def let_segments_grow(grow: bool) -> None:
+    """Whether torch_npu's allocator makes segments that grow from now on (`expandable_segments`, the one setting that it changes in a process that runs)."""
+    torch.npu.memory._set_allocator_settings(f"expandable_segments:{grow}")  # type: ignore[attr-defined]

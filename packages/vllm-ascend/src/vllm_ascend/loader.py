@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.distributed import get_rank, is_initialized
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -53,8 +54,9 @@ class AscendModelLoader(DefaultModelLoader):
                 super().load_weights(model, model_config)
         finally:
             self.enable_weights_track = own
+        shared = _shared_parts(model, model_config)
         _refuse(
-            list(_missing(model, record)),
+            [name for name in _missing(model, record) if not any(part in f".{name}" for part in shared)],
             f"the checkpoint {model_config.model!r}",
             "To load it as it is: --model-loader-extra-config '{\"enable_weights_track\": false}'",
         )
@@ -63,6 +65,18 @@ class AscendModelLoader(DefaultModelLoader):
         """The checkpoint's tensors by name, but for those that no model has."""
         every = super().get_all_weights(model_config, model)
         return (named for named in every if named[0] != _UNUSED)
+
+
+def _shared_parts(model: nn.Module, model_config: ModelConfig) -> list[str]:
+    """Parts of the names of tensors that a draft's checkpoint may lack: vLLM gives it those of the model for which it drafts."""
+    config = get_current_vllm_config_or_none()
+    draft = None if config is None else config.speculative_config
+    if draft is None or model_config.runner_type != "draft" or draft.method == "draft_model":
+        return []
+    embedding, head = [".embed_tokens."], [".lm_head.", ".shared_head.head."]
+    # Of multi-token prediction, vLLM always shares both; EAGLE's drafts say what they have brought.
+    own = getattr(model, "has_own_embed_tokens", False), getattr(model, "has_own_lm_head", False)
+    return [*([] if own[0] else embedding), *([] if own[1] else head)]
 
 
 def reloading(model: nn.Module, model_config: ModelConfig, *, partial: bool) -> Callable[..., Any]:

@@ -17,21 +17,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
+from vllm.model_executor.models import supports_lora
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ascend import compat, graphs, loader, parallel
 from vllm_ascend.attention import mla
 from vllm_ascend.eplb.rebalance import Rebalancer
 from vllm_ascend.eplb.record import LoadRecorder
+from vllm_ascend.host_copy import HostCopy
 from vllm_ascend.layers import linear, moe, moving, sequence
+from vllm_ascend.lora.manager import AscendLoRAManager
+from vllm_ascend.speculative.lengths import DraftLengths
 from vllm_ascend.step_inputs import StepInputs
 
 if TYPE_CHECKING:
@@ -55,6 +61,8 @@ class AscendModelRunner(GPUModelRunner):
         compat.alias_cuda_streams()
         super().__init__(vllm_config, device)
         self.step_inputs = StepInputs(self)
+        drafter = getattr(self, "drafter", None)  # of the last pipeline stage
+        self.draft_lengths = DraftLengths(drafter) if isinstance(drafter, SpecDecodeBaseProposer) else None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then give the linear ops its weights and put FlashComm1's hooks on it."""
@@ -62,14 +70,24 @@ class AscendModelRunner(GPUModelRunner):
         if isinstance(self.model, CUDAGraphWrapper):
             self.model = graphs.AscendGraphWrapper(self.model.runnable, self.vllm_config)
         model = self.get_model()
-        linear.finish_loading(model)
         sequence.attach(model)
-        mla.reserve_workspace(model)
+        draft = getattr(getattr(self, "drafter", None), "model", None)
+        for one in (model, draft) if isinstance(draft, torch.nn.Module) else (model,):
+            linear.finish_loading(one)
+            mla.reserve_workspace(one)
         self.load_recorder = moe.load_recorder(model)
         self.rebalancer = moving.rebalancer(model, str(self.model_config.served_model_name))
         if self.rebalancer is not None:
             self.model_memory_usage += self.rebalancer.num_bytes  # so that the KV cache leaves room for its buffers
         self.splits_hidden_states = any(getattr(layer, "use_sequence_parallel_moe", False) for layer in model.modules())
+
+    def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
+        """Put LoRA layers into the model. ValueError for one that has no adapters in vLLM."""
+        if not supports_lora(model):
+            raise ValueError(f"{type(model).__name__} takes no LoRA adapters in vLLM; leave --enable-lora out")
+        self.lora_manager = AscendLoRAManager(vllm_config, device, model.embedding_modules)
+        adapted: nn.Module = self.lora_manager.create_lora_manager(model, vllm_config)
+        return adapted
 
     def profile_run(self, randomize_inputs: bool = False) -> None:
         """The largest step, as vLLM runs it to measure memory; then `warm_up` over a small KV cache, whose lasting costs are measured with it."""
@@ -93,7 +111,23 @@ class AscendModelRunner(GPUModelRunner):
         """Prepare a step on the host; with embeddings in the place of prompts as vLLM does it, on the device."""
         if self.enable_prompt_embeds:
             return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        return self.step_inputs.prepare(scheduler_output, num_scheduled_tokens)
+        prepared = self.step_inputs.prepare(scheduler_output, num_scheduled_tokens)
+        if self.draft_lengths is not None:
+            begins = self.input_batch.num_computed_tokens_cpu[: len(num_scheduled_tokens)]
+            self.draft_lengths.begin(begins, prepared[1].num_draft_tokens)
+        return prepared
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> None:
+        """vLLM's, of which the function that corrects computed tokens is called while the step is prepared, not after its launch."""
+        self.step_inputs.exact_counts = super()._update_states(scheduler_output)
+
+    def _copy_valid_sampled_token_count(
+        self, next_token_ids: torch.Tensor, valid_sampled_tokens_count: torch.Tensor
+    ) -> None:
+        """Begin to copy to the host how many tokens each request has won, before a draft runs."""
+        super()._copy_valid_sampled_token_count(next_token_ids, valid_sampled_tokens_count)
+        if self.draft_lengths is not None and self.num_spec_tokens > 1:  # a second pass needs them
+            self.draft_lengths.won = HostCopy(valid_sampled_tokens_count)
 
     def _init_kv_zero_meta(self) -> None:
         """Nothing: vLLM prepares addresses for a Triton kernel here, which `_zero_block_ids` does without."""
@@ -198,7 +232,20 @@ class AscendModelRunner(GPUModelRunner):
             raise RuntimeError(
                 "a request with prompt_logprobs has come to an engine with finegrained_tp_config.lmhead_tensor_parallel_size"
             )
-        return super()._get_prompt_logprobs_dict(*args, **kwargs)
+        if self.lora_config is None or not self.num_prompt_logprobs:
+            return super()._get_prompt_logprobs_dict(*args, **kwargs)
+        # vLLM has the adapters of the rows that are sampled alone, and these rows are others: of one request at a time.
+        manager, wanted = cast(AscendLoRAManager, self.lora_manager), self.num_prompt_logprobs
+        found: dict[str, Any] = {}
+        for request, number in list(wanted.items()):
+            adapter = self.requests[request].lora_request
+            self.num_prompt_logprobs = {request: number}
+            with manager.sampling_as(0 if adapter is None else adapter.lora_int_id):
+                found |= super()._get_prompt_logprobs_dict(*args, **kwargs)
+            if not self.num_prompt_logprobs:
+                del wanted[request]
+        self.num_prompt_logprobs = wanted
+        return found
 
     @staticmethod
     def _shares_lmhead() -> bool:

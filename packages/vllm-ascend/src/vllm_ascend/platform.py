@@ -12,6 +12,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 from vllm_ascend import compat, start
 from vllm_ascend.attention import BACKENDS, COMPOSED, CROSS, ENCODER, PAIRED, SINKS
 from vllm_ascend.eplb import front_end
+from vllm_ascend.sleep import limits as sleep
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,7 +61,9 @@ class AscendPlatform(Platform):
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
         """Replace the Triton kernels of the V1 path."""
-        compat.register_slot_mapping()
+        from vllm_ascend.triton_kernels import REPLACEMENTS
+
+        compat.replace_triton_kernels(REPLACEMENTS)
 
     @classmethod
     def get_default_ir_op_priority(cls, vllm_config: VllmConfig) -> IrOpPriorityConfig:
@@ -137,6 +140,8 @@ class AscendPlatform(Platform):
         for notice in start.notices(vllm_config):
             logger.warning_once(notice)
         cls.lmhead_is_shared |= config.finegrained_tp_config.lmhead_tensor_parallel_size > 0
+        if vllm_config.model_config is not None:
+            vllm_config.model_config.sleep_mode_backend = sleep.BACKEND
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = "vllm_ascend.worker.AscendWorker"
@@ -218,6 +223,10 @@ class AscendPlatform(Platform):
         """A new pool of memory for graphs."""
         return torch.npu.graph_pool_handle()
 
+    def is_sleep_mode_available(self) -> bool:
+        """The memory of weights and caches can be given back."""
+        return True
+
     @classmethod
     def is_pin_memory_available(cls) -> bool:
         """Host memory can be pinned."""
@@ -236,3 +245,8 @@ class AscendPlatform(Platform):
     def get_device_communicator_cls(cls) -> str:
         """vLLM's base class over HCCL."""
         return "vllm_ascend.communicator.AscendCommunicator"
+
+    @classmethod
+    def get_punica_wrapper(cls) -> str:
+        """The products of LoRA layers."""
+        return "vllm_ascend.lora.punica.AscendPunicaWrapper"

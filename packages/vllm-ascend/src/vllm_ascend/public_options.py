@@ -55,8 +55,8 @@ REMEDIES: Mapping[str, str] = {
     ),
     "num_iterations_eplb_update": "it is now eplb_config.expert_heat_collection_interval",
     "num_wait_worker_iterations": "it is now eplb_config.algorithm_execution_interval, which belongs to eplb_config.dynamic_eplb",
-    "rejection_sampler_config": "there is no speculative decoding here; remove it",
-    "dynamic_spec_config": "there is no speculative decoding here; remove it",
+    "rejection_sampler_config": "rejection sampling has no options here; remove it",
+    "dynamic_spec_config": "the number of drafted tokens is num_speculative_tokens of --speculative-config; remove it",
 }
 # Accepted and without effect: there is no configuration kept from an earlier engine to refresh, and no thread to bind to a core.
 INERT = ("refresh", "enable_cpu_binding")

@@ -7,17 +7,22 @@ What only a device can say, `attention/probe.py` asks in the worker before it lo
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_ascend import envs, experts, rules, states
+from vllm_ascend import envs, experts, ray_cluster, rules, states, transfer
 from vllm_ascend.attention import BACKENDS, limits
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.findings import found_by, refuse
+from vllm_ascend.lora import limits as adapters
 from vllm_ascend.moe_layers import ConfigReader
+from vllm_ascend.quantization import foreign
+from vllm_ascend.sleep import limits as sleep
+from vllm_ascend.speculative import support as speculation
 
 __all__ = ["Host", "check", "notices"]
 
@@ -55,11 +60,17 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
     found += found_by(envs.hccl_buffsize_mb)
     found += _absent_of_vllm(vllm_config)
     found += _wrong_with_the_host(vllm_config.parallel_config, host)
+    found += ray_cluster.broken(vllm_config.parallel_config, sys.modules.get("ray"))
     if vllm_config.model_config is not None:
         deployment = Deployment.of(vllm_config)
         found += _absent_for_the_model(vllm_config)
         found += states.broken(vllm_config, config)
+        found += speculation.broken(vllm_config)
         found += limits.broken(limits.Attention.of(vllm_config))
+        found += adapters.broken(vllm_config, config)
+        found += sleep.broken(vllm_config, config)
+        found += transfer.broken(vllm_config)
+        found += foreign.broken(vllm_config, config)
         found += rules.broken(config, deployment)
         found += rules.broken_on(config, host.chip)
         found += _wrong_with_experts(config, deployment, vllm_config.scheduler_config.max_num_seqs, host)
@@ -69,9 +80,10 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
 
 def notices(vllm_config: Any) -> list[str]:
     """What a user should know of a configuration that has passed `check`."""
+    of_ray = ray_cluster.notices(vllm_config.parallel_config, sys.modules.get("ray"))
     if vllm_config.model_config is None:
-        return []
-    return [*limits.notices(limits.Attention.of(vllm_config)), *states.notices(vllm_config.model_config)]
+        return of_ray
+    return [*of_ray, *limits.notices(limits.Attention.of(vllm_config)), *states.notices(vllm_config.model_config)]
 
 
 def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
@@ -79,18 +91,17 @@ def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
     parallel, offload = vllm_config.parallel_config, vllm_config.offload_config
     if envs.wants_v2_model_runner():
         yield "VLLM_USE_V2_MODEL_RUNNER=1: vllm-ascend serves vLLM's V1 model runner only; unset it or set it to 0"
-    if (draft := vllm_config.speculative_config) is not None:
-        yield (
-            f"speculative decoding (method {draft.method!r}) is not supported by vllm-ascend; leave --speculative-config out"
-        )
-    if (adapters := vllm_config.lora_config) is not None:
-        yield (
-            f"LoRA (max_lora_rank {adapters.max_lora_rank}) has no kernels in vllm-ascend; leave --enable-lora out, and merge the adapter into the model"
-        )
     if asked := _of_vllms_load_balancing(parallel):
         yield (
             f"{', '.join(asked)}: vLLM's own balancing of experts does not run on this platform; give its counterpart, "
             f"--additional-config '{json.dumps({'eplb_config': _as_our_load_balancing(parallel)})}'"
+        )
+    profiler = vllm_config.profiler_config
+    if profiler.profiler not in (None, "torch"):
+        yield f"profiler_config.profiler ({profiler.profiler!r}) must be 'torch' on an NPU, which is torch_npu's profiler here"
+    if profiler.profiler and profiler.torch_profiler_activities not in (None, ["CPU"]):
+        yield (
+            f"profiler_config.torch_profiler_activities ({profiler.torch_profiler_activities}) must be ['CPU'] on an NPU; without it the device is recorded too"
         )
     for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
         if (size := getattr(parallel, name)) > 1:
@@ -171,18 +182,6 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
     for option, backend in asked.items():
         if backend is not None and backend.name != name:
             yield f"{option} ({backend.name!r}) is not a backend of vllm-ascend for this model; leave it out, or give {name!r}"
-    if (transfer := vllm_config.kv_transfer_config) is not None and model.use_mla:
-        yield (
-            f"kv_transfer_config (connector {transfer.kv_connector!r}) cannot be used with multi-head latent attention: the cache's blocks do "
-            "not lie in one piece here; leave it out"
-        )
-    method = vllm_config.quant_config
-    # Every method of vLLM's own needs kernels for other devices. Those for experts alone ("experts_int8") would leave a dense model as it is.
-    if type(method).__module__.startswith("vllm."):
-        yield (
-            f"quantization ({model.quantization!r}) has no kernels in vllm-ascend, which serves ModelSlim's W8A8 checkpoints ('ascend') and those "
-            "without quantisation"
-        )
     yield from _beyond_the_rotary_table(model)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if model.hf_text_config.model_type == "modernbert" and ranks > 1:

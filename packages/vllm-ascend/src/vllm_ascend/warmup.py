@@ -21,6 +21,7 @@ from vllm.tasks import PoolingTask
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
+from vllm_ascend.attention.limits import BLOCK_SIZES
 from vllm_ascend.layers import moe
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = ["small_cache", "warm_up"]
 logger = init_logger(__name__)
 
 PROMPT = 8  # tokens: with the one decoded after them they fit one block of any size
+BLOCK = BLOCK_SIZES[0]  # tokens of the smallest block
 REQUEST = "ascend-warm-up"
 
 
@@ -59,22 +61,25 @@ def small_cache(runner: AscendModelRunner, tokens: int = 1) -> Iterator[int]:
 def warm_up(worker: AscendWorker, *, cached: bool = True) -> None:
     """Run the steps, and leave no trace of them in the runner. Collective over all ranks of all replicas.
 
+    Encoder-decoder models are left out: their prompt is nothing without what the encoder makes of an input. So are models that pool over pipeline stages,
+    of which only the last one may know the tasks.
+
     Args:
         worker: whose model is loaded.
         cached: whether the model has a KV cache, which then has no size yet. An encoder has none: its runner is ready for steps.
-
-    Encoder-decoder models are left out: their prompt is nothing without what the encoder makes of an input.
     """
     runner = worker.model_runner
     pools = runner.is_pooling_model
     tokens = min(PROMPT, runner.max_num_tokens, runner.max_model_len - (not pools))
-    if runner.model_config.is_encoder_decoder or tokens < 1 or (pools and not _pooling_task(runner)):
+    if runner.model_config.is_encoder_decoder or tokens < 1:
+        return
+    if pools and (runner.parallel_config.pipeline_parallel_size > 1 or not _pooling_task(runner)):
         return
     with small_cache(runner) if cached else nullcontext(0) as groups, _uncounted(runner):
         runner.cudagraph_dispatcher.keys_initialized = False  # no step is prepared for a graph before there are any
         _step(worker, _prompt(runner, tokens, groups))
         if not pools:
-            _step(worker, _decoding(tokens))
+            _step(worker, _decoding(runner, tokens))
         end = SchedulerOutput.make_empty()
         end.finished_req_ids = {REQUEST}
         worker.execute_model(end)
@@ -93,7 +98,7 @@ def _step(worker: AscendWorker, step: SchedulerOutput) -> None:
 
 
 def _pooling_task(runner: AscendModelRunner) -> PoolingTask | None:
-    """A task of a model that pools; None on a pipeline stage without a pooler, and where a plugin of vLLM's does all of it."""
+    """A task of a model that pools; None where a plugin of vLLM's does all of it."""
     tasks = sorted(set(runner.get_supported_pooling_tasks()) - {"plugin"})
     return tasks[0] if tasks else None
 
@@ -121,21 +126,26 @@ def _prompt(runner: AscendModelRunner, tokens: int, groups: int) -> SchedulerOut
     )
     step = SchedulerOutput.make_empty()
     step.scheduled_new_reqs = [request]
-    return _of_tokens(step, tokens)
+    return _of_tokens(step, tokens, runner)
 
 
-def _decoding(tokens: int) -> SchedulerOutput:
-    """The step after a prompt of `tokens` tokens; its token is that which the runner has sampled."""
+def _decoding(runner: AscendModelRunner, tokens: int) -> SchedulerOutput:
+    """The step after a prompt of `tokens` tokens; its token is that which the runner has sampled, and after it come drafted ones if there is room for them."""
     cached = CachedRequestData.make_empty()
     cached.req_ids, cached.new_block_ids = [REQUEST], [None]
     cached.num_computed_tokens, cached.num_output_tokens = [tokens], [1]
     step = SchedulerOutput.make_empty()
     step.scheduled_cached_reqs = cached
-    return _of_tokens(step, 1)
+    drafts = runner.num_spec_tokens
+    if drafts and 1 + drafts <= runner.max_num_tokens and tokens + 1 + 2 * drafts <= min(runner.max_model_len, BLOCK):
+        step.scheduled_spec_decode_tokens = {REQUEST: [0] * drafts}
+        return _of_tokens(step, 1 + drafts, runner)
+    return _of_tokens(step, 1, runner)
 
 
-def _of_tokens(step: SchedulerOutput, tokens: int) -> SchedulerOutput:
+def _of_tokens(step: SchedulerOutput, tokens: int, runner: AscendModelRunner) -> SchedulerOutput:
     step.num_scheduled_tokens, step.total_num_scheduled_tokens = {REQUEST: tokens}, tokens
+    step.num_spec_tokens_to_schedule = runner.num_spec_tokens
     return step
 
 

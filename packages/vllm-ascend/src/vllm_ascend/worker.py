@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.config import CUDAGraphMode
@@ -18,11 +18,15 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_ascend import graphs, layers, loader, parallel, states, warmup
+from vllm_ascend import compat, graphs, layers, loader, parallel, states, warmup
 from vllm_ascend.attention import probe
 from vllm_ascend.attention.limits import Attention
 from vllm_ascend.layers import linear, mamba, moving
 from vllm_ascend.model_runner import AscendModelRunner
+from vllm_ascend.profiler import NpuProfiler
+from vllm_ascend.quantization import compressed
+from vllm_ascend.sleep import backend as sleep_backend
+from vllm_ascend.sleep.backend import AscendSleepBackend
 
 __all__ = ["AscendWorker"]
 
@@ -34,11 +38,14 @@ class AscendWorker(Worker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Replace vLLM's layers and loader by ours before a model is built."""
+        compat.accept_profiler()
         super().__init__(*args, **kwargs)
         layers.register()
         if states.has_states(self.model_config):
             mamba.register()
         loader.register()
+        sleep_backend.register()
+        compressed.register()
 
     def init_device(self) -> None:
         """Take the device, join vLLM's process groups and ours, measure free memory."""
@@ -84,7 +91,12 @@ class AscendWorker(Worker):
         return runner
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
-        return nullcontext()
+        """Where what is allocated for the model ("weights"), the KV cache ("kv_cache") and beside it ("runtime") lies."""
+        if not self.model_config.enable_sleep_mode:
+            return nullcontext()
+        backend = cast(AscendSleepBackend, self.sleep_mode_backend)
+        backend.parameters = lambda: self.model_runner.get_model().parameters()
+        return backend.pool(tag)
 
     def start_weight_update(self) -> None:
         """Begin to receive weights from a trainer. ValueError as of `AscendModelRunner.reload_weights`."""
@@ -117,7 +129,15 @@ class AscendWorker(Worker):
         set_random_seed(self.model_config.seed)
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None, **options: Any) -> None:
+        """Start or end a trace, as vLLM does, by torch_npu's profiler."""
+        if self.profiler is None and self.profiler_config.profiler == "torch":
+            self.profiler = NpuProfiler(self.profiler_config, f"rank{self.rank}")  # vLLM names it before it starts
+        super().profile(is_start, profile_prefix, **options)
+
     def shutdown(self) -> None:
         """Destroy this plugin's groups, then what vLLM built."""
         parallel.close()
         super().shutdown()
+        if isinstance(self._sleep_mode_backend, AscendSleepBackend):
+            self._sleep_mode_backend.close()

@@ -150,7 +150,7 @@ class Forms:
 
     @property
     def most_new(self) -> int:
-        """New tokens from which on every request takes the plain form, less one."""
+        """The most new tokens of a request that may take the absorbed form."""
         return max(LATENT_QUERIES, self.latent * self.projected // (2 * (self.latent - PLAIN_SIZE)))
 
     def absorbed(self, lengths: list[int], contexts: list[int]) -> int:

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CountedRows", "HostCopy", "LoadSnapshot", "counted_rows", "taken"]
+from vllm_ascend.host_copy import HostCopy
+
+__all__ = ["CountedRows", "LoadSnapshot", "counted_rows", "taken"]
 
 
 def counted_rows(query_ends: Sequence[int], rows: int, stage: str, *, first: int = 0) -> np.ndarray:
@@ -85,32 +87,6 @@ def taken(counters: Sequence[Tensor]) -> Tensor:
     counts = torch.stack(tuple(counters))
     torch._foreach_zero_(list(counters))
     return counts
-
-
-class HostCopy:
-    """A tensor on its way to the host, without a wait.
-
-    Args:
-        values: on the device.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        """Begin the copy."""
-        self._values = values  # kept until it is copied
-        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        self._host.copy_(values, non_blocking=True)
-        self._copied = torch.npu.Event()
-        self._copied.record()
-
-    def is_there(self) -> bool:
-        """Whether the copy is complete."""
-        return bool(self._copied.query())
-
-    def result(self) -> Tensor:
-        """The copy, which any thread may wait for."""
-        torch.npu.set_device(self._values.device)  # of the thread
-        self._copied.synchronize()
-        return self._host
 
 
 class LoadSnapshot(HostCopy):

@@ -18,9 +18,10 @@ from ascend_comm import CommGroup
 from ascend_eplb import Placement, logical_load
 from torch import Tensor
 
-from vllm_ascend.eplb.observe import HostCopy, taken
+from vllm_ascend.eplb.observe import taken
 from vllm_ascend.eplb.options import EplbConfig
 from vllm_ascend.eplb.writer import LoadWriter
+from vllm_ascend.host_copy import HostCopy
 
 __all__ = ["LoadRecorder"]
 

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nox -s features`: LoRA, sleep mode and engines that a launcher starts, over more models and arrangements of ranks than the default tests have."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import openai
+import pytest
+import torch
+from engine_jobs import GREEDY, ONE_PROCESS, captured, tokens
+from engine_processes import LIMIT, end, listening_port, start, until, what_it_said
+from int8_models import PROMPTS, quantise_statically
+from lora_adapters import ALL, make, side_by_side
+from vllm_ascend.quantization.linear import float_scale
+
+INSPECTED = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+LENGTH = 16
+SAMPLING = {"temperature": 0, "max_tokens": LENGTH, "ignore_eos": True, "detokenize": False}
+TINY = {
+    "dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 64 << 20,
+    "skip_tokenizer_init": True, "enable_lora": True, "max_loras": 2, "max_lora_rank": 64,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_qwen3, hugging_face, tmp_path_factory):
+    folder, prompts, _ = tiny_qwen3
+    wanted = {"8": (8, ALL), "64": (64, ALL), "vocabulary": (16, ("down_proj", "embed_tokens", "lm_head"))}
+    return make(tmp_path_factory.mktemp("adapters"), folder, prompts[:3], LENGTH, hugging_face, wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 2, "fully_sharded_loras": True},
+        {"pipeline_parallel_size": 2},
+    ],
+    ids=["tp2", "tp2-sharded", "pp2"],
+)
+def test_adapters_over_ranks(options, adapters, tiny_qwen3, run_engines):
+    folder, prompts, _ = tiny_qwen3
+    names = ["base", "8", "64"] if "pipeline_parallel_size" in options else ["base", *adapters.folders]
+    job, said = side_by_side(adapters, prompts[:3], names, SAMPLING)
+    (result,) = run_engines([{"engine": {"model": str(folder), **TINY, **options}, "runs": [job]}])
+    assert tokens(result) == said
+
+
+def test_logprobs_of_prompts_are_the_adapters(adapters, tiny_qwen3, run_engines):
+    """A request alone, and beside others, in chunks of prompts."""
+    folder, prompts, _ = tiny_qwen3
+    together, _ = side_by_side(adapters, prompts[:3], ["base", "vocabulary"], SAMPLING | {"prompt_logprobs": 0})
+    alone = [
+        {"prompts": [ids], "adapters": [name], "sampling": together["sampling"]}
+        for ids, name in zip(together["prompts"], together["adapters"], strict=True)
+    ]
+    engine = {"model": str(folder), **TINY, "max_num_batched_tokens": 16}
+    (result,) = run_engines([{"engine": engine, "runs": [together, *alone]}], **ONE_PROCESS)
+    ranks = [[[rank for _, rank in output["prompt_tokens"]] for output in outputs] for outputs in result["runs"]]
+    assert [only for (only,) in ranks[1:]] == ranks[0]
+    assert ranks[0][0] != ranks[0][1]
+
+
+def test_adapters_of_a_real_model(smollm2, prompts, hugging_face, tmp_path, run_engines):
+    """Its embedding is its LM head."""
+    made = make(tmp_path, smollm2, prompts[:3], LENGTH, hugging_face, {"32": (32, ALL)})
+    job, said = side_by_side(made, prompts[:3], ["base", "32"], SAMPLING)
+    (result,) = run_engines([{"engine": {"model": str(smollm2), **TINY, "max_model_len": 512}, "runs": [job]}], **ONE_PROCESS)  # fmt: skip
+    assert tokens(result) == said
+
+
+def test_adapters_beside_experts(models, prompts, hugging_face, tmp_path, run_engines):
+    """The other layers of a mixture of experts, over two ranks that share the experts."""
+    from ascend_sim.checkpoints import smollm2, upcycle
+
+    folder = upcycle(smollm2(models / "smollm2"), models / "smollm2-moe")
+    made = make(tmp_path, folder, prompts[:2], LENGTH, hugging_face, {"8": (8, ALL[:4])})
+    job, said = side_by_side(made, prompts[:2], ["base", "8"], SAMPLING)
+    engine = {"model": str(folder), **TINY, "max_model_len": 512, "lora_target_modules": list(ALL[:4])}
+    (result,) = run_engines(
+        [{"engine": engine | {"tensor_parallel_size": 2, "enable_expert_parallel": True}, "runs": [job]}]
+    )
+    assert tokens(result) == said
+
+
+def test_an_engine_with_graphs_sleeps(smollm2, prompts, greedy, run_engines):
+    """Graphs are replayed on the addresses at which they were captured."""
+    runs = [{"prompts": prompts, "sampling": GREEDY}]
+    runs += [runs[0] | {"before": [["sleep", 1], ["wake_up"]]}]
+    runs += [runs[0] | {"before": [["sleep", 2], ["wake_up", ["weights"]], ["reload"], ["wake_up", ["kv_cache"]]]}]
+    engine = captured(smollm2, enable_sleep_mode=True)
+    (result,) = run_engines([{"engine": engine, "runs": runs, "inspect": True}], **ONE_PROCESS, **INSPECTED)
+    assert [tokens(result, number) for number in range(3)] == [greedy] * 3
+    awake = result["actions"][1][1]["memory"]
+    for actions in result["actions"][1:]:
+        assert [one["said"] for one in actions] == [None] * len(actions)
+        assert actions[0]["memory"][0] < awake[0] - (256 << 20)  # the KV cache
+        assert actions[-1]["memory"] == awake
+    assert result["graphs"][0]["replays"] > 60
+
+
+def as_compressed(modelslim, folder, *, static):
+    """A ModelSlim checkpoint as compressed-tensors would have it: the same int8 weights and scales."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(modelslim, folder)
+    file = folder / "quant_model_weights.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(".deq_scale")]:
+        layer = name.removesuffix(".deq_scale")
+        scale = tensors.pop(f"{layer}.input_scale")
+        tensors[f"{layer}.weight_scale"] = (float_scale(tensors.pop(name)) / scale)[:, None]
+        tensors |= {f"{layer}.input_scale": scale.float().reshape(1), f"{layer}.input_zero_point": tensors.pop(f"{layer}.input_offset").to(torch.int8).reshape(1)}  # fmt: skip
+        del tensors[f"{layer}.quant_bias"]
+    save_file({name: x for name, x in tensors.items() if not name.endswith("weight_offset")}, folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    file.unlink()
+    (folder / "quant_model_description.json").unlink()
+    inputs = {"dynamic": False, "strategy": "tensor", "symmetric": False} if static else {"dynamic": True, "strategy": "token", "symmetric": True}  # fmt: skip
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}, "input_activations": {"num_bits": 8, "type": "int", **inputs}}  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed", "ignore": ["lm_head"], "config_groups": {"group_0": group}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def small_qwen3(folder):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(4)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=500, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=128,
+        max_position_embeddings=256, initializer_range=0.1, tie_word_embeddings=False,
+    )).float().eval()  # fmt: skip
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_int8_of_compressed_tensors(ranks, static, tmp_path, run_engines):
+    """The tokens of the same weights in ModelSlim's form. Its weights are kept after a sleep without them."""
+    from ascend_sim.checkpoints import quantise
+
+    model = small_qwen3(tmp_path / "float")
+    if static:
+        modelslim = quantise_statically(model, tmp_path / "float", tmp_path / "modelslim", PROMPTS[:1])
+    else:
+        modelslim = quantise(tmp_path / "float", tmp_path / "modelslim", keep_float=("lm_head",))
+    folder = as_compressed(modelslim, tmp_path / "compressed", static=static)
+    sampling = {"prompts": PROMPTS[:4], "sampling": SAMPLING}
+    asleep = sampling | {"before": [["sleep", 2], ["wake_up", ["weights"]], ["reload"], ["wake_up", ["kv_cache"]]]}
+    engine = {name: value for name, value in TINY.items() if "lora" not in name}
+    engine |= {"tensor_parallel_size": ranks, "dtype": "bfloat16"}
+    jobs = [
+        {"engine": engine | {"model": str(modelslim)}, "runs": [sampling]},
+        {"engine": engine | {"model": str(folder), "enable_sleep_mode": True}, "runs": [sampling, asleep]},
+    ]
+    expected, result = run_engines(jobs, **(ONE_PROCESS if ranks == 1 else {}))
+    assert [one["said"] for one in result["actions"][1]] == [None] * 4
+    assert tokens(result) == tokens(expected)
+    assert tokens(result, 1) == tokens(expected)
+
+
+LAUNCHED = """
+import json, os, sys
+from vllm import LLM, SamplingParams
+folder, prompts = sys.argv[1], json.loads(sys.argv[2])
+llm = LLM(folder, distributed_executor_backend="external_launcher", tensor_parallel_size=2, dtype="float32", max_model_len=256, max_num_seqs=8,
+    max_num_batched_tokens=64, kv_cache_memory_bytes=64 << 20, skip_tokenizer_init=True, enforce_eager=True, seed=0)
+outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False))
+print("RANK" + os.environ["RANK"] + json.dumps([list(output.outputs[0].token_ids) for output in outputs]), flush=True)
+"""
+
+
+def test_external_launcher(tiny_qwen3, tmp_path):
+    """torchrun starts two ranks, each with an engine of its own, that share the model."""
+    folder, prompts, expected = tiny_qwen3
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(folder), json.dumps(prompts[:3])]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"RANK{rank}"))
+        assert json.loads(line.removeprefix(f"RANK{rank}")) == [answer[:16] for answer in expected[:3]]
+
+
+@pytest.fixture
+def server(tiny_qwen3, tmp_path):
+    """A server that takes adapters, and sleeps, when it is asked to."""
+    log = tmp_path / "log.txt"
+    options = ["--max-model-len", "256", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(64 << 20), "--dtype", "float32", "--skip-tokenizer-init"]  # fmt: skip
+    features = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "64", "--enable-sleep-mode"]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_qwen3[0]), "--served-model-name", "base", "--port", "0", "--host", "127.0.0.1"]  # fmt: skip
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE": "1", "ASCEND_SIM_STRICT": "0"}
+    process = start([*command, *options, *features], log, environment)
+
+    def reached():
+        assert process.poll() is None, what_it_said(log)
+        return listening_port(process)
+
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{until(reached, process, log)}/v1", api_key="none", timeout=LIMIT)  # fmt: skip
+        yield client
+        client.close()
+    finally:
+        end(process)
+
+
+def test_adapters_and_sleep_through_the_api(server, adapters, tiny_qwen3):
+    """Token ids in, token ids out: the model has no tokenizer."""
+    prompt = tiny_qwen3[1][0]
+
+    def post(path, **body):
+        return server.post(f"{str(server.base_url).removesuffix('v1/')}{path}", body=body, cast_to=object)
+
+    def complete(model):
+        extra = {"return_token_ids": True, "ignore_eos": True}
+        answer = server.completions.create(model=model, prompt=prompt, max_tokens=LENGTH, temperature=0, extra_body=extra)  # fmt: skip
+        return answer.choices[0].token_ids
+
+    assert complete("base") == adapters.tokens["base"][0]
+    for name in ("8", "64"):
+        post("v1/load_lora_adapter", lora_name=name, lora_path=adapters.folders[name])
+        assert complete(name) == adapters.tokens[name][0]
+    post("v1/unload_lora_adapter", lora_name="8")
+    with pytest.raises(openai.NotFoundError, match="8"):
+        complete("8")
+    post("sleep?level=1")
+    post("wake_up")
+    assert complete("64") == adapters.tokens["64"][0]
+    assert complete("base") == adapters.tokens["base"][0]
