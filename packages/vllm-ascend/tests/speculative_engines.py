@@ -87,10 +87,7 @@ def test_drafts_of_the_text(llama, run_engines):
 def test_two_ranks(llama, next_token_models, run_engines):
     """Tensor parallel; both sides decide the same. What is kept is what one rank keeps."""
     folder, expected, drafts = llama
-    models = {
-        method: (folder, {"method": method, "model": str(drafts[method])}, expected)
-        for method in ("eagle", "eagle3", "medusa")
-    }
+    models = {"eagle": (folder, {"method": "eagle", "model": str(drafts["eagle"])}, expected)}
     models["draft model"] = (folder, {"method": "draft_model", "model": str(folder)}, expected)
     models |= {name: (where, {"method": "mtp"}, answers) for name, (where, answers) in next_token_models.items()}
     for name, (where, draft, answers) in models.items():
