@@ -72,11 +72,11 @@ def test_a_thousand_steps_of_random_batches(tiny_qwen3, run_engines):
     """Requests of 1 to 59 new tokens for 8 places. Device memory after the first quarter of them and after all is the same, and so are the tokens of equal requests."""
     folder, prompts, expected = tiny_qwen3
     draw = random.Random(5)
-    asked = [(draw.randrange(len(prompts)), draw.randint(1, 59)) for _ in range(280)]
+    asked = [(draw.randrange(len(prompts)), draw.randint(1, 59)) for _ in range(400)]
     engine = captured(folder, max_model_len=256, skip_tokenizer_init=True, enable_prefix_caching=False)
     runs = [
         {"prompts": [prompts[which] for which, _ in part], "sampling": [GREEDY | {"detokenize": False, "max_tokens": length} for _, length in part]}
-        for part in (asked[:70], asked[70:])
+        for part in (asked[:100], asked[100:])
     ]  # fmt: skip
     (result,) = run_engines([{"engine": engine, "runs": runs, "inspect": True}], **ONE_PROCESS, **INSPECTED)
     assert result["graphs"][0]["replays"] > 1000
