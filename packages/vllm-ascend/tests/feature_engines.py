@@ -73,16 +73,14 @@ def test_adapters_of_a_real_model(smollm2, prompts, hugging_face, tmp_path, run_
 
 
 def test_adapters_beside_experts(smollm2, models, prompts, hugging_face, tmp_path, run_engines):
-    """The other layers of a mixture of experts, over two ranks that share the experts."""
+    """The other layers of a mixture of experts."""
     from ascend_sim.checkpoints import upcycle
 
     folder = upcycle(smollm2, models / "smollm2-moe", experts=8, top_k=2)
     made = make(tmp_path, folder, prompts[:2], LENGTH, hugging_face, {"8": (8, ALL[:4])})
     job, said = side_by_side(made, prompts[:2], ["base", "8"], SAMPLING)
     engine = {"model": str(folder), **TINY, "max_model_len": 512, "lora_target_modules": list(ALL[:4])}
-    (result,) = run_engines(
-        [{"engine": engine | {"tensor_parallel_size": 2, "enable_expert_parallel": True}, "runs": [job]}]
-    )
+    (result,) = run_engines([{"engine": engine, "runs": [job]}], **ONE_PROCESS)
     assert tokens(result) == said
 
 
