@@ -22,9 +22,12 @@ BATCHES = ("1", "8", "32")  # of measure.py
 
 def measure(python, system, model):
     """Run measure.py in its own process; its result, or the last line of its complaint."""
-    done = subprocess.run(
-        [python, str(HERE / "measure.py"), system, model], capture_output=True, text=True, timeout=900, check=False
-    )
+    return result_of([python, str(HERE / "measure.py"), system, model])
+
+
+def result_of(command, seconds=900):
+    """Run a program that prints a line "RESULT {...}"; that object, or the last line of its complaint."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line[7:])

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "serving"))
+
+from run import result_of  # noqa: E402  (of benchmarks/serving)
+
 DRAFT_LAYERS = 20  # of the model's 30
 
 
@@ -44,16 +47,6 @@ def ways(model, draft):
         f"its first {DRAFT_LAYERS} layers, 3 tokens": {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3},
         "itself, 3 tokens": {"method": "draft_model", "model": str(model), "num_speculative_tokens": 3},
     }  # fmt: skip
-
-
-def measure(python, model, way):
-    """Run measure.py in its own process; its result, or the last line of its complaint."""
-    command = [python, str(HERE / "measure.py"), str(model), json.dumps(way)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line[7:])
-    return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
 
 
 def table_of(results):
@@ -95,7 +88,8 @@ def main():
         for name, way in ways(options.model, folder).items():
             for platform, python in platforms.items():
                 with console.status(f"{name}, {platform}"):
-                    results[name, platform] = measure(python, options.model, way)
+                    command = [python, str(HERE / "measure.py"), str(options.model), json.dumps(way)]
+                    results[name, platform] = result_of(command, 1800)
     console.print(table_of(results))
     if options.markdown:
         head = "<!-- nox -s bench, or python benchmarks/speculative/run.py --markdown FILE; a host's CPU, not a speed of hardware -->\n"
