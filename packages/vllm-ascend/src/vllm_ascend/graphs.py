@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import CUDAGraphMode
-from vllm.distributed.parallel_state import is_global_first_rank
+from vllm.distributed.parallel_state import get_world_group, is_global_first_rank
 from vllm.forward_context import BatchDescriptor, ForwardContext, get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 
@@ -219,8 +219,9 @@ def capture(runner: AscendModelRunner) -> int:
     """
     started = time.perf_counter()
     shown = is_global_first_rank() and runner.load_config.use_tqdm_on_load
-    sizes = tqdm(_sizes(runner), disable=not shown, desc="Capturing NPU graphs (decode, FULL)")
-    taken = sum(_capture_sizes(runner, sizes))
+    sizes = _sizes(runner)
+    taken = sum(_capture_sizes(runner, tqdm(sizes, disable=not shown, desc="Capturing NPU graphs (decode, FULL)")))
+    _agree(runner, sizes)
     logger.info_once(
         "Captured %d graphs of decoding steps in %.0f s, in %.2f GiB.",
         len(_wrapper(runner).captured),
@@ -228,6 +229,17 @@ def capture(runner: AscendModelRunner) -> int:
         taken / (1 << 30),
     )
     return taken
+
+
+def _agree(runner: AscendModelRunner, sizes: Sequence[BatchDescriptor]) -> None:
+    """Drop the graphs of sizes that some rank could not capture: all ranks replay a step or none, for the way of tokens to experts depends on it."""
+    model = _wrapper(runner)
+    captured = torch.tensor([size in model.captured for size in sizes], dtype=torch.int32)
+    torch.distributed.all_reduce(captured, torch.distributed.ReduceOp.MIN, group=get_world_group().cpu_group)
+    for size, everywhere in zip(sizes, captured.tolist(), strict=True):
+        if not everywhere:
+            model.captured.pop(size, None)
+            runner.cudagraph_dispatcher.cudagraph_keys[CUDAGraphMode.FULL].discard(size)
 
 
 def _wrapper(runner: AscendModelRunner) -> AscendGraphWrapper:
