@@ -19,6 +19,7 @@ def config(asked, level=2, **changed):
     }  # fmt: skip
     draft = changed.pop("speculative_config", None)
     lora = changed.pop("lora", None)
+    options = changed.pop("additional_config", None)
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=asked),
         model_config=SimpleNamespace(**model | changed),
@@ -26,6 +27,7 @@ def config(asked, level=2, **changed):
         kv_transfer_config=None,
         speculative_config=draft,
         lora_config=lora,
+        additional_config=options,
     )
 
 
@@ -69,6 +71,8 @@ def test_without_optimisations_nothing_is_captured_unless_asked_for(asked, taken
         ({"is_hybrid": True}, "models with a recurrent state"),
         ({"lora": object()}, "LoRA adapters (enable_lora)"),
         ({"enable_prompt_embeds": True}, "prompt embeddings"),
+        ({"additional_config": {"layer_sharding": ["o_proj"]}}, "steps with layer_sharding"),
+        ({"additional_config": {"weight_prefetch_config": {"enabled": True}}}, "steps with weight_prefetch_config"),
         ({"uses_alibi": True}, "steps of attention with ALiBi position biases (AForCausalLM)"),
         ({"hf_text_config": {"attn_logit_softcapping": 50.0}}, "steps of attention with a soft cap"),
         ({"speculative_config": object()}, "steps with drafted tokens (--speculative-config)"),

@@ -13,6 +13,7 @@ from vllm.config import CUDAGraphMode
 from vllm.config.vllm import OptimizationLevel
 
 from vllm_ascend.attention.limits import composed
+from vllm_ascend.config import AscendConfig
 
 __all__ = ["choose", "uncovered"]
 
@@ -56,4 +57,17 @@ def uncovered(vllm_config: Any) -> Iterator[str]:
         "KV connectors (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
     }
     yield from (feature for feature, present in features.items() if present)
+    yield from _of_options(vllm_config.additional_config)
     yield from (f"steps of attention with {what}" for what in composed(model))
+
+
+def _of_options(additional_config: Any) -> Iterator[str]:
+    """Options of this plugin with which a step begins work on another stream that the next step waits for: a graph ends where its step does."""
+    try:
+        config = AscendConfig.of(additional_config)
+    except ValueError:  # it is refused later, with everything else that is wrong
+        return
+    if config.layer_sharding:
+        yield "steps with layer_sharding"
+    if config.weight_prefetch_config.enabled:
+        yield "steps with weight_prefetch_config"
