@@ -96,7 +96,7 @@ def test_lengths_of_layers(side, shared):
     graph = torch.npu.NPUGraph()
     with graphs._capturing(graph, None):
         out = step([[1, 1, 1], [1, 1, 1]])
-    captured = graphs._Captured(graph, out, ["first", "second"])
+    captured = graphs._Captured(graph, out, ["first", "second"], spare=torch.empty(0))
     for _ in range(3):
         query.copy_(torch.randn(query.shape).to(torch.bfloat16))
         first = [*torch.randint(1, BLOCK, (2,)).tolist(), 0]  # the last request is padding

@@ -51,11 +51,13 @@ class _Captured:
         graph: torch_npu's.
         output: what the model returned, which a replay writes.
         layers: the layer of each attention operator, in the order of capture.
+        spare: a slot for each padding token, which the graph reads (`_spare_slots`).
     """
 
     graph: Any
     output: Any
     layers: list[str]
+    spare: Tensor
 
     def replay(self, steps: dict[str, Any]) -> None:
         """Launch the graph, and give its attention operators the lengths of this step.
@@ -84,20 +86,18 @@ class AscendGraphWrapper(CUDAGraphWrapper):
     def __init__(self, runnable: Callable[..., Any], vllm_config: Any) -> None:
         """Wrap a model. Nothing is captured before `capture`."""
         super().__init__(runnable, vllm_config, CUDAGraphMode.FULL)
-        self.captures = False
-        self.spare: Tensor | None = None
-        """A slot in the block that no request has for each token of a step (`_spare_slots`). All graphs read it."""
+        self.block: int | None = None
+        """While steps are captured, the tokens of a block of the KV cache; None at other times."""
         self.captured: dict[BatchDescriptor, _Captured] = {}
 
     def clear_graphs(self) -> None:
         """Drop all graphs."""
         self.captured.clear()
-        self.spare = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the model."""
         context = get_forward_context() if is_forward_context_available() else None
-        if context is not None and self.captures:
+        if context is not None and self.block is not None:
             _number(context.slot_mapping)
         if context is None or context.cudagraph_runtime_mode != self.runtime_mode:
             return self.runnable(*args, **kwargs)
@@ -106,9 +106,10 @@ class AscendGraphWrapper(CUDAGraphWrapper):
         if found := self.captured.get(batch):
             found.replay(context.attn_metadata)
             return found.output
-        if not self.captures or self.spare is None:
+        if self.block is None:
             raise RuntimeError(f"no graph was captured for {batch}, and the step was prepared for one")
-        self.captured[batch] = self._capture(context, self.spare, args, kwargs)
+        spare = _spare_slots(batch.num_tokens, self.block)
+        self.captured[batch] = self._capture(context, spare, args, kwargs)
         return self.captured[batch].output
 
     def _capture(
@@ -121,7 +122,7 @@ class AscendGraphWrapper(CUDAGraphWrapper):
             context.slot_mapping = _writable(context.slot_mapping, spare)
             output = self.runnable(*args, **kwargs)
         del context.additional_kwargs[_LAYERS]
-        return _Captured(graph, output, layers)
+        return _Captured(graph, output, layers, spare)
 
 
 @contextmanager
@@ -165,13 +166,12 @@ def _number(slot_mapping: Any) -> None:
         torch.arange(len(slots), out=slots)
 
 
-def _spare_slots(runner: AscendModelRunner) -> Tensor:
-    """int64 `[tokens of the largest step]`: as many tokens in a row as a block has have different ones."""
-    sizes = _sizes(runner)
-    return torch.arange(sizes[0].num_tokens if sizes else 0, device=runner.device) % block_tokens(runner)
+def _spare_slots(tokens: int, block: int) -> Tensor:
+    """int64 `[tokens]`: slots in the block that no request has, which are different for as many tokens in a row as a block has."""
+    return torch.arange(tokens, device="npu") % block
 
 
-def block_tokens(runner: AscendModelRunner) -> int:
+def _block_tokens(runner: AscendModelRunner) -> int:
     """Tokens of a block of the KV cache; the least of the groups."""
     return min(int(group.kv_cache_spec.block_size) for group in runner.kv_cache_config.kv_cache_groups)
 
@@ -212,7 +212,7 @@ def measure(runner: AscendModelRunner) -> int:
 def capture(runner: AscendModelRunner) -> int:
     """Capture a decoding step of each size that the dispatcher has. Collective over all ranks.
 
-    A size that cannot be captured is named with the reason, and its steps run operator by operator.
+    The steps of a size that cannot be captured run operator by operator.
 
     Returns:
         Bytes of device memory that the graphs take.
@@ -268,11 +268,9 @@ def fitting(sizes: Sequence[int], block: int, *, padded_to_others: bool) -> list
 
 def drop_what_does_not_fit(runner: AscendModelRunner) -> None:
     """Take those sizes from the dispatcher whose padding tokens would not all find a slot of their own."""
-    keys, several = (
-        runner.cudagraph_dispatcher.cudagraph_keys[CUDAGraphMode.FULL],
-        runner.parallel_config.data_parallel_size > 1,
-    )
-    block = block_tokens(runner)
+    keys = runner.cudagraph_dispatcher.cudagraph_keys[CUDAGraphMode.FULL]
+    several = runner.parallel_config.data_parallel_size > 1
+    block = _block_tokens(runner)
     kept = fitting(runner.compilation_config.cudagraph_capture_sizes or [], block, padded_to_others=several)
     dropped = {batch for batch in keys if batch.num_tokens not in kept}
     keys -= dropped
@@ -288,16 +286,16 @@ def drop_what_does_not_fit(runner: AscendModelRunner) -> None:
 def _capture_sizes(runner: AscendModelRunner, sizes: Iterable[BatchDescriptor]) -> list[int]:
     """Capture these sizes, of which the first one runs once before, so that what its kernels need at their first call is there.
 
+    A size that cannot be captured is named with the reason.
+
     Returns:
         Bytes of device memory that each of them takes beside those before it.
     """
-    dispatcher, model = runner.cudagraph_dispatcher, _wrapper(runner)
+    model = _wrapper(runner)
     stream = torch.npu.Stream()
     stream.wait_stream(torch.npu.current_stream())
     free = [_free_memory()]
-    if model.spare is None:
-        model.spare = _spare_slots(runner)
-    model.captures = True
+    model.block = _block_tokens(runner)
     try:
         with runner._freeze_gc(), torch.npu.stream(stream):
             for batch in sizes:
@@ -305,7 +303,6 @@ def _capture_sizes(runner: AscendModelRunner, sizes: Iterable[BatchDescriptor]) 
                 try:
                     runner._warmup_and_capture(batch, cudagraph_runtime_mode=CUDAGraphMode.FULL, num_warmups=warm_ups)
                 except RuntimeError as error:
-                    dispatcher.cudagraph_keys[CUDAGraphMode.FULL].discard(batch)
                     logger.warning(
                         "A decoding step of %d tokens cannot be captured in a graph, and runs operator by operator: %s",
                         batch.num_tokens,
@@ -313,7 +310,7 @@ def _capture_sizes(runner: AscendModelRunner, sizes: Iterable[BatchDescriptor]) 
                     )
                 free.append(_free_memory())
     finally:
-        model.captures = False
+        model.block = None
     return [before - after for before, after in pairwise(free)]
 
 
