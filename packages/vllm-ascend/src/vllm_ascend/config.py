@@ -10,7 +10,7 @@ key has three kinds of answer here (unknown, known of the public plugin and with
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +24,8 @@ __all__ = ["LAYOUTS", "AscendConfig", "EplbConfig", "FinegrainedTP", "PrefetchRa
 
 _POLICY = "eplb_config.eplb_policy_type"  # a name, or a number that stands for one
 _LARGEST_NUMBER = 2**31 - 1
+# Options that leave a layer's product as it is: where another one begins, and in which format weights lie.
+_OF_NO_LAYER = frozenset({"flashcomm1_dense_threshold", "weight_nz_mode"})
 _LONGEST_NAME = 100  # of a key that is compared with those that exist
 _Options = TypeVar("_Options")
 
@@ -146,6 +148,16 @@ class AscendConfig:
             return cls(), findings
         given = {key: value for key, value in additional_config.items() if key not in (*INERT, *OF_VLLM)}
         return _read(cls, given, "", findings), findings
+
+    def of_layers(self) -> Iterator[str]:
+        """Each option that is on and changes layers, with its value."""
+        defaults = AscendConfig()
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in _OF_NO_LAYER or value == getattr(defaults, option.name):
+                continue
+            if option.name != "weight_prefetch_config" or value.enabled:
+                yield f"option {option.name!r} ({shown(value)})"
 
 
 def _read(options: type[_Options], given: object, path: str, findings: list[str]) -> _Options:

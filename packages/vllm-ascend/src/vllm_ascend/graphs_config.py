@@ -12,6 +12,7 @@ from typing import Any
 from vllm.config import CUDAGraphMode
 from vllm.config.vllm import OptimizationLevel
 
+from vllm_ascend import features
 from vllm_ascend.attention.limits import composed
 from vllm_ascend.config import AscendConfig
 
@@ -29,8 +30,9 @@ def choose(vllm_config: Any) -> str:
     """
     compilation, model = vllm_config.compilation_config, vllm_config.model_config
     asked = compilation.cudagraph_mode
-    eager = model is None or model.enforce_eager or vllm_config.optimization_level == OptimizationLevel.O0
-    if asked == CUDAGraphMode.NONE or (asked is None and eager) or model is None or model.enforce_eager:
+    if asked is None and vllm_config.optimization_level == OptimizationLevel.O0:
+        asked = CUDAGraphMode.NONE
+    if model is None or model.enforce_eager or asked == CUDAGraphMode.NONE:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
         return ""
     name = "" if asked is None else f"cudagraph_mode {asked.name}: "
@@ -46,27 +48,17 @@ def choose(vllm_config: Any) -> str:
 
 def uncovered(vllm_config: Any) -> Iterator[str]:
     """What of a configuration no test has shown to compute the same tokens in graphs, in the plural."""
-    model = vllm_config.model_config
-    features = {
-        "pooling models": model.runner_type != "generate",
-        "models with an encoder and a decoder": model.is_encoder_decoder,
-        "models with a recurrent state": model.is_hybrid or model.is_attention_free,
-        "steps with drafted tokens (--speculative-config)": vllm_config.speculative_config is not None,
-        "prompt embeddings (enable_prompt_embeds)": model.enable_prompt_embeds,
-        "LoRA adapters (enable_lora)": vllm_config.lora_config is not None,
-        "KV connectors (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
-    }
-    yield from (feature for feature, present in features.items() if present)
+    of_models = (features.POOLING, features.ENCODER_DECODER, features.STATES)
+    yield from features.used(vllm_config, *of_models, features.PROMPT_EMBEDS, features.LORA, features.KV_CONNECTORS)
+    if vllm_config.speculative_config is not None:
+        yield "steps with drafted tokens (--speculative-config)"
     yield from _of_options(vllm_config.additional_config)
-    yield from (f"steps of attention with {what}" for what in composed(model))
+    yield from (f"steps of attention with {what}" for what in composed(vllm_config.model_config))
 
 
 def _of_options(additional_config: Any) -> Iterator[str]:
     """Options of this plugin with which a step begins work on another stream that the next step waits for: a graph ends where its step does."""
-    try:
-        config = AscendConfig.of(additional_config)
-    except ValueError:  # it is refused later, with everything else that is wrong
-        return
+    config, _ = AscendConfig.read(additional_config)  # what is wrong with it is said later, with everything else
     if config.layer_sharding:
         yield "steps with layer_sharding"
     if config.weight_prefetch_config.enabled:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from vllm_ascend import states
+
 __all__ = ["broken"]
 
 _OFFLOADING = ("OffloadingConnector", "SimpleCPUOffloadConnector")
@@ -36,7 +38,7 @@ def broken(vllm_config: Any) -> Iterator[str]:
         )
     for name in sorted(names.intersection(_OFFLOADING)):
         yield f"kv_transfer_config (connector {name!r}) {_WHY}"
-    refused = model.use_mla or model.is_hybrid or model.is_attention_free  # whatever the connector
+    refused = model.use_mla or states.has_states(model)  # whatever the connector
     if _EXAMPLE in names and vllm_config.scheduler_config.enable_chunked_prefill and not refused:
         yield (
             f"kv_transfer_config (connector {_EXAMPLE!r}) cannot be used with enable_chunked_prefill (True): vLLM's example stores a prompt that is computed in chunks "

@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
+from vllm_ascend import states
 from vllm_ascend.config import AscendConfig
-from vllm_ascend.findings import shown
 
-__all__ = ["broken", "of_linear_layers"]
-
-# Options that do not touch a layer to which vLLM adds the products of adapters.
-_INDEPENDENT = frozenset({"flashcomm1_dense_threshold", "weight_nz_mode"})
+__all__ = ["broken"]
 
 
 def broken(vllm_config: Any, config: AscendConfig) -> Iterator[str]:
@@ -28,22 +24,11 @@ def broken(vllm_config: Any, config: AscendConfig) -> Iterator[str]:
     yield from (
         f"{what} cannot be used with LoRA adapters: vLLM's LoRA layers call a layer's product themselves, and pass by what the option puts around it; leave the option or "
         "--enable-lora out"
-        for what in of_linear_layers(config)
+        for what in config.of_layers()
     )
     yield from (
         f"LoRA adapters (--enable-lora) cannot be used with {what}: {why}" for what, why in _of_the_engine(vllm_config)
     )
-
-
-def of_linear_layers(config: AscendConfig) -> Iterator[str]:
-    """Each option that is on and changes linear layers, with its value."""
-    defaults = AscendConfig()
-    for option in fields(config):
-        value = getattr(config, option.name)
-        if option.name in _INDEPENDENT or value == getattr(defaults, option.name):
-            continue
-        if option.name != "weight_prefetch_config" or value.enabled:
-            yield f"option {option.name!r} ({shown(value)})"
 
 
 def _of_the_engine(vllm_config: Any) -> Iterator[tuple[str, str]]:
@@ -58,7 +43,7 @@ def _of_the_engine(vllm_config: Any) -> Iterator[tuple[str, str]]:
         )
     if model.use_mla:
         yield "multi-head latent attention", f"its kernels read the weight of kv_b_proj without its adapter; {leave}"
-    if model.is_hybrid or model.is_attention_free:
+    if states.has_states(model):
         yield "a model with a recurrent state", f"its layers do not call the layers that vLLM adds adapters to; {leave}"
     if model.is_encoder_decoder:
         yield (

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_ascend.config import AscendConfig
-from vllm_ascend.lora.limits import of_linear_layers
 
 __all__ = ["broken"]
 
@@ -30,7 +29,7 @@ def broken(vllm_config: Any, config: AscendConfig) -> Iterator[str]:
         return
     for what, why in _absent(method, model):
         yield f"quantization ('compressed-tensors') with {what} has no kernels in vllm-ascend, {_SERVED}{why}"
-    for option in of_linear_layers(config):
+    for option in config.of_layers():
         yield f"{option} cannot be used with quantization ('compressed-tensors'), whose weights the option does not know; leave the option out"
 
 

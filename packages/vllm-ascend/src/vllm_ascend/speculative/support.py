@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_ascend import states
+from vllm_ascend import features
 from vllm_ascend.attention import limits
 
 __all__ = ["broken"]
@@ -50,9 +50,8 @@ def broken(vllm_config: Any) -> Iterator[str]:
     for name, served in _ONLY.items():
         if (value := getattr(draft, name)) not in served:
             yield f"speculative_config.{name} ({value!r}) must be {' or '.join(map(repr, served))}"
-    if (
-        stages := vllm_config.parallel_config.pipeline_parallel_size
-    ) > 1:  # vLLM's V1 model runner asks stages for a drafter that only the last one has
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:  # vLLM's V1 model runner asks stages for a drafter that only the last one has
         yield f"pipeline_parallel_size ({stages}) must be 1 with speculative decoding (method {method!r}); {advice}, or raise tensor_parallel_size instead"
     for what in _beside(vllm_config):
         yield f"speculative decoding (method {method!r}) cannot be used with {what}; {advice}, or that"
@@ -62,19 +61,11 @@ def broken(vllm_config: Any) -> Iterator[str]:
 
 def _beside(vllm_config: Any) -> Iterator[str]:
     """What is not served together with any method."""
-    model = vllm_config.model_config
-    present = {
-        "pooling models": model.runner_type == "pooling",
-        "models with an encoder and a decoder": model.is_encoder_decoder,
-        "models with a recurrent state": states.has_states(model),
-        "multimodal models": model.is_multimodal_model,
-        f"models quantised by {model.quantization!r}": model.quantization is not None,
-        "prompt embeddings (enable_prompt_embeds)": model.enable_prompt_embeds,
-        "sleep mode (enable_sleep_mode)": model.enable_sleep_mode,
-        "LoRA adapters (enable_lora)": vllm_config.lora_config is not None,
-        "KV connectors (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
-    }
-    yield from (what for what, there in present.items() if there)
+    of_models = (features.POOLING, features.ENCODER_DECODER, features.STATES, features.MULTIMODAL)
+    switched_on = (features.PROMPT_EMBEDS, features.SLEEP, features.LORA, features.KV_CONNECTORS)
+    yield from features.used(vllm_config, *of_models, *switched_on)
+    if (quantised_by := vllm_config.model_config.quantization) is not None:
+        yield f"models quantised by {quantised_by!r}"
     if options := vllm_config.additional_config:
         yield f"options of additional_config ({', '.join(options)})"
 
