@@ -45,9 +45,7 @@ def compute_slot_mapping(
         BLOCK_SIZE: unused, the Triton kernel's tile.
     """
     position = positions[:num_tokens]
-    request = torch.bucketize(
-        torch.arange(num_tokens, device=position.device, dtype=query_start_loc.dtype), query_start_loc[1:], right=True
-    )
+    request = rejection.requests_of(query_start_loc[1:], num_tokens)
     span = KV_CACHE_BLOCK_SIZE * TOTAL_CP_WORLD_SIZE
     block = block_table.reshape(-1)[request * block_table_stride + position // span]
     offset = position % span

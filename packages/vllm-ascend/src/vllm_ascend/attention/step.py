@@ -74,7 +74,8 @@ def tokens_of_step() -> int:
 def query_ends(attn_metadata: object) -> list[int]:
     """Cumulative tokens of a step's requests; empty in a step without requests. `attn_metadata` is as vLLM's forward context has it."""
     step = _of_one_layer(attn_metadata)
-    return [] if step is None else list(step.query_ends)
+    ends: list[int] = [] if step is None else step.query_ends
+    return ends
 
 
 def has_prompts(attn_metadata: object) -> bool:

@@ -218,17 +218,20 @@ class AscendRoutedExperts(RoutedExperts):
 
     def _count(self, ids: Tensor) -> None:
         """Add the choices `[N, C]` of this rank's tokens to `heat`. Of TP ranks that have the same tokens, the first one counts."""
-        split, rank = self.moe_config.is_sequence_parallel, self._over.tp.rank_in_group
-        if self._counted is None or self.heat is None or (rank and not split):
+        if self._counted is None or self.heat is None:
             return
-        self._counted.add(self.heat, ids, first=rank * len(ids) if split else 0)
+        if self.moe_config.is_sequence_parallel or self._over.tp.rank_in_group == 0:
+            self._counted.add(self.heat, ids, first=self._first(len(ids)))
 
     def _real(self, x: Tensor) -> Tensor | None:
         """bool `[N]`: tokens of requests; not those of a step without any, nor padding. None where no load is recorded."""
         if self._real_rows is None:
             return None
-        first = self._over.tp.rank_in_group * len(x) if self.moe_config.is_sequence_parallel else 0
-        return self._real_rows.rows(1, len(x), first=first).flatten().bool()
+        return self._real_rows.rows(1, len(x), first=self._first(len(x))).flatten().bool()
+
+    def _first(self, rows: int) -> int:
+        """The token of the step that is the first of this rank's rows: TP ranks have them all, or a part each."""
+        return self._over.tp.rank_in_group * rows if self.moe_config.is_sequence_parallel else 0
 
 
 class AscendMoERunner(MoERunner):
