@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from measured import result_of  # noqa: E402  (of benchmarks/)
+
 PEER = "sentence-transformers"
 ABOUT = """The goal is to be no slower than either peer. Of the time of the passages in the simulated NPU 42 % are matrix products, 28 % the attention kernel and 9 % the padding of MiniLM's heads
 of 32 numbers to 64, the least that the kernel takes, which also doubles what it computes; the peers' attention has no such limit.
@@ -41,13 +44,7 @@ def texts():
 
 def measure(python, system, model, file):
     """Run measure.py in its own process; its result, or the last line of its complaint."""
-    done = subprocess.run(
-        [python, str(HERE / "measure.py"), system, model, file], capture_output=True, text=True, timeout=1800, check=False
-    )  # fmt: skip
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line[7:])
-    return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+    return result_of([python, str(HERE / "measure.py"), system, model, file], 1800)
 
 
 def table_of(results):

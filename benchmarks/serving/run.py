@@ -9,7 +9,6 @@ Speeds of a simulation on this host's CPU; they say nothing about an NPU.
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,21 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from measured import result_of  # noqa: E402  (of benchmarks/)
+
 BATCHES = ("1", "8", "32")  # of measure.py
 
 
 def measure(python, system, model):
     """Run measure.py in its own process; its result, or the last line of its complaint."""
     return result_of([python, str(HERE / "measure.py"), system, model])
-
-
-def result_of(command, seconds=900):
-    """Run a program that prints a line "RESULT {...}"; that object, or the last line of its complaint."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line[7:])
-    return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
 
 
 def table_of(results):

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "serving"))
+sys.path.insert(0, str(HERE.parent))
 
-from run import result_of  # noqa: E402  (of benchmarks/serving)
+from measured import result_of  # noqa: E402  (of benchmarks/)
 
 DRAFT_LAYERS = 20  # of the model's 30
 

@@ -10,14 +10,15 @@ host's CPU; they say nothing about an NPU. vLLM's CPU build is not here: its ind
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1] / "packages" / "vllm-ascend" / "tests"))
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "packages" / "vllm-ascend" / "tests")]
+
+from measured import result_of  # noqa: E402  (of benchmarks/)
 
 PICTURES, REPEATS = 32, 3
 SIDES = (168, 140)
@@ -95,15 +96,14 @@ def measure(system, folder):
 
 def run(system, folder):
     """Its result, from a process of its own."""
-    env = os.environ | {
+    env = {
         "ASCEND_SIM_STRICT": "0", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
     }  # fmt: skip
-    done = subprocess.run([sys.executable, __file__, "--system", system, "--model", folder], capture_output=True, text=True, timeout=900, env=env, check=False)  # fmt: skip
-    found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
-        raise RuntimeError(f"{system}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-    return json.loads(found[0])
+    found = result_of([sys.executable, __file__, "--system", system, "--model", folder], **env)
+    if "error" in found:
+        raise RuntimeError(f"{system}: {found['error']}")
+    return found
 
 
 def main():
