@@ -110,9 +110,14 @@ TEST_EXTRA = "test"
 
 
 def run_tests(session: nox.Session, package: str, *options: str, env: dict[str, str] | None = None) -> None:
-    """Run one package's tests; checkpoints that tests make are kept in .cache."""
+    """Run one package's tests."""
+    pytest(session, f"packages/{package}/tests", *options, env=env)
+
+
+def pytest(session: nox.Session, *what: str, env: dict[str, str] | None = None) -> None:
+    """Run tests; checkpoints that they make are kept in .cache."""
     env = {"ASCEND_TEST_MODELS": str(MODELS), "HF_HUB_OFFLINE": "1"} | (env or {})
-    session.run("pytest", "-q", "--durations=5", f"packages/{package}/tests", *options, *session.posargs, env=env)
+    session.run("pytest", "-q", "--durations=5", *what, *session.posargs, env=env)
 
 
 @nox.session(python=PYTHON, venv_backend="uv")
@@ -185,16 +190,13 @@ ON_STREAMS = (
 def streams(session: nox.Session) -> None:
     """Engines on streams that work only when something waits for them, so that a wait that is missing gives wrong numbers."""
     install_in_place(session, "vllm-ascend")
-    env = {"ASCEND_TEST_MODELS": str(MODELS), "HF_HUB_OFFLINE": "1", "ASCEND_SIM_STREAMS": "lazy"}
-    tests = [f"packages/vllm-ascend/tests/{name}" for name in ON_STREAMS]
-    session.run("pytest", "-q", "--durations=5", *tests, *session.posargs, env=env)
+    pytest(session, *(f"packages/vllm-ascend/tests/{name}" for name in ON_STREAMS), env={"ASCEND_SIM_STREAMS": "lazy"})
 
 
 def run_more_engines(session: nox.Session, file: str, *more: str) -> None:
     """Tests of vllm-ascend in a file that pytest does not find by its name, with more extras of this workspace's packages."""
     install_in_place(session, "vllm-ascend", *more)
-    env = {"ASCEND_TEST_MODELS": str(MODELS), "HF_HUB_OFFLINE": "1"}
-    session.run("pytest", "-q", "--durations=5", f"packages/vllm-ascend/tests/{file}", *session.posargs, env=env)
+    pytest(session, f"packages/vllm-ascend/tests/{file}")
 
 
 def install_in_place(session: nox.Session, package: str, *more: str) -> None:

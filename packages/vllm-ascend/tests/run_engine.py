@@ -185,6 +185,10 @@ def experts(worker):
     ]
 
 
+# What is looked at before the first run and after each, by its name in the results.
+OVER_RUNS = {"collectives": traffic, "calls": all_operators, "launched": graphs, "memory": memory}
+
+
 def rebalances(worker):
     """What dynamic EPLB has done in one worker; None where it is off."""
     from dataclasses import asdict
@@ -246,11 +250,9 @@ def main(job_file, result_file):
     for engine in job:
         llm = start(engine.get("rendezvous"), disable_log_stats=False, **engine["engine"])
         inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
-        actions = []
-        runs, collectives, refusals, calls = [], [], [], [llm.collective_rpc(all_operators) if inspected else None]
-        launched = [llm.collective_rpc(graphs) if inspected else None]
-        allocated = [llm.collective_rpc(memory) if inspected else None]
-        drafts = []
+        seen = llm.collective_rpc if inspected else lambda of_worker: None
+        runs, actions, refusals, drafts = [], [], [], []
+        over_runs = {name: [seen(of_worker)] for name, of_worker in OVER_RUNS.items()}
         for run in engine["runs"]:
             refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
             actions.append([act(llm, inspected, *action) for action in run.get("before", ())])
@@ -258,10 +260,8 @@ def main(job_file, result_file):
                 llm.collective_rpc(watch_copies)
             runs.append(generate(llm, run))
             drafts.append(speculation(llm))
-            collectives.append(llm.collective_rpc(traffic) if inspected else None)
-            calls.append(llm.collective_rpc(all_operators) if inspected else None)
-            launched.append(llm.collective_rpc(graphs) if inspected else None)
-            allocated.append(llm.collective_rpc(memory) if inspected else None)
+            for name, of_worker in OVER_RUNS.items():
+                over_runs[name].append(seen(of_worker))
         # Plans come when they come. All data parallel ranks end a run in the same step, so they go on equally long.
         wanted = engine.get("rebalances", 0)
         while wanted and llm.collective_rpc(rebalances)[0]["rebalances"] < wanted:
@@ -274,20 +274,18 @@ def main(job_file, result_file):
                 "loads": [llm.collective_rpc(load, args=(folder,)) for folder in engine.get("load", ())],
                 "preemptions": preemptions(llm),
                 "speculation": drafts,  # after each run
-                "collectives": collectives,
-                "calls": calls,  # before the first run, and after each
-                "blocking": llm.collective_rpc(blocking_copies) if inspected else None,
-                "layers": llm.collective_rpc(linear_layers) if inspected else None,
+                **over_runs,
+                "collectives": over_runs["collectives"][1:],  # after each run
+                "blocking": seen(blocking_copies),
+                "layers": seen(linear_layers),
                 "experts": llm.collective_rpc(experts) if engine.get("experts") else None,
-                "rebalances": llm.collective_rpc(rebalances) if inspected else None,
-                "operators": llm.collective_rpc(operators) if inspected else None,
-                "launched": launched,  # before the first run, and after each
-                "memory": allocated,  # likewise
-                "graphs": llm.collective_rpc(graphs) if inspected else None,
+                "rebalances": seen(rebalances),
+                "operators": seen(operators),
+                "graphs": seen(graphs),
             }
         )
         llm.llm_engine.engine_core.shutdown()
-        del llm
+        del llm, seen
         gc.collect()
         gc.freeze()  # as engine_server.py does; an engine's shutdown undoes it
     with open(result_file, "w") as handle:
