@@ -169,7 +169,9 @@ def explain(
     Console().print(_explained_table(rows, rank, tokens))
     eager = ", ".join(options.of_no_graph())
     typer.echo(
-        f"every step runs operator by operator, because of {eager}" if eager else "decoding steps are captured in graphs"
+        f"every step runs operator by operator, because of {eager}"
+        if eager
+        else "decoding steps are captured in graphs"
     )
 
 

@@ -52,6 +52,7 @@ def uncovered(vllm_config: Any) -> Iterator[str]:
     yield from features.used(vllm_config, *of_models, features.PROMPT_EMBEDS, features.LORA, features.KV_CONNECTORS)
     if vllm_config.speculative_config is not None:
         yield "steps with drafted tokens (--speculative-config)"
-    config, _ = AscendConfig.read(vllm_config.additional_config)  # what is wrong with it is said later, with everything else
+    # What is wrong with the options is said later, with everything else.
+    config, _ = AscendConfig.read(vllm_config.additional_config)
     yield from (f"steps with {option}" for option in config.of_no_graph())
     yield from (f"steps of attention with {what}" for what in composed(vllm_config.model_config))
