@@ -84,7 +84,7 @@ EXAMPLE = {
     "kv_role": "kv_both",
     "kv_connector_extra_config": {"shared_storage_path": "/tmp"},
 }
-WHOLE_PROMPTS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096}
+WHOLE_PROMPTS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096, "enable_prefix_caching": False}
 # What differs from DENSE; arguments of vLLM; the environment; what the one finding has.
 ALONE = {
     "float8 cache": ({}, {"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype ('fp8') must be 'auto' or the model's dtype, 'bfloat16'"),
@@ -112,7 +112,8 @@ ALONE = {
     "decode context": ({"num_key_value_heads": 1}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, {}, "decode_context_parallel_size (2) must be 1"),
     "offloaded cache": ({}, {"kv_offloading_size": 0.5}, {}, "kv_offloading_size (0.5) cannot be used on an NPU: vLLM's copies between the KV cache and host memory are CUDA's; leave it out"),
     "simply offloaded cache": ({}, {"kv_transfer_config": {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": [{"kv_connector": "SimpleCPUOffloadConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20}}]}}}, {}, "kv_transfer_config (connector 'SimpleCPUOffloadConnector') cannot be used on an NPU"),
-    "example of a connector": ({}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": "/tmp"}}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with enable_chunked_prefill (True)"),
+    "example of a connector beside cached prefixes": ({}, {**WHOLE_PROMPTS, "enable_prefix_caching": True, "kv_transfer_config": EXAMPLE}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with enable_prefix_caching (True)"),
+    "example of a connector": ({}, {"enable_prefix_caching": False, "kv_transfer_config": EXAMPLE}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with enable_chunked_prefill (True)"),
     "example of a connector over ranks": ({"num_key_value_heads": 2}, {**WHOLE_PROMPTS, "tensor_parallel_size": 2, "kv_transfer_config": EXAMPLE}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with tensor_parallel_size (2): vLLM's example stores the keys and values of all ranks under one name"),
     "example of a connector and adapters": ({}, {**WHOLE_PROMPTS, "enable_lora": True, "kv_transfer_config": EXAMPLE}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with LoRA adapters (--enable-lora): vLLM's example finds what it stored by the tokens of a prompt"),
     "profiler": ({}, {"profiler_config": {"profiler": "cuda"}}, {}, "profiler_config.profiler ('cuda') must be 'torch' on an NPU"),
@@ -175,7 +176,7 @@ GOOD = {
     "LoRA": ({}, {"enable_lora": True, "additional_config": {"weight_nz_mode": 0}}, {}),
     "LoRA beside experts": (MOE, {"enable_lora": True, "lora_target_modules": ["q_proj", "o_proj"]}, {}),
     "torch's profiler": ({}, {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "/tmp"}}, {}),
-    "example of whole prompts": ({}, {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096, "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": "/tmp"}}}, {}),
+    "example of whole prompts": ({}, {**WHOLE_PROMPTS, "kv_transfer_config": EXAMPLE}, {}),
     "sleep": ({}, {"enable_sleep_mode": True}, {}),
     "compressed-tensors": ({"quantization_config": COMPRESSED}, {"dtype": "bfloat16"}, {}),
     "compressed-tensors, static": ({"quantization_config": compressed(input_activations={"dynamic": False, "strategy": "tensor", "symmetric": False})}, {"dtype": "bfloat16"}, {}),

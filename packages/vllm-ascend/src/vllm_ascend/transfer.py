@@ -54,6 +54,11 @@ def _not_with_the_example(vllm_config: Any) -> Iterator[str]:
             "enable_chunked_prefill (True): vLLM's example stores a prompt that is computed in chunks with wrong rows at its end; give "
             "--no-enable-chunked-prefill"
         )
+    if vllm_config.cache_config.enable_prefix_caching:
+        yield (
+            "enable_prefix_caching (True): of a prompt with one token more than whole blocks, vLLM's example has fewer tokens than the prefix cache, and the "
+            "negative difference ends the engine; give --no-enable-prefix-caching"
+        )
     if ranks > 1:
         yield f"tensor_parallel_size ({ranks}): vLLM's example stores the keys and values of all ranks under one name, so that each would read another's; set it to 1"
     if vllm_config.lora_config is not None:
