@@ -119,7 +119,7 @@ def engines(kind, entry):
     """(name, arguments of the engine, what to run) of each engine of a kind."""
     plain = {**SMALL, "dtype": "float32", **entry.engine}
     over_ranks = {**plain, "tensor_parallel_size": entry.ranks}
-    chunked = ("chunked", {**plain, "max_num_batched_tokens": 32}, run_generate)
+    chunked = ("chunked", {**plain, "max_num_batched_tokens": entry.chunk}, run_generate)
     return {
         "one": [("one", plain, run_one), *([] if entry.encodes else [chunked])],
         "tp": [("tp", over_ranks, run_generate)],
