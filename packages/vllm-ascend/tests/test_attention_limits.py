@@ -66,8 +66,8 @@ def grouped(draw):
     ranks, kv_heads = draw.choice((1, 1, 2, 4)), draw.choice((1, 2, 3, 8, 16))
     heads = kv_heads * draw.choice((1, 1, 2, 3, 7, 65, 130))
     return Attention(
-        heads=heads, kv_heads=kv_heads, head_size=(size := draw.choice((8, 40, 64, 72, 80, 100, 128, 160, 192, 200, 256, 264, 512, 520))), value_size=size,
-        ranks=ranks, dtype=draw.choice(("bfloat16",) * 3 + ("float16", "float32")), block_size=draw.choice((0, 0, 16, 100, 128, 192, 384, 640, 1024)),
+        heads=heads, kv_heads=kv_heads, head_size=(size := draw.choice((8, 40, 64, 72, 80, 100, 128, 160, 192, 200, 256, 320, 512, 520))), value_size=size,
+        ranks=ranks, dtype=draw.choice(("bfloat16",) * 4 + ("float16", "float32")), block_size=draw.choice((0, 0, 0, 128, 384, 512, 16, 192, 1024)),
         sinks=draw.choice((False, False, True)), window=(draw.choice((False, False, True))),
     )  # fmt: skip
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from vllm.v1.kv_cache_layout import KVCacheLayout
-
 from vllm_ascend.attention.composed import (
     AscendComposedAttentionBackend,
     AscendComposedAttentionImpl,
@@ -19,8 +17,8 @@ from vllm_ascend.attention.paired import (
 __all__ = ["AscendPairedComposedAttentionBackend", "AscendPairedComposedAttentionImpl"]
 
 
-class AscendPairedComposedAttentionBackend(AscendComposedAttentionBackend):
-    """Names the parts."""
+class AscendPairedComposedAttentionBackend(AscendComposedAttentionBackend, AscendPairedAttentionBackend):
+    """Names the parts: the first class says what is computed, the second how the cache lies in memory."""
 
     @staticmethod
     def get_impl_cls() -> type[AscendPairedComposedAttentionImpl]:
@@ -31,11 +29,6 @@ class AscendPairedComposedAttentionBackend(AscendComposedAttentionBackend):
     def get_builder_cls() -> type[PairedComposedMetadataBuilder]:
         """The class that prepares a step."""
         return PairedComposedMetadataBuilder
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Keys and values within blocks."""
-        return AscendPairedAttentionBackend.supported_kv_cache_layouts()
 
 
 class PairedComposedMetadataBuilder(ComposedMetadataBuilder, PairedMetadataBuilder):

@@ -30,7 +30,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, step: AscendAttentionMet
     """
     outs = []
     for first, last, rows in _parts(step.query_ends):
-        part = query[rows].unflatten(0, (last - first, -1))
+        part = query[rows].reshape(last - first, -1, *query.shape[1:])
         # One query token, the last of its request, sees all keys.
         masked = step.causal and part.shape[1] > 1
         mask = {"sparse_mode": kernels.SPARSE_CAUSAL, "atten_mask": step.mask}

@@ -49,7 +49,7 @@ def attend(
         and not kwargs.get("cache")
         and kwargs.get("position_bias") is None
     ):
-        return sdpa_attention_forward(  # type: ignore[no-untyped-call]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     hidden = None
