@@ -98,6 +98,7 @@ ALONE = {
     "sparse": ({"index_topk": 2048}, {}, {}, "no attention kernel for sparse attention (index_topk 2048)"),
     "heads of two sizes with sinks": ({**GEMMA4, "attention_sinks": True}, {}, {}, "layers whose heads of keys and values differ (2 of 64, 2 of 128) beside attention sinks"),
     "heads whose blocks differ": ({**GEMMA4, "head_dim": 192, "global_head_dim": 256}, {}, {}, "differ (2 of 192, 2 of 256), and a token's keys have 384, 512 numbers on each of 1 ranks: the smaller numbers must divide the largest one"),
+    "heads of two sizes over a connector": (GEMMA4, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with a model whose layers differ in their heads"),
     "wide heads with a window": ({**GEMMA4, "head_dim": 512, "global_head_dim": 256}, {}, {}, "the model has layers with a sliding window and heads 512 wide: the kernel has a window for heads of at most 256"),
     "wide heads, many": ({"head_dim": 512, "num_attention_heads": 128, "num_key_value_heads": 2}, {}, {}, "the queries of a token have 65536 numbers on each rank; the kernel takes at most 65534 of heads so wide"),
     "dynamic rope": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, {"max_model_len": 512}, {}, "max_model_len (512) must be at most max_position_embeddings (256)"),
