@@ -379,6 +379,7 @@ ABSORBED = Attention(heads=8, kv_heads=8, head_size=576, value_size=576, latent=
         replace(ENCODING, head_size=256),
         replace(GROUPED, heads=0),
         replace(GROUPED, head_size=40, kv_heads=1),
+        replace(GROUPED, head_size=512),
     ],
 )
 def test_the_kernels_take_a_model(attention):
