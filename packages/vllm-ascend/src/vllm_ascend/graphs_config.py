@@ -52,14 +52,7 @@ def uncovered(vllm_config: Any) -> Iterator[str]:
     yield from features.used(vllm_config, *of_models, features.PROMPT_EMBEDS, features.LORA, features.KV_CONNECTORS)
     if vllm_config.speculative_config is not None:
         yield "steps with drafted tokens (--speculative-config)"
-    yield from _of_options(vllm_config.additional_config)
+    # What is wrong with the options is said later, with everything else.
+    config, _ = AscendConfig.read(vllm_config.additional_config)
+    yield from (f"steps with {option}" for option in config.of_no_graph())
     yield from (f"steps of attention with {what}" for what in composed(vllm_config.model_config))
-
-
-def _of_options(additional_config: Any) -> Iterator[str]:
-    """Options of this plugin with which a step begins work on another stream that the next step waits for: a graph ends where its step does."""
-    config, _ = AscendConfig.read(additional_config)  # what is wrong with it is said later, with everything else
-    if config.layer_sharding:
-        yield "steps with layer_sharding"
-    if config.weight_prefetch_config.enabled:
-        yield "steps with weight_prefetch_config"

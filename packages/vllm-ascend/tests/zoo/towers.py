@@ -5,7 +5,7 @@ import ast
 from pathlib import Path
 
 CALL = "scaled_dot_product_attention"
-BIASES = "learned biases are added to scores, which the kernel takes for whole masks of float16 or bfloat16 alone (`pse_shift`)"
+BIASES = "learned biases are added to scores"
 MASKED = "keys of padding are masked"
 # Module of vllm.model_executor.models -> (models, what its attention asks for beside queries, keys and values).
 TOWERS = {
@@ -41,7 +41,7 @@ def section():
         "",
         "A tower runs on the NPU's kernel where vLLM has built it with its layer for towers (`MMEncoderAttention`), and where it is transformers' own class, which asks for",
         f"attention by name. These classes of vLLM call torch's `{CALL}` themselves, and vLLM has no layer there that a platform may",
-        "replace. Their numbers are right; on hardware torch_npu chooses how that function runs.",
+        "replace. No model above makes these calls; on hardware torch_npu chooses how that function runs.",
         "",
         "| module | models | beside queries, keys and values |",
         "|---|---|---|",
