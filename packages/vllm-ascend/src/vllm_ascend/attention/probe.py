@@ -6,6 +6,8 @@ Which dtypes and sizes a kernel takes differs between chips and versions of CANN
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vllm_ascend import kernels
@@ -49,14 +51,14 @@ def _grouped(attention: Attention, device: torch.device) -> None:
     keys, values = torch.zeros(2, 1, block, kv_heads, size, **options).unbind()
     kernels.scatter_kv(rows, rows, keys, values, torch.zeros(1, dtype=torch.int64, device=device))
     caches = (keys.view(1, block, -1), values.view(1, block, -1))
-    shared = {
+    shared: dict[str, Any] = {
         "num_heads": heads,
         "num_key_value_heads": kv_heads,
         "scale": 1.0,
         "block_table": torch.zeros(1, 1, dtype=torch.int32, device=device),
         "block_size": block,
     }
-    causal = {"sparse_mode": kernels.SPARSE_CAUSAL, "atten_mask": kernels.causal_mask(device)}
+    causal: dict[str, Any] = {"sparse_mode": kernels.SPARSE_CAUSAL, "atten_mask": kernels.causal_mask(device)}
     if attention.is_wide:
         for tokens, mask in ((1, {"sparse_mode": kernels.SPARSE_NONE}), (2, causal)):
             query = torch.zeros(1, tokens, heads, size, **options)
