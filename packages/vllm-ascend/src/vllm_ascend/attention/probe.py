@@ -50,7 +50,7 @@ def _grouped(attention: Attention, device: torch.device) -> None:
     rows = torch.zeros(1, kv_heads, size, **options)
     keys, values = torch.zeros(2, 1, block, kv_heads, size, **options).unbind()
     kernels.scatter_kv(rows, rows, keys, values, torch.zeros(1, dtype=torch.int64, device=device))
-    caches = (keys.view(1, block, -1), values.view(1, block, -1))
+    key, value = keys.view(1, block, -1), values.view(1, block, -1)
     shared: dict[str, Any] = {
         "num_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -62,18 +62,14 @@ def _grouped(attention: Attention, device: torch.device) -> None:
     if attention.is_wide:
         for tokens, mask in ((1, {"sparse_mode": kernels.SPARSE_NONE}), (2, causal)):
             query = torch.zeros(1, tokens, heads, size, **options)
-            kernels.attention_of_wide_heads(query, *caches, actual_seq_lengths_kv=[tokens], **shared, **mask)
+            kernels.attention_of_wide_heads(query, key, value, actual_seq_lengths_kv=[tokens], **shared, **mask)
         return
-    kernel = kernels.attention_with_sinks if attention.sinks else kernels.attention
-    kernel(
-        torch.zeros(1, heads, size, **options),
-        *caches,
-        *([torch.zeros(heads, **options)] if attention.sinks else []),
-        actual_seq_lengths=[1],
-        actual_seq_lengths_kv=[1],
-        **shared,
-        **causal,
-    )
+    query = torch.zeros(1, heads, size, **options)
+    one: dict[str, Any] = {"actual_seq_lengths": [1], "actual_seq_lengths_kv": [1]}
+    if attention.sinks:
+        kernels.attention_with_sinks(query, key, value, torch.zeros(heads, **options), **one, **shared, **causal)
+    else:
+        kernels.attention(query, key, value, **one, **shared, **causal)
 
 
 def _encoder(attention: Attention, device: torch.device) -> None:
