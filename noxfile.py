@@ -148,7 +148,17 @@ def speculation(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON)
 def features(session: nox.Session) -> None:
-    """What a user switches on (LoRA, sleep mode, new weights, int8 of compressed-tensors, torchrun), beyond what the default tests have."""
+    """What users switch on, alone and in pairs, and docs/features.md from what came out: nox -s features -- LoRA runs the cells of one feature."""
+    install_in_place(session, "vllm-ascend")
+    session.run(
+        "python", "packages/vllm-ascend/tests/features/run.py", "--folder", str(ROOT / ".cache" / "features"), "--results", "docs/features.json",
+        "--page", "docs/features.md", *session.posargs, env={"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+@nox.session(python=PYTHON)
+def adapters(session: nox.Session) -> None:
+    """LoRA, sleep mode, new weights, int8 of compressed-tensors and torchrun, beyond what the default tests have."""
     run_more_engines(session, "feature_engines.py")
 
 

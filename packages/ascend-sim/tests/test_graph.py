@@ -174,6 +174,35 @@ def test_memory_freed_inside_is_used_again():
     graph.replay()
 
 
+@pytest.mark.parametrize(
+    "blank",
+    [
+        lambda x: torch.empty(4, 64, dtype=DTYPE, device="npu"),
+        lambda x: torch.empty_strided((4, 64), (64, 1), dtype=DTYPE, device="npu"),
+        torch.empty_like,
+        lambda x: x.new_empty(4, 64),
+    ],
+    ids=["empty", "empty_strided", "empty_like", "new_empty"],
+)
+def test_memory_freed_inside_is_unwritten_at_each_replay(blank):
+    """What the last replay left there is gone: other graphs of the pool may have written over it."""
+    x, graphs, kept = rand(4, 64), [torch.npu.NPUGraph() for _ in range(2)], []
+    outs = []
+    for graph in graphs:
+        with torch.npu.graph(graph):
+            mine = blank(x)
+            outs.append(mine + 0)
+            mine.copy_(x)
+        kept.append(mine)
+        del mine
+    kept[1] = None
+    for _ in range(2):
+        for graph in graphs:
+            graph.replay()
+    assert torch.equal(outs[0], x)
+    assert outs[1].isnan().all()
+
+
 def test_reset_gives_the_memory_back():
     x = torch.ones(1 << 22, device="npu")
     before = reserved()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nox -s features`: LoRA, sleep mode and engines that a launcher starts, over more models and arrangements of ranks than the default tests have."""
+"""`nox -s adapters`: LoRA, sleep mode and engines that a launcher starts, over more models and arrangements of ranks than the default tests have."""
 
 import json
 import os

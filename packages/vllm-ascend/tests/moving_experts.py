@@ -125,6 +125,18 @@ def test_fifty_rebalances(families, run_replicas, tmp_path):
     assert_moved(folder, record, both)
 
 
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_upcycled_smollm2_of_real_text(models, smollm2, prompts, greedy, run_engines, graphs):
+    """In float32, whose answers are the dense model's from Hugging Face, whichever rank has which expert."""
+    from ascend_sim.checkpoints import upcycle
+
+    folder = upcycle(smollm2, models / "smollm2-moe", experts=8, top_k=2)
+    engine = ENGINE | {"tensor_parallel_size": 3, "enforce_eager": not graphs}
+    job = moving(folder, prompts[:4], 24, engine=engine, rebalances=2, num_redundant_experts=1)
+    (result,) = run_engines([job], **INSPECT)
+    assert_tokens(result, [answer[:24] for answer in greedy[:4]], "SmolLM2")
+
+
 def test_quantised_experts_of_real_text(models, smollm2, prompts, run_engines):
     """W8A8 in bfloat16: weights and their scales move. The tokens are those of the same engine whose experts do not move.
 

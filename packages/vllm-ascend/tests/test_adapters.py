@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine with LoRA adapters that sleeps and wakes, against Hugging Face's peft; `nox -s features` has more (feature_engines.py)."""
+"""An engine with LoRA adapters that sleeps and wakes, against Hugging Face's peft; `nox -s adapters` has more (feature_engines.py)."""
 
 import pytest
 from engine_jobs import ONE_PROCESS

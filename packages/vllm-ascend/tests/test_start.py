@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -205,6 +206,7 @@ FIVE = {
     "profiler_config": {"profiler": "cuda"},
     "additional_config": {"nope": 1},
 }
+PROCESSES = 2
 RUN = """
 import json, os, sys
 from vllm.engine.arg_utils import EngineArgs
@@ -233,7 +235,7 @@ for name, (folder, arguments, env, chip) in json.load(open(sys.argv[1])).items()
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What vLLM says to each configuration, "" where it is taken; all in one process, which starts no other."""
+    """What vLLM says to each configuration, "" where it is taken; in two processes, which start no other."""
     root = tmp_path_factory.mktemp("configs")
     jobs = {}
     cases = {name: (*case[:3], "") for name, case in (*ALONE.items(), *GOOD.items())}
@@ -245,14 +247,20 @@ def answers(tmp_path_factory):
         (folder / "config.json").write_text(json.dumps(config if "architectures" in config else DENSE | config))
         arguments = json.loads(json.dumps(arguments).replace("ITSELF", str(folder)))
         jobs[name] = (str(folder), arguments, env, chip)
-    (root / "jobs.json").write_text(json.dumps(jobs))
     (root / "run.py").write_text(RUN)
     env = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(root / "run.py"), str(root / "jobs.json")], capture_output=True, text=True, timeout=1800, env=env, check=False,
-    )  # fmt: skip
-    found = dict(json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("answer "))
-    assert set(found) == set(jobs), done.stderr[-4000:]
+
+    def ask(number):
+        share = root / f"jobs{number}.json"
+        share.write_text(json.dumps(dict(list(jobs.items())[number::PROCESSES])))
+        command = [sys.executable, str(root / "run.py"), str(share)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=1800, env=env, check=False)
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        done = list(pool.map(ask, range(PROCESSES)))
+    lines = [line for one in done for line in one.stdout.splitlines() if line.startswith("answer ")]
+    found = dict(json.loads(line.partition(" ")[2]) for line in lines)
+    assert set(found) == set(jobs), [one.stderr[-4000:] for one in done]
     return found
 
 

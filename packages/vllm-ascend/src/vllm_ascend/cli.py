@@ -147,9 +147,10 @@ def explain(
     sizes = (data_parallel_size, pipeline_parallel_size, 1, tensor_parallel_size)
     try:
         config = read_config(model)
+        options = AscendConfig.of(parse_object(additional_config, "--additional-config"))
         rows = explanation.explain(
             config,
-            AscendConfig.of(parse_object(additional_config, "--additional-config")),
+            options,
             Topology(data_parallel_size * pipeline_parallel_size * tensor_parallel_size, *sizes),
             expert_parallel=enable_expert_parallel,
             rank=rank,
@@ -166,6 +167,12 @@ def explain(
         typer.echo(json.dumps([row.as_dict() for row in rows], indent=2))
         return
     Console().print(_explained_table(rows, rank, tokens))
+    eager = ", ".join(options.of_no_graph())
+    typer.echo(
+        f"every step runs operator by operator, because of {eager}"
+        if eager
+        else "decoding steps are captured in graphs"
+    )
 
 
 def _explained_table(rows: list[Explained], rank: int, tokens: int) -> Table:

@@ -58,14 +58,7 @@ def uncovered(vllm_config: Any) -> Iterator[str]:
     drafted = vllm_config.num_speculative_tokens
     if vllm_config.model_config.use_mla and drafted >= LATENT_QUERIES:
         yield f"steps of latent attention with {drafted} drafted tokens (at most {LATENT_QUERIES - 1} fit the kernel)"
-    yield from _of_options(vllm_config.additional_config)
+    # What is wrong with the options is said later, with everything else.
+    config, _ = AscendConfig.read(vllm_config.additional_config)
+    yield from (f"steps with {option}" for option in config.of_no_graph())
     yield from (f"steps of attention with {what}" for what in composed(vllm_config.model_config))
-
-
-def _of_options(additional_config: Any) -> Iterator[str]:
-    """Options of this plugin with which a step begins work on another stream that the next step waits for: a graph ends where its step does."""
-    config, _ = AscendConfig.read(additional_config)  # what is wrong with it is said later, with everything else
-    if config.layer_sharding:
-        yield "steps with layer_sharding"
-    if config.weight_prefetch_config.enabled:
-        yield "steps with weight_prefetch_config"

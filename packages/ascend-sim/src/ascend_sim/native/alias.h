@@ -40,6 +40,8 @@ inline at::Tensor owning_alias(const at::Tensor& t) {
 
 // Write over all of an npu tensor's memory what no program can take for results (memory.cpp); nothing for tensors elsewhere.
 void poison(const at::Tensor& t);
+// The same at each replay of the graph that is captured now, if one is and the memory belongs to no tensor by then (graph.cpp).
+void record_blank(const at::Tensor& t);
 at::Tensor poisoned_on_cpu(at::IntArrayRef sizes, at::ScalarType type);
 
 // A new npu tensor with the numbers of a CPU tensor.

@@ -274,6 +274,31 @@ void reset_counts() {
 
 }  // namespace
 
+namespace {
+
+// Memory that a program asked for while a graph was captured, and has written with the graph's operators alone.
+struct Blank {
+  at::Tensor memory;
+  c10::weak_intrusive_ptr<c10::StorageImpl> owner;
+};
+
+// Once its owner is gone, other tensors and other graphs of the pool use the memory between two replays.
+aclError make_blank(void* argument) {
+  const auto* blank = static_cast<const Blank*>(argument);
+  if (blank->owner.expired()) poison(blank->memory);
+  return ACL_SUCCESS;
+}
+
+}  // namespace
+
+void record_blank(const at::Tensor& t) {
+  if (inside || !ascend_sim_graph_active() || !on_npu(t) || !t.numel()) return;
+  const aclrtStream stream = c10_npu::getCurrentNPUStream().stream(false);
+  if (ascend_sim_graph_place(stream) != PLACE_CAPTURED) return;
+  auto* blank = new Blank{unowned(t), t.storage().getWeakStorageImpl()};
+  ascend_sim_graph_add(stream, make_blank, [](void* argument) { delete static_cast<Blank*>(argument); }, blank);
+}
+
 void install_graph(const std::set<std::string>& immediate) {
   immediate_names = immediate;
   ascend_sim_graph_before_capture([] {

@@ -18,9 +18,13 @@ struct Product {
   at::Tensor bias, scale, row_scale;  // [n], [n], [m]; undefined where there is none
 };
 
-// Few rows by a weight whose rows lie one after the other: the weight is read once, in stretches of columns whose sums stay in the cache.
+// Few rows by a weight whose rows lie one after the other: the weight is read once, in stretches of columns whose sums stay in the cache. A stretch is
+// a thread's share of the columns where that is not too much, so that each thread reads long pieces and has as much to do as any other.
 void stream_weight(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& out) {
-  const int64_t rows = x.size(0), depth = x.size(1), columns = weight.size(1), step = weight.stride(0), stretch = 256;
+  constexpr int64_t least = 64, most = 2048, line = 16, together = 8;  // columns; floats in a line of the cache; rows of the weight at a time
+  const int64_t rows = x.size(0), depth = x.size(1), columns = weight.size(1), step = weight.stride(0), threads = at::get_num_threads();
+  const int64_t share = (columns + threads * line - 1) / (threads * line) * line;
+  const int64_t stretch = std::clamp(share, least, most / rows / line * line);
   const float *a = x.const_data_ptr<float>(), *b = weight.const_data_ptr<float>();
   float* c = out.mutable_data_ptr<float>();
   parallel((columns + stretch - 1) / stretch, rows * depth * stretch, [&](int64_t begin, int64_t end) {
@@ -28,13 +32,20 @@ void stream_weight(const at::Tensor& x, const at::Tensor& weight, const at::Tens
       const int64_t width = std::min(stretch, columns - first);
       for (int64_t r = 0; r < rows; ++r) std::fill_n(c + r * columns + first, width, 0.0f);
       int64_t k = 0;
-      for (; k + 4 <= depth; k += 4) {
-        const float *b0 = b + k * step + first, *b1 = b0 + step, *b2 = b1 + step, *b3 = b2 + step;
+      for (; k + together <= depth; k += together) {
+        const float* rows_of_b = b + k * step + first;
+        if (k + 2 * together <= depth)
+          for (int64_t j = together; j < 2 * together; ++j)
+            for (int64_t i = 0; i < width; i += line) __builtin_prefetch(rows_of_b + j * step + i, 0, 2);
         for (int64_t r = 0; r < rows; ++r) {
-          const float *at = a + r * depth + k, a0 = at[0], a1 = at[1], a2 = at[2], a3 = at[3];
+          const float* at = a + r * depth + k;
           float* to = c + r * columns + first;
 #pragma omp simd
-          for (int64_t i = 0; i < width; ++i) to[i] += (a0 * b0[i] + a1 * b1[i]) + (a2 * b2[i] + a3 * b3[i]);
+          for (int64_t i = 0; i < width; ++i) {
+            float sum = to[i];
+            for (int64_t j = 0; j < together; ++j) sum += at[j] * rows_of_b[j * step + i];
+            to[i] = sum;
+          }
         }
       }
       for (; k < depth; ++k)

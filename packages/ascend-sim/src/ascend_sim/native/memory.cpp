@@ -51,6 +51,7 @@ using Device = std::optional<at::Device>;
 
 at::Tensor poisoned(at::Tensor t) {
   poison(t);
+  record_blank(t);
   return t;
 }
 

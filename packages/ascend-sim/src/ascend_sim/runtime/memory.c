@@ -30,6 +30,12 @@ static int take(int32_t device, size_t bytes) {
   return 0;
 }
 
+// Asks the host for huge pages, as a device has: a product that streams weights then seldom waits for the address of a page. Only a wish.
+static void use_huge_pages(void *begin, size_t bytes) {
+  const uintptr_t first = ((uintptr_t)begin + PAGE - 1) / PAGE * PAGE, end = ((uintptr_t)begin + bytes) / PAGE * PAGE;
+  if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE);
+}
+
 // ---- blocks -------------------------------------------------------------------------------------------------------------------------
 
 aclError aclrtGetMemInfo(aclrtMemAttr attr, size_t *available, size_t *total) {
@@ -49,6 +55,7 @@ aclError aclrtMalloc(void **pointer, size_t bytes, aclrtMemMallocPolicy policy) 
     give_back(device, bytes);
     return out_of_memory();
   }
+  use_huge_pages(block, bytes + HEADER);
   *(Block *)block = (Block){bytes, device};
   *pointer = (char *)block + HEADER;
   return ACL_SUCCESS;
@@ -185,7 +192,10 @@ aclError aclrtMapMem(void *pointer, size_t bytes, size_t offset, aclrtDrvMemHand
   else if (one->at || offset || bytes != one->bytes) error = invalid("aclrtMapMem: only the whole of physical memory is mapped, at one place at a time");
   else if (mmap(pointer, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
     error = ascend_sim_fail(OUT_OF_MEMORY, "out of host memory");
-  else one->at = pointer;
+  else {
+    use_huge_pages(pointer, bytes);
+    one->at = pointer;
+  }
   pthread_mutex_unlock(&address_lock);
   return error;
 }
