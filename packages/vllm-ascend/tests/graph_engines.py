@@ -112,8 +112,7 @@ def adapters(tiny_qwen3, hugging_face, tmp_path_factory):
     return make(tmp_path_factory.mktemp("adapters"), folder, prompts[:3], LENGTH, hugging_face, wanted)
 
 
-@pytest.mark.parametrize("options", [{}, {"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "fully_sharded_loras": True}], ids=["tp1", "tp2", "tp2-sharded"])  # fmt: skip
-def test_adapters(options, adapters, tiny_qwen3, run_engines):
+def test_adapters(adapters, tiny_qwen3, run_engines):
     """The tokens of merged weights, of rows of two adapters beside rows of the base model; then of the base model alone, whose steps have graphs of their own; of adapters that
     change places in the slots; and of those that were there before."""
     folder, prompts = tiny_qwen3[0], tiny_qwen3[1][:3]
@@ -124,8 +123,8 @@ def test_adapters(options, adapters, tiny_qwen3, run_engines):
     runs = [run for run, _ in jobs]
     runs[2] |= {"before": [["drop_adapter", adapters.folders["8"]], ["load_adapter", adapters.folders["64"]]]}
     lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 64, "max_model_len": 256, "skip_tokenizer_init": True}
-    engine = captured(folder, **lora, **options)
-    (result,) = run_engines([{"engine": engine, "runs": runs, "inspect": True}], **INSPECTED, **({} if options else ONE_PROCESS))  # fmt: skip
+    engine = captured(folder, **lora)
+    (result,) = run_engines([{"engine": engine, "runs": runs, "inspect": True}], **INSPECTED, **ONE_PROCESS)
     assert [tokens(result, run) for run in range(len(jobs))] == [said for _, said in jobs]
     replays = [counts[0]["replays"] for counts in result["launched"]]
     assert all(after - before >= LENGTH - 1 for before, after in pairwise(replays))

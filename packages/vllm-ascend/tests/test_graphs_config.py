@@ -16,8 +16,10 @@ def config(asked, level=2, **changed):
     model = {
         "enforce_eager": False, "runner_type": "generate", "is_encoder_decoder": False, "is_hybrid": False, "is_attention_free": False,
         "enable_prompt_embeds": False, "hf_text_config": {}, "architectures": ["AForCausalLM"], "uses_alibi": False, "is_mm_prefix_lm": False, "use_mla": False,
+        "enable_sleep_mode": False,
     }  # fmt: skip
     method, drafted = changed.pop("draft", (None, 0))
+    lora, ranks = changed.pop("lora", None), changed.pop("ranks", 1)
     options = changed.pop("additional_config", None)
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=asked),
@@ -26,7 +28,8 @@ def config(asked, level=2, **changed):
         kv_transfer_config=None,
         speculative_config=method and SimpleNamespace(method=method),
         num_speculative_tokens=drafted,
-        lora_config=None,
+        lora_config=lora,
+        parallel_config=SimpleNamespace(world_size_across_dp=ranks),
         additional_config=options,
     )
 
@@ -48,6 +51,12 @@ def test_modes(asked, taken, said):
     assert given.compilation_config.cudagraph_mode == CUDAGraphMode[taken]
     assert said in notice
     assert bool(said) == bool(notice)
+
+
+def test_adapters():
+    given = config(None, lora=object())
+    assert graphs_config.choose(given) == ""
+    assert given.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
 
 
 @pytest.mark.parametrize("asked", [None, CUDAGraphMode.FULL_DECODE_ONLY])
@@ -75,6 +84,9 @@ def test_without_optimisations_nothing_is_captured_unless_asked_for(asked, taken
         ({"uses_alibi": True}, "steps of attention with ALiBi position biases (AForCausalLM)"),
         ({"hf_text_config": {"attn_logit_softcapping": 50.0}}, "steps of attention with a soft cap"),
         ({"draft": ("mtp", 16), "use_mla": True}, "steps of latent attention with 16 drafted tokens"),
+        ({"draft": ("ngram", 4), "ranks": 2}, "steps with drafted tokens over 2 ranks"),
+        ({"lora": object(), "ranks": 2}, "LoRA adapters over several ranks or with sleep mode"),
+        ({"lora": object(), "enable_sleep_mode": True}, "LoRA adapters over several ranks or with sleep mode"),
     ],
 )
 def test_what_is_not_captured_is_named(changed, feature):
