@@ -79,6 +79,12 @@ GRANITE = {
     "intermediate_size": 64, "shared_intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "layer_types": ["mamba", "attention"],
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "vocab_size": 512, "max_position_embeddings": 256, "torch_dtype": "bfloat16",
 }  # fmt: skip
+EXAMPLE = {
+    "kv_connector": "ExampleConnector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": {"shared_storage_path": "/tmp"},
+}
+WHOLE_PROMPTS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096}
 # What differs from DENSE; arguments of vLLM; the environment; what the one finding has.
 ALONE = {
     "float8 cache": ({}, {"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype ('fp8') must be 'auto' or the model's dtype, 'bfloat16'"),
@@ -107,6 +113,8 @@ ALONE = {
     "offloaded cache": ({}, {"kv_offloading_size": 0.5}, {}, "kv_offloading_size (0.5) cannot be used on an NPU: vLLM's copies between the KV cache and host memory are CUDA's; leave it out"),
     "simply offloaded cache": ({}, {"kv_transfer_config": {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": [{"kv_connector": "SimpleCPUOffloadConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20}}]}}}, {}, "kv_transfer_config (connector 'SimpleCPUOffloadConnector') cannot be used on an NPU"),
     "example of a connector": ({}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": "/tmp"}}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with enable_chunked_prefill (True)"),
+    "example of a connector over ranks": ({"num_key_value_heads": 2}, {**WHOLE_PROMPTS, "tensor_parallel_size": 2, "kv_transfer_config": EXAMPLE}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with tensor_parallel_size (2): vLLM's example stores the keys and values of all ranks under one name"),
+    "example of a connector and adapters": ({}, {**WHOLE_PROMPTS, "enable_lora": True, "kv_transfer_config": EXAMPLE}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with LoRA adapters (--enable-lora): vLLM's example finds what it stored by the tokens of a prompt"),
     "profiler": ({}, {"profiler_config": {"profiler": "cuda"}}, {}, "profiler_config.profiler ('cuda') must be 'torch' on an NPU"),
     "what is profiled": ({}, {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "/tmp", "torch_profiler_activities": ["CPU", "CUDA"]}}, {}, "profiler_config.torch_profiler_activities (['CPU', 'CUDA']) must be ['CPU'] on an NPU"),
     "prefill context": ({}, {"prefill_context_parallel_size": 2}, {}, "prefill_context_parallel_size (2) must be 1"),

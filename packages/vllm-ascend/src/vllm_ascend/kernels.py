@@ -32,6 +32,7 @@ __all__ = [
     "scatter_kv",
     "split_columns",
     "swiglu",
+    "top_k_top_p",
     "widened",
 ]
 
@@ -64,6 +65,21 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) ->
 def swiglu(x: Tensor) -> Tensor:
     """`silu(x[..., :I]) * x[..., I:]`; x `[..., 2I]`."""
     return _npu().npu_swiglu(x)  # type: ignore[no-any-return]
+
+
+MOST_TOP_K = 1024
+"""The largest k of `top_k_top_p`."""
+
+
+def top_k_top_p(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
+    """A row's logits where they are among its k largest, and of these among the fewest whose probabilities add up to p; -inf elsewhere.
+
+    Args:
+        logits: `[rows, vocabulary]`.
+        k: int32 `[rows]`, from 1 to `MOST_TOP_K` and to the vocabulary; or None.
+        p: `[rows]`, of the logits' data type, from 0 to 1; or None, but not both.
+    """
+    return _npu().npu_top_k_top_p(logits, p, k)  # type: ignore[no-any-return]
 
 
 def split_columns(x: Tensor, widths: Sequence[int]) -> list[Tensor]:

@@ -39,8 +39,25 @@ def broken(vllm_config: Any) -> Iterator[str]:
     for name in sorted(names.intersection(_OFFLOADING)):
         yield f"kv_transfer_config (connector {name!r}) {_WHY}"
     refused = model.use_mla or states.has_states(model)  # whatever the connector
-    if _EXAMPLE in names and vllm_config.scheduler_config.enable_chunked_prefill and not refused:
+    if _EXAMPLE in names and not refused:
+        yield from (
+            f"kv_transfer_config (connector {_EXAMPLE!r}) cannot be used with {what}"
+            for what in _not_with_the_example(vllm_config)
+        )
+
+
+def _not_with_the_example(vllm_config: Any) -> Iterator[str]:
+    """What vLLM's example connector computes wrongly, on any device: it names what it stores by the tokens of a prompt and by a layer, and by nothing else."""
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if vllm_config.scheduler_config.enable_chunked_prefill:
         yield (
-            f"kv_transfer_config (connector {_EXAMPLE!r}) cannot be used with enable_chunked_prefill (True): vLLM's example stores a prompt that is computed in chunks "
-            "with wrong rows at its end; give --no-enable-chunked-prefill"
+            "enable_chunked_prefill (True): vLLM's example stores a prompt that is computed in chunks with wrong rows at its end; give "
+            "--no-enable-chunked-prefill"
+        )
+    if ranks > 1:
+        yield f"tensor_parallel_size ({ranks}): vLLM's example stores the keys and values of all ranks under one name, so that each would read another's; set it to 1"
+    if vllm_config.lora_config is not None:
+        yield (
+            "LoRA adapters (--enable-lora): vLLM's example finds what it stored by the tokens of a prompt, whichever adapter computed it; leave --enable-lora or "
+            "kv_transfer_config out"
         )

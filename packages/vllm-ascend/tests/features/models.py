@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from int8_models import Int8Linear, int8_model
 from lora_adapters import ALL
+from pooling_models import save_tokenizer
 from rounding import OtherOrder
 
 KINDS = ("dense", "experts", "int8", "experts, int8", "pictures", "int8, pictures", "experts, pictures")
@@ -101,6 +102,7 @@ def of_text(folder, experts):
 
     model = random_model(experts)
     model.save_pretrained(folder)
+    save_tokenizer(folder)
     torch.manual_seed(SEED + 1)
     config = LoraConfig(r=16, lora_alpha=32, target_modules=list(ALL[:4]), init_lora_weights=False)
     adapted = get_peft_model(random_model(experts), config).eval()
@@ -119,6 +121,7 @@ def of_int8(folder, experts):
     source = folder / "float"
     random_model(experts).save_pretrained(source)
     quantise(source, folder / "int8", keep_float=("lm_head",))
+    save_tokenizer(folder / "int8")
     one, two = (int8_model(source, folder / "int8", parts).float().eval() for parts in (1, 2))
     prompts, (tokens,) = prompts_for([[one, two]])
     inputs = [{"input_ids": torch.tensor([ids])} for ids in prompts]

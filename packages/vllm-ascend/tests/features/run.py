@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the cells and write what came out: python run.py --results FILE --page FILE --folder FOLDER [--only-refusals] [NAME ...].
+"""Run the cells and write what came out: python run.py --results FILE --page FILE --folder FOLDER [--only-refusals] [--left] [NAME ...].
 
 A NAME is that of a cell ("LoRA x TP"), or of a feature, which stands for all its cells. Without names all are run. First vLLM is asked for the configuration of each cell; those that
 it takes run two at a time, each engine in a process that is forked from one that has imported vLLM. The exit status is 1 where a cell neither works nor is refused.
@@ -136,10 +136,18 @@ def asked_of(names, reference, share, folder):
     return {"requests": requests * 2, "adapters": adapters}, {"tokens": tokens + reference["adapter"]["tokens"][share]}
 
 
-def run_cells(waiting, folder, made, servers, done):
-    """Run cells, `SIDE_BY_SIDE` at a time; `done(name, cell, seconds)` after each."""
-    waiting, running = list(waiting), []
+def is_done(name, results):
+    """Whether there is a good result of a cell in its present form."""
+    result = results.get(name)
+    return result is not None and result["digest"] == digest(CELLS[name]) and verdict.is_good(result["cell"])
+
+
+def run_cells(waiting, folder, made, servers, done, seconds):
+    """Run cells, `SIDE_BY_SIDE` at a time; `done(name, cell, seconds)` after each. None is started later than after so many seconds."""
+    waiting, running, began_all = list(waiting), [], time.monotonic()
     while waiting or running:
+        if time.monotonic() - began_all > seconds:
+            waiting = []
         while waiting and len(running) < SIDE_BY_SIDE:
             name = waiting.pop(0)
             running.append((Visit(name, folder / "runs" / name.replace(" ", "_"), made, servers), time.monotonic()))
@@ -163,6 +171,10 @@ def main():
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--page", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints, and what the runs said")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start no engine later than after so many seconds"
+    )
+    parser.add_argument("--left", action="store_true", help="run the cells that have no good result yet")
     parser.add_argument("--only-refusals", action="store_true", help="ask for configurations and start no engine")
     options = parser.parse_args()
     cells = chosen(options.names)
@@ -187,7 +199,8 @@ def main():
             elif results.get(name, {}).get("cell", [""])[0] == "refused":
                 del results[name]  # it is taken now
         if not options.only_refusals:
-            run_cells([name for name in cells if said[name] is None], options.folder, made, servers, done)
+            wanted = [name for name in cells if said[name] is None and not (options.left and is_done(name, results))]
+            run_cells(wanted, options.folder, made, servers, done, options.seconds)
     finally:
         servers.close()
     print(f"{len(cells)} cells in {(time.monotonic() - began) / 60:.1f} minutes")

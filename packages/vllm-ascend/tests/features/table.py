@@ -91,7 +91,7 @@ _ALL = [
         shown="the same prompts again take blocks from what vLLM's ExampleConnector has stored",
     ),
     Feature(
-        name="pooling", heading="pooling", engine={"runner": "pooling"}, shown="vectors of the last tokens instead of tokens",
+        name="pooling", heading="pooling", engine={"runner": "pooling", "skip_tokenizer_init": False}, shown="vectors of the last tokens instead of tokens",
     ),
     Feature(
         name="multimodal", heading="images", model="pictures",
