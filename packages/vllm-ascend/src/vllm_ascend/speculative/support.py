@@ -11,7 +11,7 @@ from typing import Any
 from vllm_ascend import features
 from vllm_ascend.attention import kinds
 
-__all__ = ["broken"]
+__all__ = ["broken", "drafts_by_model"]
 
 # Methods whose drafts are made on the host from the text alone, and the package that each needs with the extra of this plugin that has it.
 _OF_TEXT = {"ngram": ("numba", "ngram"), "suffix": ("arctic_inference", "suffix")}
@@ -30,6 +30,12 @@ _ONLY = {
     "rejection_sample_method": ("standard", "synthetic"),
     "num_speculative_tokens_per_batch_size": (None,),
 }
+
+
+def drafts_by_model(vllm_config: Any) -> bool:
+    """Whether a second model, or layers of its own, draft tokens."""
+    draft = vllm_config.speculative_config
+    return draft is not None and draft.method in _OF_MODELS
 
 
 def broken(vllm_config: Any) -> Iterator[str]:
