@@ -107,6 +107,7 @@ def types(session: nox.Session) -> None:
 
 
 TEST_EXTRA = "test"
+TEST_OPTIONS = {"ascend-sim": ("-n", "2")}  # thousands of small tests
 
 
 def run_tests(session: nox.Session, package: str, *options: str, env: dict[str, str] | None = None) -> None:
@@ -125,7 +126,7 @@ def pytest(session: nox.Session, *what: str, env: dict[str, str] | None = None) 
 def tests(session: nox.Session, package: str) -> None:
     """Tests of one package, installed in place with what it requires and nothing else."""
     install_in_place(session, package)
-    run_tests(session, package)
+    run_tests(session, package, *TEST_OPTIONS.get(package, ()))
 
 
 @nox.session(python=PYTHON)

@@ -37,6 +37,7 @@ from vllm_ascend.eplb.record import LoadRecorder
 from vllm_ascend.host_copy import HostCopy
 from vllm_ascend.layers import linear, moe, moving, sequence
 from vllm_ascend.lora.manager import AscendLoRAManager
+from vllm_ascend.sampling import AscendTopKTopPSampler
 from vllm_ascend.speculative.lengths import DraftLengths
 from vllm_ascend.step_inputs import StepInputs
 
@@ -61,6 +62,7 @@ class AscendModelRunner(GPUModelRunner):
         compat.alias_cuda_streams()
         super().__init__(vllm_config, device)
         self.step_inputs = StepInputs(self)
+        self.filters = AscendTopKTopPSampler(self.sampler)
         drafter = getattr(self, "drafter", None)  # of the last pipeline stage
         self.draft_lengths = DraftLengths(drafter) if isinstance(drafter, SpecDecodeBaseProposer) else None
 
@@ -225,6 +227,11 @@ class AscendModelRunner(GPUModelRunner):
             batch = replace(batch, num_tokens=max(batch.num_tokens, 2))
             over_replicas = None if over_replicas is None else over_replicas.clamp(min=2)
         return mode, batch, microbatches, over_replicas, statistics
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw tokens; top-k and top-p by the kernel where it takes them."""
+        with self.filters.step(self.input_batch):
+            return super()._sample(*args, **kwargs)
 
     def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Log-probabilities of prompts, for which the LM head runs once more. `AscendPlatform.validate_request` refuses them where it is shared."""

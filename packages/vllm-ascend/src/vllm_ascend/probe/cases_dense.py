@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -30,6 +31,7 @@ def cases() -> Iterator[Callable[[], Case]]:
     for interleaved in (False, True):
         yield lambda interleaved=interleaved: _rotary_mul(interleaved)  # type: ignore[misc]
     yield _scatter_kv
+    yield _top_k_top_p
 
 
 def _normalised(x: Tensor, weight: Tensor) -> Tensor:
@@ -154,3 +156,24 @@ def _scatter_kv() -> Case:
         call=call,
         expected=expected,
     )
+
+
+def _top_k_top_p() -> Case:
+    """Each logit of a row is twice as likely as the next, in some order, so that no sum of probabilities is near p."""
+    rows, vocabulary, lowest = 8, 32000, -1e5
+    orders = torch.stack([random(vocabulary, seed=row).float().argsort() for row in range(rows)])
+    k = torch.tensor([1, 2, 3, 4, 20, 20, 1024, 1024], dtype=torch.int32)
+    p = torch.tensor([1.0, 1.0, 0.6, 0.2, 0.9, 0.99, 0.99, 0.5])
+
+    def expected(logits: Tensor, k: Tensor, p: Tensor) -> list[Expected]:
+        sorted_logits, order = logits.double().sort(descending=True)
+        places = torch.arange(vocabulary)
+        sorted_logits[places >= k.unsqueeze(1)] = -torch.inf
+        chances = sorted_logits.softmax(-1)
+        kept = (places < k.unsqueeze(1)) & (chances.cumsum(-1) - chances < p.unsqueeze(1))
+        return [exactly(torch.where(torch.zeros_like(kept).scatter(1, order, kept), logits.double(), lowest))]
+
+    return Case(
+        kernel="vllm_ascend.top_k_top_p", shape="8 rows of a vocabulary of 32000", inputs=[orders * -math.log(2), k, p],
+        call=lambda logits, k, p: [kernels.top_k_top_p(logits, k, p).clamp(min=lowest)], expected=expected,
+    )  # fmt: skip
