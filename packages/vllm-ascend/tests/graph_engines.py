@@ -2,12 +2,15 @@
 """`nox -s graphs`: captured decoding steps over more arrangements of ranks and options than the default tests have."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 from engine_jobs import BLOCK_BYTES, GREEDY, ONE_PROCESS, captured, tokens
+from lora_adapters import ALL, make, side_by_side
 
 INSPECTED = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+LENGTH = 16  # of answers of adapters
 
 
 @pytest.fixture
@@ -100,3 +103,28 @@ def test_int8_experts_over_mc2_as_operator_by_operator(tiny_int8_moe, run_engine
     assert graphs["graphs"][0]["replays"] > 20
     assert eager["graphs"][0]["replays"] == 0
     assert "npu::npu_moe_distribute_dispatch_v2" in graphs["operators"][0]
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_qwen3, hugging_face, tmp_path_factory):
+    folder, prompts, _ = tiny_qwen3
+    wanted = {"8": (8, ALL), "64": (64, ALL), "vocabulary": (16, ("down_proj", "embed_tokens", "lm_head"))}
+    return make(tmp_path_factory.mktemp("adapters"), folder, prompts[:3], LENGTH, hugging_face, wanted)
+
+
+def test_adapters(adapters, tiny_qwen3, run_engines):
+    """The tokens of merged weights, of rows of two adapters beside rows of the base model; then of the base model alone, whose steps have graphs of their own; of adapters that
+    change places in the slots; and of those that were there before."""
+    folder, prompts = tiny_qwen3[0], tiny_qwen3[1][:3]
+    sampling = GREEDY | {"max_tokens": LENGTH, "detokenize": False}
+    assert all(adapters.merged[name] == adapters.tokens[name] != adapters.tokens["base"] for name in adapters.folders)
+    asked = [["base", "8", "vocabulary"], ["base"], ["64", "base", "8"], ["vocabulary", "base", "8"]]
+    jobs = [side_by_side(adapters, prompts, names, sampling) for names in asked]
+    runs = [run for run, _ in jobs]
+    runs[2] |= {"before": [["drop_adapter", adapters.folders["8"]], ["load_adapter", adapters.folders["64"]]]}
+    lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 64, "max_model_len": 256, "skip_tokenizer_init": True}
+    engine = captured(folder, **lora)
+    (result,) = run_engines([{"engine": engine, "runs": runs, "inspect": True}], **INSPECTED, **ONE_PROCESS)
+    assert [tokens(result, run) for run in range(len(jobs))] == [said for _, said in jobs]
+    replays = [counts[0]["replays"] for counts in result["launched"]]
+    assert all(after - before >= LENGTH - 1 for before, after in pairwise(replays))

@@ -7,7 +7,6 @@ python run_engine.py JOB.json RESULT.json
 import gc
 import json
 import sys
-import zlib
 from unittest import mock
 
 
@@ -36,12 +35,15 @@ def generate(llm, run):
     ]
 
 
+NUMBERS = {}
+"""Of adapters, by their folders: from 1 on in the order of their first use, as vLLM's server gives them."""
+
+
 def adapter(folder):
     """vLLM's request for the LoRA adapter in a folder; None stands for the base model."""
     from vllm.lora.request import LoRARequest
 
-    # An adapter of one folder has one number in an engine; vLLM asks for numbers from 1 on.
-    return None if folder is None else LoRARequest(folder, zlib.crc32(folder.encode()) + 1, folder)
+    return None if folder is None else LoRARequest(folder, NUMBERS.setdefault(folder, len(NUMBERS) + 1), folder)
 
 
 def used_memory(worker):

@@ -9,6 +9,8 @@ from speculative_models import PROMPTS, llama_with_drafts, with_next_token_layer
 LENGTH = 24
 SAMPLING = GREEDY | {"max_tokens": LENGTH, "detokenize": False}
 TINY = SMALL | {"max_model_len": 256, "max_num_seqs": 4, "kv_cache_memory_bytes": 64 << 20, "skip_tokenizer_init": True}  # fmt: skip
+INSPECTED = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+ALONE = ONE_PROCESS | INSPECTED
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 
 
@@ -16,12 +18,19 @@ def job(folder, draft, **engine):
     """A run of `PROMPTS`, for fewer places than there are requests; of those in `share`."""
     share = engine.pop("share", slice(None))
     engine = {"model": str(folder), **TINY, **engine, "speculative_config": draft}
-    return {"engine": engine, "runs": [{"prompts": PROMPTS[share], "sampling": SAMPLING}]}
+    return {"engine": engine, "runs": [{"prompts": PROMPTS[share], "sampling": SAMPLING}], "inspect": True}
 
 
 def kept(result):
     """How many drafts were kept at each of their places."""
     return result["speculation"][0]["accepted_tokens_per_pos"]
+
+
+def replays(result):
+    """Captured steps of the run, which are one number for all ranks; the counts of a process go on over its engines."""
+    before, after = result["launched"]
+    (found,) = {end["replays"] - begin["replays"] for begin, end in zip(before, after, strict=True)}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -52,26 +61,35 @@ def test_drafts_of_models(llama, run_engines):
         jobs[f"{method}, synchronous"] = job(folder, draft, async_scheduling=False)
         jobs[f"{method}, unpadded"] = job(folder, draft | {"disable_padded_drafter_batch": True})
         jobs[f"{method}, one token"] = job(folder, draft | {"num_speculative_tokens": 1})
+        jobs[f"{method}, operator by operator"] = job(folder, draft, enforce_eager=True)
     medusa = {"method": "medusa", "model": str(drafts["medusa"]), "num_speculative_tokens": 3}
     jobs["medusa"] = job(folder, medusa)
-    results = dict(zip(jobs, run_engines(list(jobs.values()), **ONE_PROCESS), strict=True))
+    results = dict(zip(jobs, run_engines(list(jobs.values()), **ALONE), strict=True))
     for name, result in results.items():
         assert tokens(result) == expected, name
         assert sum(kept(result)) > 0, name
+        assert (replays(result) > 0) == ("operator by operator" not in name), name
     for method in ("eagle", "eagle3"):
         assert kept(results[method]) == kept(results[f"{method}, synchronous"]) == kept(results[f"{method}, unpadded"])
+        assert kept(results[method]) == kept(results[f"{method}, operator by operator"])
 
 
 def test_multi_token_prediction(next_token_models, run_engines):
-    """Latent attention and grouped heads, with three tokens of one layer, two ways as for EAGLE."""
+    """Latent attention and grouped heads, with three tokens of one layer, two ways as for EAGLE, and in graphs as operator by operator; and n-grams."""
     draft = {"method": "mtp", "num_speculative_tokens": 3}
     for name, (folder, expected) in next_token_models.items():
-        padded, unpadded = run_engines(
-            [job(folder, draft), job(folder, draft | {"disable_padded_drafter_batch": True})], **ONE_PROCESS
-        )
-        assert tokens(padded) == tokens(unpadded) == expected, name
-        assert kept(padded) == kept(unpadded), name
+        jobs = [
+            job(folder, draft),
+            job(folder, draft | {"disable_padded_drafter_batch": True}),
+            job(folder, draft, enforce_eager=True),
+            job(folder, NGRAM),
+        ]
+        padded, unpadded, eager, ngram = run_engines(jobs, **ALONE)
+        assert tokens(padded) == tokens(unpadded) == tokens(eager) == tokens(ngram) == expected, name
+        assert kept(padded) == kept(unpadded) == kept(eager), name
         assert sum(kept(padded)) > 0, name
+        assert replays(padded) > 10, name
+        assert replays(eager) == 0
 
 
 def test_drafts_of_the_text(llama, run_engines):
@@ -79,7 +97,7 @@ def test_drafts_of_the_text(llama, run_engines):
     pytest.importorskip("arctic_inference")
     folder, expected, _ = llama
     drafts = [{"method": "suffix", "num_speculative_tokens": 4}, NGRAM]
-    for result in run_engines([job(folder, draft, max_num_batched_tokens=64) for draft in drafts], **ONE_PROCESS):
+    for result in run_engines([job(folder, draft, max_num_batched_tokens=64) for draft in drafts], **ALONE):
         assert tokens(result) == expected
         assert sum(kept(result)) > 0
 
@@ -92,10 +110,11 @@ def test_two_ranks(llama, next_token_models, run_engines):
     models |= {name: (where, {"method": "mtp"}, answers) for name, (where, answers) in next_token_models.items()}
     for name, (where, draft, answers) in models.items():
         draft = draft | {"num_speculative_tokens": 3}
-        (alone,) = run_engines([job(where, draft)], **ONE_PROCESS)
-        (result,) = run_engines([job(where, draft, tensor_parallel_size=2)])
+        (alone,) = run_engines([job(where, draft)], **ALONE)
+        (result,) = run_engines([job(where, draft, tensor_parallel_size=2)], **INSPECTED)
         assert tokens(result) == tokens(alone) == answers, name
         assert kept(result) == kept(alone), name
+        assert replays(result) == 0 < replays(alone), name
 
 
 @pytest.mark.parametrize("method", ["mtp", "ngram", "draft_model"])
@@ -107,5 +126,5 @@ def test_replicas(method, next_token_models, run_replicas):
         if method == "draft_model":
             draft["model"] = str(folder)  # itself
         jobs = [[job(folder, draft, enable_expert_parallel=True, share=share)] for share in shares]
-        for share, (result,) in zip(shares, run_replicas(jobs), strict=True):
+        for share, (result,) in zip(shares, run_replicas(jobs, **INSPECTED), strict=True):
             assert tokens(result) == expected[share], name

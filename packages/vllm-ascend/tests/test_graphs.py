@@ -62,17 +62,19 @@ def test_slots_of_a_step_without_requests():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "several", "kept"),
+    ("sizes", "each", "several", "kept"),
     [
-        ([1, 2, 4, 128, 136, 256], False, [1, 2, 4, 128, 136, 256]),
-        ([1, 2, 4, 128, 136, 256], True, [1, 2, 4, 128]),
-        ([1, 130, 131], False, [1, 130, 131]),  # 128 padding tokens at most
-        ([1, 131, 132], False, [1, 132]),
-        ([129, 512], False, [129]),
+        ([1, 2, 4, 128, 136, 256], 1, False, [1, 2, 4, 128, 136, 256]),
+        ([1, 2, 4, 128, 136, 256], 1, True, [1, 2, 4, 128]),
+        ([1, 130, 131], 1, False, [1, 130, 131]),  # 128 padding tokens at most
+        ([1, 131, 132], 1, False, [1, 132]),
+        ([129, 512], 1, False, [129]),
+        ([4, 136, 272], 4, False, [4, 136]),  # of requests of 4 tokens, 136 from 8 on and 272 from 140 on
+        ([4, 136, 272], 4, True, [4]),
     ],
 )
-def test_sizes_whose_padding_finds_slots(sizes, several, kept):
-    assert graphs.fitting(sizes, BLOCK, padded_to_others=several) == kept
+def test_sizes_whose_padding_finds_slots(sizes, each, several, kept):
+    assert graphs.fitting(sizes, BLOCK, each=each, padded_to_others=several) == kept
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -15,18 +15,21 @@ from vllm_ascend.attention.mla_step import AscendMLAMetadataBuilder
 def config(asked, level=2, **changed):
     model = {
         "enforce_eager": False, "runner_type": "generate", "is_encoder_decoder": False, "is_hybrid": False, "is_attention_free": False,
-        "enable_prompt_embeds": False, "hf_text_config": {}, "architectures": ["AForCausalLM"], "uses_alibi": False, "is_mm_prefix_lm": False,
+        "enable_prompt_embeds": False, "hf_text_config": {}, "architectures": ["AForCausalLM"], "uses_alibi": False, "is_mm_prefix_lm": False, "use_mla": False,
+        "enable_sleep_mode": False,
     }  # fmt: skip
-    draft = changed.pop("speculative_config", None)
-    lora = changed.pop("lora", None)
+    method, drafted = changed.pop("draft", (None, 0))
+    lora, ranks = changed.pop("lora", None), changed.pop("ranks", 1)
     options = changed.pop("additional_config", None)
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=asked),
         model_config=SimpleNamespace(**model | changed),
         optimization_level=level,
         kv_transfer_config=None,
-        speculative_config=draft,
+        speculative_config=method and SimpleNamespace(method=method),
+        num_speculative_tokens=drafted,
         lora_config=lora,
+        parallel_config=SimpleNamespace(world_size_across_dp=ranks),
         additional_config=options,
     )
 
@@ -50,6 +53,12 @@ def test_modes(asked, taken, said):
     assert bool(said) == bool(notice)
 
 
+def test_adapters():
+    given = config(None, lora=object())
+    assert graphs_config.choose(given) == ""
+    assert given.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
+
+
 @pytest.mark.parametrize("asked", [None, CUDAGraphMode.FULL_DECODE_ONLY])
 def test_enforce_eager(asked):
     given = config(asked, enforce_eager=True)
@@ -69,13 +78,15 @@ def test_without_optimisations_nothing_is_captured_unless_asked_for(asked, taken
     [
         ({"runner_type": "pooling"}, "pooling models"),
         ({"is_hybrid": True}, "models with a recurrent state"),
-        ({"lora": object()}, "LoRA adapters (enable_lora)"),
         ({"enable_prompt_embeds": True}, "prompt embeddings"),
         ({"additional_config": {"layer_sharding": ["o_proj"]}}, "steps with layer_sharding"),
         ({"additional_config": {"weight_prefetch_config": {"enabled": True}}}, "steps with weight_prefetch_config"),
         ({"uses_alibi": True}, "steps of attention with ALiBi position biases (AForCausalLM)"),
         ({"hf_text_config": {"attn_logit_softcapping": 50.0}}, "steps of attention with a soft cap"),
-        ({"speculative_config": object()}, "steps with drafted tokens (--speculative-config)"),
+        ({"draft": ("mtp", 16), "use_mla": True}, "steps of latent attention with 16 drafted tokens"),
+        ({"draft": ("ngram", 4), "ranks": 2}, "steps with drafted tokens over 2 ranks"),
+        ({"lora": object(), "ranks": 2}, "LoRA adapters over several ranks or with sleep mode"),
+        ({"lora": object(), "enable_sleep_mode": True}, "LoRA adapters over several ranks or with sleep mode"),
     ],
 )
 def test_what_is_not_captured_is_named(changed, feature):
@@ -88,10 +99,27 @@ def test_what_is_not_captured_is_named(changed, feature):
 
 
 @pytest.mark.parametrize(
+    ("method", "said"), [("ngram", False), ("suffix", False), ("draft_model", True), ("mtp", True)]
+)
+def test_drafts(method, said):
+    """What a model drafts is computed outside of graphs, and the user is told."""
+    for asked in (None, CUDAGraphMode.FULL_DECODE_ONLY):
+        given = config(asked, draft=(method, 15), use_mla=True)
+        assert ("the passes of the model that drafts" in graphs_config.choose(given)) == said
+        assert given.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
+
+
+def test_the_configuration_of_a_draft_model_changes_nothing():
+    given = config(CUDAGraphMode.FULL_DECODE_ONLY, runner_type="draft", draft=("draft_model", 3))
+    assert graphs_config.choose(given) == ""
+    assert given.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
+
+
+@pytest.mark.parametrize(
     ("builder", "support"),
     [
-        (AscendAttentionMetadataBuilder, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
-        (AscendMLAMetadataBuilder, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        (AscendAttentionMetadataBuilder, AttentionCGSupport.UNIFORM_BATCH),
+        (AscendMLAMetadataBuilder, AttentionCGSupport.UNIFORM_BATCH),
         (ComposedMetadataBuilder, AttentionCGSupport.NEVER),
     ],
 )

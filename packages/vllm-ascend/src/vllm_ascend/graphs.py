@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoding step as one launch: the model's operators are captured once for each padded batch, and replayed.
 
-vLLM's dispatcher pads a batch of decoding requests to the next size that was captured, and its buffers keep their addresses. What the host knows alone
+vLLM's dispatcher pads a batch of decoding requests, each of which has one new token, or one and all that can be drafted, to the next size that was
+captured, and its buffers keep their addresses. What the host knows alone
 and changes from step to step are the lengths of the requests' keys: torch_npu captures each attention operator in a task group, and `NPUGraph.update`
 gives it new lengths on a stream of its own while the graph runs. docs/graphs.md has the whole with a picture.
 """
@@ -253,17 +254,18 @@ def _sizes(runner: AscendModelRunner) -> list[BatchDescriptor]:
     return [batch for mode, batches in found if mode == CUDAGraphMode.FULL for batch in batches]
 
 
-def fitting(sizes: Sequence[int], block: int, *, padded_to_others: bool) -> list[int]:
+def fitting(sizes: Sequence[int], block: int, *, each: int = 1, padded_to_others: bool) -> list[int]:
     """Of the sizes of steps those for which a block has a slot for each padding token.
 
     Args:
         sizes: ascending; a batch is padded to the next.
         block: tokens of a block.
+        each: tokens of each request, by which sizes can be divided.
         padded_to_others: whether a step may be padding throughout, because another replica's has requests.
     """
     if padded_to_others:
         return [size for size in sizes if size <= block]
-    return [size for before, size in pairwise([0, *sizes]) if size - before - 1 <= block]
+    return [size for before, size in pairwise([0, *sizes]) if size - before - each <= block]
 
 
 def drop_what_does_not_fit(runner: AscendModelRunner) -> None:
@@ -271,7 +273,8 @@ def drop_what_does_not_fit(runner: AscendModelRunner) -> None:
     keys = runner.cudagraph_dispatcher.cudagraph_keys[CUDAGraphMode.FULL]
     several = runner.parallel_config.data_parallel_size > 1
     block = _block_tokens(runner)
-    kept = fitting(runner.compilation_config.cudagraph_capture_sizes or [], block, padded_to_others=several)
+    sizes, each = runner.compilation_config.cudagraph_capture_sizes or [], runner.uniform_decode_query_len
+    kept = fitting(sizes, block, each=each, padded_to_others=several)
     dropped = {batch for batch in keys if batch.num_tokens not in kept}
     keys -= dropped
     if dropped:
@@ -311,6 +314,8 @@ def _capture_sizes(runner: AscendModelRunner, sizes: Iterable[BatchDescriptor]) 
                 free.append(_free_memory())
     finally:
         model.block = None
+        # Steps were captured with stand-ins for adapters, under the numbers that a server gives its first ones.
+        runner.maybe_remove_all_loras(runner.lora_config)
     return [before - after for before, after in pairwise(free)]
 
 

@@ -13,10 +13,13 @@ from vllm.config import CUDAGraphMode
 from vllm.config.vllm import OptimizationLevel
 
 from vllm_ascend import features
-from vllm_ascend.attention.limits import composed
+from vllm_ascend.attention.limits import LATENT_QUERIES, composed
 from vllm_ascend.config import AscendConfig
+from vllm_ascend.speculative import support
 
 __all__ = ["choose", "uncovered"]
+
+_PASSES_OF_DRAFTS = "steps in which every request has all its drafted tokens are captured in graphs by vllm-ascend; the passes of the model that drafts are not, and run operator by operator"
 
 
 def choose(vllm_config: Any) -> str:
@@ -32,6 +35,8 @@ def choose(vllm_config: Any) -> str:
     asked = compilation.cudagraph_mode
     if asked is None and vllm_config.optimization_level == OptimizationLevel.O0:
         asked = CUDAGraphMode.NONE
+    if model is not None and model.runner_type == "draft":
+        return ""  # vLLM makes a configuration for the draft model from that of the model that was decided about, and both share what is set here
     if model is None or model.enforce_eager or asked == CUDAGraphMode.NONE:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
         return ""
@@ -40,18 +45,23 @@ def choose(vllm_config: Any) -> str:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
         return f"{name}{feature} are not captured in graphs by vllm-ascend; every step runs operator by operator (NONE)"
     compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-    if asked in (None, CUDAGraphMode.FULL_DECODE_ONLY):
-        return ""
-    why = "steps with prompts are not captured" if asked == CUDAGraphMode.FULL else "nothing is compiled here"
-    return f"{name}{why} by vllm-ascend; FULL_DECODE_ONLY is taken instead"
+    if asked not in (None, CUDAGraphMode.FULL_DECODE_ONLY):
+        why = "steps with prompts are not captured" if asked == CUDAGraphMode.FULL else "nothing is compiled here"
+        return f"{name}{why} by vllm-ascend; FULL_DECODE_ONLY is taken instead"
+    return _PASSES_OF_DRAFTS if support.drafts_by_model(vllm_config) else ""
 
 
 def uncovered(vllm_config: Any) -> Iterator[str]:
     """What of a configuration no test has shown to compute the same tokens in graphs, in the plural."""
     of_models = (features.POOLING, features.ENCODER_DECODER, features.STATES)
-    yield from features.used(vllm_config, *of_models, features.PROMPT_EMBEDS, features.LORA, features.KV_CONNECTORS)
-    if vllm_config.speculative_config is not None:
-        yield "steps with drafted tokens (--speculative-config)"
+    yield from features.used(vllm_config, *of_models, features.PROMPT_EMBEDS, features.KV_CONNECTORS)
+    drafted, world = vllm_config.num_speculative_tokens, vllm_config.parallel_config.world_size_across_dp
+    if drafted and world > 1:
+        yield f"steps with drafted tokens over {world} ranks"
+    if vllm_config.lora_config is not None and (world > 1 or vllm_config.model_config.enable_sleep_mode):
+        yield "LoRA adapters over several ranks or with sleep mode"
+    if vllm_config.model_config.use_mla and drafted >= LATENT_QUERIES:
+        yield f"steps of latent attention with {drafted} drafted tokens (at most {LATENT_QUERIES - 1} fit the kernel)"
     # What is wrong with the options is said later, with everything else.
     config, _ = AscendConfig.read(vllm_config.additional_config)
     yield from (f"steps with {option}" for option in config.of_no_graph())

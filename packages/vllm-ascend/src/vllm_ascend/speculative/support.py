@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_ascend import features
-from vllm_ascend.attention import limits
+from vllm_ascend.attention import kinds
 
-__all__ = ["broken"]
+__all__ = ["broken", "drafts_by_model"]
 
 # Methods whose drafts are made on the host from the text alone, and the package that each needs with the extra of this plugin that has it.
 _OF_TEXT = {"ngram": ("numba", "ngram"), "suffix": ("arctic_inference", "suffix")}
@@ -30,6 +30,12 @@ _ONLY = {
     "rejection_sample_method": ("standard", "synthetic"),
     "num_speculative_tokens_per_batch_size": (None,),
 }
+
+
+def drafts_by_model(vllm_config: Any) -> bool:
+    """Whether a second model, or layers of its own, draft tokens."""
+    draft = vllm_config.speculative_config
+    return draft is not None and draft.method in _OF_MODELS
 
 
 def broken(vllm_config: Any) -> Iterator[str]:
@@ -86,5 +92,5 @@ def _broken_of_models(vllm_config: Any) -> Iterator[str]:
         return
     its_own = {"model_config": draft.draft_model_config, "parallel_config": draft.draft_parallel_config}
     rest = {name: getattr(vllm_config, name) for name in ("cache_config", "scheduler_config")}
-    for finding in limits.broken(limits.Attention.of(SimpleNamespace(**its_own, **rest))):
+    for finding in kinds.broken(SimpleNamespace(**its_own, **rest)):
         yield f"of the draft model {draft.draft_model_config.model!r}: {finding}"
