@@ -150,11 +150,7 @@ def speculation(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def features(session: nox.Session) -> None:
     """What users switch on, alone and in pairs, and docs/features.md from what came out: nox -s features -- LoRA runs the cells of one feature."""
-    install_in_place(session, "vllm-ascend")
-    session.run(
-        "python", "packages/vllm-ascend/tests/features/run.py", "--folder", str(ROOT / ".cache" / "features"), "--results", "docs/features.json",
-        "--page", "docs/features.md", *session.posargs, env={"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    write_page(session, "features", "features")
 
 
 @nox.session(python=PYTHON)
@@ -208,6 +204,15 @@ def run_more_engines(session: nox.Session, file: str, *more: str) -> None:
     """Tests of vllm-ascend in a file that pytest does not find by its name, with more extras of this workspace's packages."""
     install_in_place(session, "vllm-ascend", *more)
     pytest(session, f"packages/vllm-ascend/tests/{file}")
+
+
+def write_page(session: nox.Session, tests: str, page: str) -> None:
+    """A page of docs/ from the runs of a folder of vllm-ascend's tests, which are kept beside it as JSON."""
+    install_in_place(session, "vllm-ascend")
+    session.run(
+        "python", f"packages/vllm-ascend/tests/{tests}/run.py", "--folder", str(ROOT / ".cache" / tests), "--results", f"docs/{page}.json",
+        "--page", f"docs/{page}.md", *session.posargs, env={"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
 
 
 def install_in_place(session: nox.Session, package: str, *more: str) -> None:
@@ -306,11 +311,7 @@ def demo(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def models(session: nox.Session) -> None:
     """Serve the zoo of architectures and write docs/models.md: nox -s models -- GPT2 runs those whose names begin so."""
-    install_in_place(session, "vllm-ascend")
-    session.run(
-        "python", "packages/vllm-ascend/tests/zoo/run.py", "--folder", str(ROOT / ".cache" / "zoo"), "--results", "docs/models.json",
-        "--page", "docs/models.md", *session.posargs, env={"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    write_page(session, "zoo", "models")
 
 
 @nox.session(python=PYTHON)

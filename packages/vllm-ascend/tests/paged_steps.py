@@ -37,7 +37,13 @@ def paged(totals, block, random):
 
 
 class Step:
-    """Requests whose cached tokens lie in blocks of any order; what no request has written is NaN."""
+    """Requests whose cached tokens lie in blocks of any order; what no request has written is NaN.
+
+    Attributes:
+        layer: what is passed as vLLM's layer.
+    """
+
+    layer = None
 
     def __init__(
         self, lengths, context, *, heads, kv_heads, size, window=None, block=128, dtype=torch.bfloat16, backend=None, spans=None,
@@ -61,7 +67,10 @@ class Step:
         self.impl = backend.get_impl_cls()(
             heads, size, size**-0.5, kv_heads, slopes, window, "auto", soft_cap, **options
         )  # vLLM gives them by position
-        config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=None))
+        config = SimpleNamespace(
+            cache_config=SimpleNamespace(num_gpu_blocks=None),
+            scheduler_config=SimpleNamespace(max_num_seqs=len(lengths)),
+        )
         builder = backend.get_builder_cls()(spec, [], config, torch.device("npu"))
         self.metadata = builder.build(0, description(lengths, self.totals, table, spans))
         shapes = ((lengths, heads), (self.totals, kv_heads), (self.totals, kv_heads))
@@ -88,5 +97,5 @@ class Step:
         with override_forward_context(SimpleNamespace(attn_metadata={"layer": tokens})):
             self.impl.do_kv_cache_update(None, *self.rows[1:], self.cache, torch.cat(self.slots).npu())
         output = torch.empty(self.rows[0].shape, dtype=self.dtype).npu()
-        self.impl.forward(None, self.rows[0], *self.rows[1:], self.cache, self.metadata, output)
+        self.impl.forward(self.layer, self.rows[0], *self.rows[1:], self.cache, self.metadata, output)
         return output.cpu()

@@ -39,6 +39,56 @@ def test_keys_beside_their_values(size, window):
     assert torch.equal(paired.run(), Step(**arguments, window=window).run())
 
 
+@pytest.mark.parametrize("size", [264, 320, 512])
+def test_wide_heads(size):
+    """Heads of more than 256 numbers: one call for consecutive requests with equally many tokens, also where keys lie beside their values."""
+    from ascend_sim import counters
+    from vllm_ascend.attention.paired import AscendPairedAttentionBackend
+
+    arguments = {
+        "lengths": [1, 1, 20, 1, 2, 2],
+        "context": [130, 0, 0, 255, 9, 130],
+        "heads": 4,
+        "kv_heads": 2,
+        "size": size,
+    }
+    step, scale = Step(**arguments), size**-0.5
+    before = counters.snapshot().operators
+    found = step.run()
+    name = "npu::npu_fused_infer_attention_score"
+    assert counters.snapshot().operators[name].calls - (before[name].calls if name in before else 0) == 4
+    parts = [attend(*rows, scale, causal(len(rows[0]), len(rows[1]))) for rows in step.requests()]
+    expected, allowed = (torch.cat(part) for part in zip(*parts, strict=True))
+    assert ((found.double() - expected).abs() <= allowed).all()
+    for wrong in (expected.roll(1, 1), expected * (1 + 2**-6)):
+        assert not ((found.double() - wrong).abs() <= allowed).all()
+    assert torch.equal(Step(**arguments, backend=AscendPairedAttentionBackend).run(), found)
+
+
+def test_wide_heads_have_no_window():
+    with pytest.raises(ValueError, match=r"takes no heads of 320 numbers with a sliding window \(16\)"):
+        Step([1], [0], heads=4, kv_heads=2, size=320, window=16)
+
+
+def test_the_table_of_paired_blocks_keeps_its_place():
+    """A graph reads it there."""
+    from paged_steps import description
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm_ascend.attention.paired import AscendPairedAttentionBackend
+
+    spec = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, head_size_v=64, dtype=torch.bfloat16)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(num_gpu_blocks=None), scheduler_config=SimpleNamespace(max_num_seqs=4)
+    )
+    builder = AscendPairedAttentionBackend.get_builder_cls()(spec, [], config, torch.device("npu"))
+    tables = []
+    for requests in (2, 4, 1):
+        table = torch.arange(requests * 3, dtype=torch.int32).view(requests, 3)
+        tables.append(builder.build(0, description([1] * requests, [5] * requests, table)).block_table)
+        assert torch.equal(tables[-1].cpu(), table * 2)
+    assert len({table.data_ptr() for table in tables}) == 1
+
+
 @pytest.mark.parametrize("window", [7, None])
 def test_another_window_or_scale_is_caught(window):
     """The bound above is smaller than what a window one key longer, or the scale of the padded size, does."""

@@ -20,11 +20,11 @@ def compare(step, changed=None, **terms):
         expected, allowed = [], []
         for request, (query, keys, values) in enumerate(step.requests()):
             given = {name: term(query, keys) if callable(term) else term for name, term in ({**terms, **changed} if differs else terms).items()}  # fmt: skip
-            unseen = causal(len(query), len(keys), window)
+            unseen, clamped = causal(len(query), len(keys), window), given.pop("clamped", False)
             for first, last in given.pop("spans", {}).get(request, ()):
-                unseen[max(first - len(keys) + len(query), 0) : last + 1 - len(keys) + len(query), first : last + 1] = (
-                    False
-                )
+                rows = slice(max(first - len(keys) + len(query), 0), last + 1 - len(keys) + len(query))
+                before = torch.arange(len(keys)) <= torch.arange(len(keys))[-len(query) :, None] - (window or len(keys))
+                unseen[rows, first : last + 1] = before[rows, first : last + 1] if clamped else False
             out, bound = attend(query, keys, values, size**-0.5, unseen, **given)
             expected.append(out)
             allowed.append(bound)
@@ -94,6 +94,24 @@ def test_pictures_see_both_ways(window):
     compare(later)
     names, calls, _ = torch.ops.ascend_sim.counts()
     assert dict(zip(names, calls, strict=True))["npu::npu_fused_infer_attention_score"] == 1
+
+
+def test_pictures_in_a_model_whose_layers_differ():
+    """Gemma 4: keys lie beside their values; a picture's tokens do not see what is before their window, and in layers without one the model has vLLM take pictures for text."""
+    from vllm_ascend.attention.paired_composed import AscendPairedComposedAttentionBackend
+
+    options = {"heads": 4, "kv_heads": 2, "size": 64, "backend": AscendPairedComposedAttentionBackend}
+    spans = {1: [(2, 15)]}
+    step = Step(LENGTHS, CONTEXT, spans=spans, window=5, **options)
+    step.layer = SimpleNamespace(mm_prefix_clamp_sliding_window=True)
+    compare(step, {"clamped": False}, spans=spans, clamped=True)
+    whole = Step(LENGTHS, CONTEXT, spans=spans, **{**options, "size": 320})
+    compare(whole, {"spans": {}}, spans=spans)
+    whole.metadata.mm_prefix_range = None
+    torch.ops.ascend_sim.reset_counts()
+    compare(whole)
+    names, calls, _ = torch.ops.ascend_sim.counts()
+    assert dict(zip(names, calls, strict=True))["npu::npu_fused_infer_attention_score"] == 4
 
 
 def test_cross_attention():

@@ -8,6 +8,7 @@ import torch
 from ascend_sim.contracts import rules
 from latent_requests import LatentRequests
 from paged_steps import Step
+from vllm_ascend import kernels
 from vllm_ascend.attention import limits, probe
 from vllm_ascend.attention.limits import Attention, broken
 
@@ -24,6 +25,9 @@ def latent_rule(name):
 
 def test_limits_are_those_of_the_contracts():
     assert rule("tnd-head-size").allowed == limits.HEAD_SIZES
+    assert rule("head-size").most == kernels.WIDE_HEAD_SIZE
+    assert rule("alignment").multiple == kernels.WIDE_HEAD_MULTIPLE
+    assert rule("width").most == limits._MOST_NUMBERS_A_QUERY
     assert rule("block-size").allowed == limits.BLOCK_SIZES
     assert rule("heads").most == limits._MOST_HEADS
     assert rule("head-ratio").most == limits._MOST_QUERIES_A_KEY
@@ -62,9 +66,9 @@ def grouped(draw):
     ranks, kv_heads = draw.choice((1, 1, 2, 4)), draw.choice((1, 2, 3, 8, 16))
     heads = kv_heads * draw.choice((1, 1, 2, 3, 7, 65, 130))
     return Attention(
-        heads=heads, kv_heads=kv_heads, head_size=(size := draw.choice((8, 40, 64, 72, 80, 100, 128, 160, 192, 200, 256, 264))), value_size=size,
-        ranks=ranks, dtype=draw.choice(("bfloat16",) * 3 + ("float16", "float32")), block_size=draw.choice((0, 0, 16, 100, 128, 192, 384, 640, 1024)),
-        sinks=draw.choice((False, False, True)),
+        heads=heads, kv_heads=kv_heads, head_size=(size := draw.choice((8, 40, 64, 72, 80, 100, 128, 160, 192, 200, 256, 320, 512, 520))), value_size=size,
+        ranks=ranks, dtype=draw.choice(("bfloat16",) * 4 + ("float16", "float32")), block_size=draw.choice((0, 0, 0, 128, 384, 512, 16, 192, 1024)),
+        sinks=draw.choice((False, False, True)), window=(draw.choice((False, False, True))),
     )  # fmt: skip
 
 
@@ -120,7 +124,7 @@ def test_heads_within_the_limits_break_no_rule(taken, part):
         sinks = {"backend": AscendSinkAttentionBackend, "sinks": torch.randn(heads).bfloat16().npu()}
         Step(
             lengths, context, heads=heads, kv_heads=max(attention.kv_heads // attention.ranks, 1),
-            size=attention.head_size, block=block, window=draw.choice((None, None, 1, 20)), **(sinks if attention.sinks else {}),
+            size=attention.head_size, block=block, window=draw.choice((1, 20)) if attention.window else None, **(sinks if attention.sinks else {}),
         ).run()  # fmt: skip
 
 

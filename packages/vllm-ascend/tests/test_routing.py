@@ -33,3 +33,22 @@ def test_another_scoring_function_is_refused():
 
     with pytest.raises(ValueError, match="scoring='tanh' must be one of softmax, sigmoid"):
         grouped_topk(None, torch.zeros(1, 8), 2, True, 4, 2, "tanh")
+
+
+def test_experts_with_a_scale_each():
+    """Gemma 4's routing, which a graph captures."""
+    from vllm_ascend.layers.routing import scaled_topk
+
+    logits, scale = torch.randn(9, 8, generator=torch.Generator().manual_seed(3)), torch.linspace(0.5, 2, 8)
+    best, chosen = logits.topk(3)
+    expected = best.softmax(-1) * scale[chosen]
+    weights, ids = (x.cpu() for x in scaled_topk(logits.npu(), 3, scale.npu()))
+    assert torch.equal(ids.long(), chosen)
+    torch.testing.assert_close(weights, expected)
+    graph = torch.npu.NPUGraph()
+    given, factor = logits.npu(), scale.npu()
+    with torch.npu.graph(graph):
+        captured, _ = scaled_topk(given, 3, factor)
+    given.copy_(logits.flip(0))
+    graph.replay()
+    torch.testing.assert_close(captured.cpu(), expected.flip(0))

@@ -84,7 +84,7 @@ EXAMPLE = {
     "kv_role": "kv_both",
     "kv_connector_extra_config": {"shared_storage_path": "/tmp"},
 }
-WHOLE_PROMPTS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096}
+WHOLE_PROMPTS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096, "enable_prefix_caching": False}
 # What differs from DENSE; arguments of vLLM; the environment; what the one finding has.
 ALONE = {
     "float8 cache": ({}, {"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype ('fp8') must be 'auto' or the model's dtype, 'bfloat16'"),
@@ -103,16 +103,21 @@ ALONE = {
     "sinks of latents": ({**LATENT, "num_attention_heads": 16, "attention_sinks": True}, {}, {}, "no attention kernel for attention sinks of encoders and of multi-head latent attention (attention_sinks)"),
     "a capped encoder": ({**ENCODER, "attn_logit_softcapping": 50.0}, {}, {}, "no attention kernel for a soft cap on attention logits"),
     "sparse": ({"index_topk": 2048}, {}, {}, "no attention kernel for sparse attention (index_topk 2048)"),
-    "heads of two sizes": (GEMMA4, {}, {}, "no attention kernel for layers with heads of several sizes (64, 128): the cache has one shape for all of them"),
+    "heads of two sizes with sinks": ({**GEMMA4, "attention_sinks": True}, {}, {}, "layers whose heads of keys and values differ (2 of 64, 2 of 128) beside attention sinks"),
+    "heads whose blocks differ": ({**GEMMA4, "head_dim": 192, "global_head_dim": 256}, {}, {}, "differ (2 of 192, 2 of 256), and a token's keys have 384, 512 numbers on each of 1 ranks: the smaller numbers must divide the largest one"),
+    "heads of two sizes over a connector": (GEMMA4, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with a model whose layers differ in their heads"),
+    "wide heads with a window": ({**GEMMA4, "head_dim": 512, "global_head_dim": 256}, {}, {}, "the model has layers with a sliding window and heads 512 wide: the kernel has a window for heads of at most 256"),
+    "wide heads, many": ({"head_dim": 512, "num_attention_heads": 128, "num_key_value_heads": 2}, {}, {}, "the queries of a token have 65536 numbers on each rank; the kernel takes at most 65534 of heads so wide"),
     "dynamic rope": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, {"max_model_len": 512}, {}, "max_model_len (512) must be at most max_position_embeddings (256)"),
     "KV heads": ({}, {"tensor_parallel_size": 2}, {}, "tensor_parallel_size (2) must divide the model's 3 key and value heads, or be a multiple"),
-    "head size": ({"head_dim": 264}, {}, {}, "the model's heads are 264 wide: the kernel takes at most 256"),
+    "head size": ({"head_dim": 520}, {}, {}, "the model's heads are 520 wide: the kernel takes at most 512"),
     "MLA pieces": ({**LATENT, "num_attention_heads": 16, "v_head_dim": 256}, {"max_num_batched_tokens": 65536, "max_num_seqs": 96}, {}, "max_num_batched_tokens (65536) must be at most 64000 with max_num_seqs (96)"),
     "stages of a Granite with experts": (GRANITE, {"pipeline_parallel_size": 2}, {}, "pipeline_parallel_size (2) must be 1 with GraniteMoeHybridForCausalLM that has experts"),
     "decode context": ({"num_key_value_heads": 1}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, {}, "decode_context_parallel_size (2) must be 1"),
     "offloaded cache": ({}, {"kv_offloading_size": 0.5}, {}, "kv_offloading_size (0.5) cannot be used on an NPU: vLLM's copies between the KV cache and host memory are CUDA's; leave it out"),
     "simply offloaded cache": ({}, {"kv_transfer_config": {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": [{"kv_connector": "SimpleCPUOffloadConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20}}]}}}, {}, "kv_transfer_config (connector 'SimpleCPUOffloadConnector') cannot be used on an NPU"),
-    "example of a connector": ({}, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": "/tmp"}}}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with enable_chunked_prefill (True)"),
+    "example of a connector beside cached prefixes": ({}, {**WHOLE_PROMPTS, "enable_prefix_caching": True, "kv_transfer_config": EXAMPLE}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with enable_prefix_caching (True)"),
+    "example of a connector": ({}, {"enable_prefix_caching": False, "kv_transfer_config": EXAMPLE}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with enable_chunked_prefill (True)"),
     "example of a connector over ranks": ({"num_key_value_heads": 2}, {**WHOLE_PROMPTS, "tensor_parallel_size": 2, "kv_transfer_config": EXAMPLE}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with tensor_parallel_size (2): vLLM's example stores the keys and values of all ranks under one name"),
     "example of a connector and adapters": ({}, {**WHOLE_PROMPTS, "enable_lora": True, "kv_transfer_config": EXAMPLE}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with LoRA adapters (--enable-lora): vLLM's example finds what it stored by the tokens of a prompt"),
     "profiler": ({}, {"profiler_config": {"profiler": "cuda"}}, {}, "profiler_config.profiler ('cuda') must be 'torch' on an NPU"),
@@ -172,10 +177,13 @@ ALONE = {
 }  # fmt: skip
 GOOD = {
     "as it is": ({}, {}, {}),
+    "heads of two sizes": (GEMMA4, {}, {}),
+    "heads of two sizes with a cap": ({**GEMMA4, "attn_logit_softcapping": 50.0}, {}, {}),
+    "heads of 512": ({"head_dim": 512}, {}, {}),
     "LoRA": ({}, {"enable_lora": True, "additional_config": {"weight_nz_mode": 0}}, {}),
     "LoRA beside experts": (MOE, {"enable_lora": True, "lora_target_modules": ["q_proj", "o_proj"]}, {}),
     "torch's profiler": ({}, {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "/tmp"}}, {}),
-    "example of whole prompts": ({}, {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096, "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": "/tmp"}}}, {}),
+    "example of whole prompts": ({}, {**WHOLE_PROMPTS, "kv_transfer_config": EXAMPLE}, {}),
     "sleep": ({}, {"enable_sleep_mode": True}, {}),
     "compressed-tensors": ({"quantization_config": COMPRESSED}, {"dtype": "bfloat16"}, {}),
     "compressed-tensors, static": ({"quantization_config": compressed(input_activations={"dynamic": False, "strategy": "tensor", "symmetric": False})}, {"dtype": "bfloat16"}, {}),
@@ -388,6 +396,7 @@ ABSORBED = Attention(heads=8, kv_heads=8, head_size=576, value_size=576, latent=
         replace(ENCODING, head_size=256),
         replace(GROUPED, heads=0),
         replace(GROUPED, head_size=40, kv_heads=1),
+        replace(GROUPED, head_size=512),
     ],
 )
 def test_the_kernels_take_a_model(attention):

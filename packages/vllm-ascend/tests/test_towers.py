@@ -162,3 +162,60 @@ def test_heads_beyond_the_kernel_are_refused():
     x = torch.zeros(4, 1, 264).npu()
     with pytest.raises(ValueError, match="264"):
         kernels.attention_of_any_size(x, x, x)
+
+
+@pytest.mark.parametrize("size", [40, 64, 80])
+@pytest.mark.parametrize("mask", ["none", "bool", "numbers"])
+def test_a_tower_of_transformers(size, mask):
+    """Three sounds of one length, or with padding that no query sees; transformers' function is the reference, in float64 on the host."""
+    from ascend_sim import counters
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from vllm_ascend.layers import transformers_tower
+
+    torch.manual_seed(size)
+    query = torch.randn(3, 4, 30, size).bfloat16()
+    key, value = (torch.randn(3, 2, 30, size).bfloat16() for _ in range(2))
+    seen = (torch.arange(30) < torch.tensor([30, 7, 18])[:, None])[:, None, None].expand(-1, 1, 30, -1)
+    numbers = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    given = {"none": None, "bool": seen, "numbers": numbers.bfloat16()}[mask]
+    module = SimpleNamespace(is_causal=False, num_key_value_groups=2)
+    before = counters.snapshot().operators
+    on_npu = (None if x is None else x.npu() for x in (query, key, value, given))
+    found, weights = transformers_tower.attend(module, *on_npu, scaling=0.2)
+    after = counters.snapshot().operators
+    assert after[KERNEL].calls - (before[KERNEL].calls if KERNEL in before else 0) == 1
+    assert weights is None
+    assert found.is_contiguous()
+    doubled = (x.double().repeat_interleave(n, 1) for x, n in ((query, 1), (key, 2), (value, 2)))
+    alone = SimpleNamespace(is_causal=False)
+    expected, _ = sdpa_attention_forward(alone, *doubled, None if mask == "none" else seen, scaling=0.2)
+    bound = 2 * 2**-8 * value.double().abs().max()
+    assert (found.cpu().double() - expected).abs().max() <= bound
+    assert (found.cpu().double() - expected.roll(1, 2)).abs().max() > bound
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"is_causal": True},
+        {"attention_mask": torch.zeros(3, 4, 30, 30)},
+        {"position_bias": torch.zeros(1, 4, 30, 30)},
+        {"device": "cpu"},
+    ],
+    ids=str,
+)
+def test_a_tower_of_transformers_as_it_is_otherwise(change, monkeypatch):
+    """What the kernel has no form for goes to transformers' own function, with all that was given."""
+    from vllm_ascend.layers import transformers_tower
+
+    arguments = {"attention_mask": None, "is_causal": False, "scaling": 0.2} | change
+    rows = [torch.randn(3, 4, 30, 64).to(arguments.pop("device", "npu")) for _ in range(3)]
+    seen = []
+    monkeypatch.setattr(
+        transformers_tower, "sdpa_attention_forward", lambda *args, **kwargs: seen.append((args, kwargs))
+    )
+    transformers_tower.attend(SimpleNamespace(), *rows, **arguments)
+    ((args, kwargs),) = seen
+    assert all(given is row for given, row in zip(args[1:4], rows, strict=True))
+    assert args[4] is arguments.pop("attention_mask")
+    assert {name: kwargs[name] for name in arguments} == arguments

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from zoo import ENTRIES, page, run, verdict
+from zoo import ENTRIES, page, run, towers, verdict
 
 DOCS = Path(__file__).parents[3] / "docs"
 RESULTS = json.loads((DOCS / "models.json").read_text())
@@ -35,6 +35,10 @@ def test_a_run_that_ends_badly_is_said(engine_servers, tmp_path):
 
 def test_the_page_is_what_the_results_say():
     assert (DOCS / "models.md").read_text() == page.render(RESULTS)
+
+
+def test_towers_on_torchs_attention_are_those_of_vllm():
+    assert towers.callers() == set(towers.TOWERS)
 
 
 def test_results_are_of_the_architectures_in_their_present_form():

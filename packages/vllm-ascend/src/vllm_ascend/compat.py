@@ -25,6 +25,7 @@ __all__ = [
     "declare_torchvision_operators",
     "name_missing_libraries",
     "replace_fused_topk",
+    "replace_gemma4_routing",
     "replace_grouped_topk",
     "replace_model_loader",
     "replace_triton_kernels",
@@ -96,6 +97,17 @@ def replace_fused_topk(fused_topk: Callable[..., tuple[torch.Tensor, torch.Tenso
     from vllm.model_executor.layers.fused_moe.router import fused_topk_router
 
     fused_topk_router.fused_topk = fused_topk
+
+
+def replace_gemma4_routing(routing: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Let Gemma 4's router choose experts by another function.
+
+    Reason: vLLM 0.32 has a Triton kernel for CUDA, and else a function whose `one_hot` brings numbers to the host, which no graph can capture.
+    Retired by: a hook for platforms there, or a function without `one_hot`.
+    """
+    from vllm.model_executor.models import gemma4
+
+    gemma4.gemma4_routing_function_torch = routing
 
 
 def replace_model_loader(in_tree: type, ours: type) -> None:

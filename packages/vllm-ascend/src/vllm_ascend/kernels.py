@@ -16,7 +16,10 @@ __all__ = [
     "apply_rotary",
     "attention",
     "attention_of_any_size",
+    "attention_of_wide_heads",
+    "attention_with_mask",
     "attention_with_sinks",
+    "cached_head_size",
     "causal_mask",
     "device_profiler",
     "gather_kv",
@@ -157,6 +160,18 @@ def kernel_head_size(size: int) -> int:
     return next((taken for taken in HEAD_SIZES if taken >= size), 0)
 
 
+WIDE_HEAD_SIZE = 512
+"""Width of the widest heads that `attention_of_wide_heads` takes."""
+WIDE_HEAD_MULTIPLE = 16
+"""What their width is a multiple of."""
+
+
+def cached_head_size(size: int) -> int:
+    """The smallest head size that holds `size` and that `attention` takes, or `attention_of_wide_heads` where there is none; 0 beyond 512."""
+    wide = -(-size // WIDE_HEAD_MULTIPLE) * WIDE_HEAD_MULTIPLE
+    return kernel_head_size(size) or (wide if wide <= WIDE_HEAD_SIZE else 0)
+
+
 def widened(rows: Tensor, size: int) -> Tensor:
     """Heads `[T, N, D]` with zeros up to `size`, which add nothing to a score and give columns of zeros in the result."""
     missing = size - rows.shape[-1]
@@ -175,6 +190,50 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tens
         key, value = key.contiguous(), value.contiguous()
     out, _ = _npu().npu_fused_infer_attention_score(query.contiguous(), key, value, input_layout="TND", **options)
     return out  # type: ignore[no-any-return]
+
+
+def attention_of_wide_heads(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+    """Fused attention of requests with equally many query tokens, for heads of up to 512 numbers: in BSND layout, TND takes 256 at most.
+
+    Args:
+        query: `[B, S, N, D]`, copied where it is not contiguous.
+        keys, values: two caches `[blocks, block_size, Nkv * D]`, which must be contiguous.
+        options: as of `npu_fused_infer_attention_score`.
+
+    Returns:
+        `[B, S, N, D]`.
+    """
+    out, _ = _npu().npu_fused_infer_attention_score(query.contiguous(), keys, values, input_layout="BSND", **options)
+    return out  # type: ignore[no-any-return]
+
+
+def attention_with_mask(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float) -> Tensor:
+    """Fused attention of sequences of one length, without a cache, where a mask says what a query sees.
+
+    Args:
+        query: `[B, N, S, D]`, D at most 512; filled with zeros up to a multiple of 16.
+        key, value: `[B, Nkv, S2, D]`.
+        hidden: bool `[B, 1, S, S2]`, or 1 for B: True where a query does not see a key. None: each sees all.
+        scale: of the scores.
+
+    Returns:
+        `[B, N, S, D]`.
+    """
+    size = query.shape[-1]
+    taken = -(-size // WIDE_HEAD_MULTIPLE) * WIDE_HEAD_MULTIPLE
+    query, key, value = (widened(rows, taken).contiguous() for rows in (query, key, value))
+    out, _ = _npu().npu_fused_infer_attention_score(
+        query,
+        key,
+        value,
+        input_layout="BNSD",
+        num_heads=query.shape[1],
+        num_key_value_heads=key.shape[1],
+        scale=scale,
+        sparse_mode=SPARSE_NONE,
+        atten_mask=None if hidden is None else hidden.contiguous(),
+    )
+    return out[..., :size]  # type: ignore[no-any-return]
 
 
 SINK_HEAD_SIZE = 128

@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_ascend import compat, start
-from vllm_ascend.attention import BACKENDS, COMPOSED, CROSS, ENCODER, PAIRED, SINKS
+from vllm_ascend.attention import BACKENDS, COMPOSED, CROSS, ENCODER, PAIRED, PAIRED_COMPOSED, SINKS, kinds
 from vllm_ascend.eplb import front_end
 from vllm_ascend.sleep import limits as sleep
 
@@ -104,9 +104,10 @@ class AscendPlatform(Platform):
         model = None if config is None else config.model_config
         if asked.use_mla or model is None:
             return path
-        if model.is_hybrid:
-            return PAIRED
-        return COMPOSED if composed(model) else path
+        in_pairs = model.is_hybrid or kinds.differ(model)
+        if composed(model):
+            return PAIRED_COMPOSED if in_pairs else COMPOSED
+        return PAIRED if in_pairs else path
 
     @classmethod
     def get_mla_prefill_backend_cls(cls, mla_selector_config: MLAPrefillSelectorConfig) -> type[MLAPrefillBackend]:
@@ -117,13 +118,14 @@ class AscendPlatform(Platform):
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: VllmConfig) -> None:
-        """Turn compilation off and choose what is captured, before vLLM decides about it, and choose the quantisation method by the checkpoint's folder."""
+        """Turn compilation off and choose what is captured, before vLLM decides about it; choose the attention backend, and the quantisation method by the checkpoint's folder."""
         from vllm.config.compilation import CompilationMode
 
         from vllm_ascend import graphs_config
         from vllm_ascend.quantization.config import choose_by_folder
 
         choose_by_folder(vllm_config)
+        kinds.choose_backend(vllm_config)
         vllm_config.compilation_config.mode = CompilationMode.NONE
         if notice := graphs_config.choose(vllm_config):
             logger.warning_once(notice)
@@ -142,6 +144,10 @@ class AscendPlatform(Platform):
         cls.lmhead_is_shared |= config.finegrained_tp_config.lmhead_tensor_parallel_size > 0
         if vllm_config.model_config is not None:
             vllm_config.model_config.sleep_mode_backend = sleep.BACKEND
+            if (
+                vllm_config.model_config.is_mm_prefix_lm
+            ):  # all tokens of a picture see each other, and so are in one step
+                vllm_config.scheduler_config.disable_chunked_mm_input = True
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = "vllm_ascend.worker.AscendWorker"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_ascend import envs, experts, ray_cluster, rules, states, transfer
-from vllm_ascend.attention import BACKENDS, limits
+from vllm_ascend.attention import BACKENDS, kinds
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
@@ -66,7 +66,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         found += _absent_for_the_model(vllm_config)
         found += states.broken(vllm_config, config)
         found += speculation.broken(vllm_config)
-        found += limits.broken(limits.Attention.of(vllm_config))
+        found += kinds.broken(vllm_config)
         found += adapters.broken(vllm_config, config)
         found += sleep.broken(vllm_config, config)
         found += transfer.broken(vllm_config)
@@ -83,7 +83,7 @@ def notices(vllm_config: Any) -> list[str]:
     of_ray = ray_cluster.notices(vllm_config.parallel_config, sys.modules.get("ray"))
     if vllm_config.model_config is None:
         return of_ray
-    return [*of_ray, *limits.notices(limits.Attention.of(vllm_config)), *states.notices(vllm_config.model_config)]
+    return [*of_ray, *kinds.notices(vllm_config), *states.notices(vllm_config.model_config)]
 
 
 def _absent_of_vllm(vllm_config: Any) -> Iterator[str]:
@@ -172,9 +172,7 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
     """Findings for what this plugin does not have for the model at hand."""
     model, attention = vllm_config.model_config, vllm_config.attention_config
     name = BACKENDS[model.use_mla][0]
-    # vLLM itself writes a backend there for a model whose heads differ; that these are not served is said by the limits.
-    one_size = len(limits.head_sizes(model)) == 1
-    asked = {"attention_config.backend": attention.backend if one_size else None}
+    asked = {"attention_config.backend": attention.backend}
     asked |= {
         f"attention_config.backend_per_kind[{kind!r}]": backend for kind, backend in attention.backend_per_kind.items()
     }

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_ascend import states
+from vllm_ascend.attention import kinds
 
 __all__ = ["broken"]
 
@@ -36,9 +37,14 @@ def broken(vllm_config: Any) -> Iterator[str]:
             f"kv_transfer_config (connector {transfer.kv_connector!r}) cannot be used with multi-head latent attention: the cache's blocks do "
             "not lie in one piece here; leave it out"
         )
+    if kinds.differ(model) and not model.use_mla:
+        yield (
+            f"kv_transfer_config (connector {transfer.kv_connector!r}) cannot be used with a model whose layers differ in their heads: no test has shown that "
+            "connectors find keys in blocks of several sizes; leave it out"
+        )
     for name in sorted(names.intersection(_OFFLOADING)):
         yield f"kv_transfer_config (connector {name!r}) {_WHY}"
-    refused = model.use_mla or states.has_states(model)  # whatever the connector
+    refused = model.use_mla or states.has_states(model) or kinds.differ(model)  # whatever the connector
     if _EXAMPLE in names and not refused:
         yield from (
             f"kv_transfer_config (connector {_EXAMPLE!r}) cannot be used with {what}"
@@ -53,6 +59,11 @@ def _not_with_the_example(vllm_config: Any) -> Iterator[str]:
         yield (
             "enable_chunked_prefill (True): vLLM's example stores a prompt that is computed in chunks with wrong rows at its end; give "
             "--no-enable-chunked-prefill"
+        )
+    if vllm_config.cache_config.enable_prefix_caching:
+        yield (
+            "enable_prefix_caching (True): of a prompt with one token more than whole blocks, vLLM's example has fewer tokens than the prefix cache, and the "
+            "negative difference ends the engine; give --no-enable-prefix-caching"
         )
     if ranks > 1:
         yield f"tensor_parallel_size ({ranks}): vLLM's example stores the keys and values of all ranks under one name, so that each would read another's; set it to 1"

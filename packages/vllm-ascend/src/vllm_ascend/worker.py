@@ -19,8 +19,7 @@ from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_ascend import compat, graphs, layers, loader, parallel, states, warmup
-from vllm_ascend.attention import probe
-from vllm_ascend.attention.limits import Attention
+from vllm_ascend.attention import kinds, probe
 from vllm_ascend.layers import linear, mamba, moving
 from vllm_ascend.model_runner import AscendModelRunner
 from vllm_ascend.profiler import NpuProfiler
@@ -51,7 +50,8 @@ class AscendWorker(Worker):
         """Take the device, join vLLM's process groups and ours, measure free memory."""
         self.device = torch.device("npu", self._device_index())
         torch.npu.set_device(self.device)
-        probe.check(Attention.of(self.vllm_config), self.device)
+        for attention in kinds.of_layers(self.vllm_config):
+            probe.check(attention, self.device)
         init_worker_distributed_environment(
             self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, current_platform.dist_backend
         )

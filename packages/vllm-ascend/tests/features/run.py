@@ -177,8 +177,8 @@ def main():
     parser.add_argument("--left", action="store_true", help="run the cells that have no good result yet")
     parser.add_argument("--only-refusals", action="store_true", help="ask for configurations and start no engine")
     options = parser.parse_args()
-    cells = chosen(options.names)
     results = json.loads(options.results.read_text())["cells"] if options.results.exists() else {}
+    cells = {name: of for name, of in chosen(options.names).items() if not (options.left and is_done(name, results))}
     options.folder.mkdir(parents=True, exist_ok=True)
     servers, began, bad = EngineServers(options.folder), time.monotonic(), []
 
@@ -199,7 +199,7 @@ def main():
             elif results.get(name, {}).get("cell", [""])[0] == "refused":
                 del results[name]  # it is taken now
         if not options.only_refusals:
-            wanted = [name for name in cells if said[name] is None and not (options.left and is_done(name, results))]
+            wanted = [name for name in cells if said[name] is None]
             run_cells(wanted, options.folder, made, servers, done, options.seconds)
     finally:
         servers.close()

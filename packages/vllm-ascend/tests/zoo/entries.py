@@ -30,6 +30,7 @@ class Entry:
         attention: transformers' way to compute attention.
         engine: more arguments of the engine.
         make: for entries with a processor: a function that returns the processor and the config's arguments.
+        chunk: tokens of a step of the run with chunks; no fewer than a picture has where pictures are not cut.
         names: how the published checkpoints begin a tensor's name, by how transformers' `save_pretrained` does, where it differs.
         encodes: whether an encoder takes the sound apart, and the prompt is the decoder's.
         mark: what stands for a picture, a video or a sound in a prompt.
@@ -49,4 +50,5 @@ class Entry:
     make: Callable[[], tuple[Any, dict[str, Any]]] | None = None
     encodes: bool = False
     mark: str = ""
+    chunk: int = 32
     names: dict[str, str] = field(default_factory=dict)

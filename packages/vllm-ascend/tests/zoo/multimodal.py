@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of images, video and audio, with their processors built in code. Widths of towers follow the published models' head sizes where they are odd (72, 80)."""
 
+from dataclasses import replace
+
 from zoo.entries import SIZES, VOCABULARY, Entry
 
 IMAGES = {"image": 3}
@@ -215,6 +217,45 @@ def gemma3():
     return processor, config
 
 
+def gemma4(**more):
+    """`more` is the text model's."""
+    import transformers
+
+    named = {
+        "boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>", "boa_token": "<|audio>", "eoa_token": "<audio|>", "audio_token": "<|audio|>",
+    }  # fmt: skip
+    tokens = tokenizer([*named.values(), "<|video|>"], **named)
+    few = {"max_soft_tokens": 70}  # the fewest that the processor has
+    processor = transformers.Gemma4Processor(
+        feature_extractor=transformers.Gemma4AudioFeatureExtractor(), image_processor=transformers.Gemma4ImageProcessor(**few), tokenizer=tokens,
+        video_processor=transformers.Gemma4VideoProcessor(**few), image_seq_length=70, chat_template=tokens.chat_template,
+    )  # fmt: skip
+    vision = {
+        "hidden_size": 144, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 72,
+        "position_embedding_size": 64, "default_output_length": 70,
+    }  # fmt: skip
+    text = {
+        **SIZES, "head_dim": 256, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": 512,
+        **more,
+    }  # fmt: skip
+    begin, end, image, begin_sound, end_sound, sound, video = ids_of(tokens, *named.values(), "<|video|>")
+    config = {
+        "text_config": text, "vision_config": vision, "audio_config": None, "boi_token_id": begin, "eoi_token_id": end, "image_token_id": image,
+        "boa_token_id": begin_sound, "eoa_token_index": end_sound, "audio_token_id": sound, "video_token_id": video,
+    }  # fmt: skip
+    return processor, config
+
+
+def gemma4_as_e2b():
+    return gemma4(hidden_size_per_layer_input=32)
+
+
+def gemma4_as_31b():
+    return gemma4(
+        hidden_size_per_layer_input=0, attention_k_eq_v=True, num_global_key_value_heads=1, use_bidirectional_attention="vision",
+    )  # fmt: skip
+
+
 def qwen2_audio():
     import transformers
 
@@ -258,6 +299,7 @@ def entry(name, make, mark, *, task="images", model=None, engine=None, names=Non
 
 QWEN_IMAGE = "<|vision_start|> <|image_pad|> <|vision_end|>"
 QWEN_VIDEO = "<|vision_start|> <|video_pad|> <|vision_end|>"
+PICTURES_ALONE = {"limit_mm_per_prompt": {"image": 2, "video": 0}}
 MULTIMODAL = [
     entry("Qwen2VL", qwen2_vl, QWEN_IMAGE),
     entry("Qwen2VL, video", qwen2_vl, QWEN_VIDEO, task="video", model="Qwen2VL"),
@@ -283,13 +325,17 @@ MULTIMODAL = [
         model="Gemma3",
         names={"vision_tower.": "vision_tower.vision_model."},
     ),
+    entry("Gemma4, images", gemma4_as_e2b, "<|image|>", model="Gemma4", engine=PICTURES_ALONE),
+    # Pictures are seen both ways, and not cut into chunks.
+    replace(
+        entry("Gemma4, images both ways", gemma4_as_31b, "<|image|>", model="Gemma4", engine=PICTURES_ALONE), chunk=96
+    ),
     entry(
         "Qwen2Audio",
         qwen2_audio,
         "<|audio_bos|> <|AUDIO|> <|audio_eos|>",
         task="audio",
         names={"language_model.model.model.": "language_model.model."},
-        known="vLLM takes transformers' own class for the tower.",
     ),
     entry(
         "Whisper",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/models.md, from the results of runs."""
 
-from zoo import ENTRIES
+from zoo import ENTRIES, towers
 from zoo.verdict import COLUMNS, is_good
 
 HEADINGS = {
@@ -24,7 +24,7 @@ of a whole forward pass of transformers for every token.
 | TP 2, EP 2 | tensor parallelism over two ranks; with expert parallelism as well | likewise |
 | strict bfloat16 | log-probabilities of the prompts' tokens where kernels refuse what their documentation does | `as near`: as near to float32 as transformers' bfloat16 is, by the bound of `tests/rounding.py` |
 | graphs | the first column's run | `captured`: decoding steps were replays of captured graphs; else every step ran operator by operator |
-| tower | attention of what reads pictures, videos or sounds | `kernel`: all of it is the NPU's kernel; `torch`: transformers' own class calls torch's |
+| tower | attention of what reads pictures, videos or sounds | `kernel`: all of it is the NPU's kernel; `torch`: some is torch's |
 
 `refused` models are refused at the start, with the reason below. **Of {all}, {good} are equal in every way, {partly} are in all that was run (`not run` marks the rest), {refused} are refused at the start, {other} are neither.**
 """
@@ -79,5 +79,5 @@ def render(results):
     lines += [row(name, result) for name, result in models.items()]
     if left := [name for name in ENTRIES if name not in models]:
         lines += ["", f"Not run yet: {'; '.join(left)}."]
-    lines += ["", "## Reasons", "", *notes(models), ""]
+    lines += ["", "## Reasons", "", *notes(models), "", *towers.section()]
     return "\n".join(lines)

@@ -25,6 +25,8 @@ SOFT_CAP = {"attn_logit_softcapping": 0.1}
 MAMBA2 = {"hidden_size": 256, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 64, "state_size": 16, "n_groups": 1}
 ALTERNATING = {"num_hidden_layers": 4, **WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
+GEMMA4 = {"config": "Gemma4TextConfig", "head_dim": 256, **ALTERNATING, "vocab_size_per_layer_input": 512}
+
 
 def rope(kind, theta=10000.0, **more):
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
@@ -84,13 +86,28 @@ TEXT = [
         activation_sparsity_pattern=[0.0] * 4,
         known="vLLM's own implementation differs from transformers': its CPU build gives the same tokens as here.",
     ),
+    text("Gemma4", **GEMMA4, hidden_size_per_layer_input=32),
+    # As E2B: the last layers read the keys of earlier ones.
     text(
         "Gemma4",
-        config="Gemma4TextConfig",
-        head_dim=256,
-        **ALTERNATING,
-        vocab_size_per_layer_input=512,
+        name="Gemma4, shared keys",
+        **{**GEMMA4, "num_key_value_heads": 1},
         hidden_size_per_layer_input=32,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+    ),
+    # As 26B-A4B: keys are values, of fewer heads in layers without a window, whose blocks so have as many tokens as others.
+    moe(
+        "Gemma4",
+        name="Gemma4, experts",
+        **GEMMA4,
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        enable_moe_block=True,
+        num_experts=8,
+        top_k_experts=2,
+        moe_intermediate_size=128,
     ),
     text("VaultGemma", head_dim=64, **ALTERNATING, **SOFT_CAP),
     text("Phi", hidden_size=320, num_key_value_heads=4, partial_rotary_factor=0.4),

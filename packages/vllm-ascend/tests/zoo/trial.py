@@ -48,9 +48,11 @@ def generated(llm, prompts, new_tokens):
 
 
 def cached_block(llm):
-    """Tokens of a block of the prefix cache; 0 for a model with a recurrent state for which vLLM leaves it off."""
+    """Tokens by which the prefix cache counts: of a block, or the least common multiple where layers have blocks of several sizes; 0 for a model with a recurrent state for which vLLM leaves it off."""
     cache = llm.llm_engine.vllm_config.cache_config
-    return cache.block_size if cache.mamba_block_size is None else cache.enable_prefix_caching * cache.mamba_block_size
+    if cache.mamba_block_size is None:
+        return llm.llm_engine.engine_core.engine_core.scheduler.block_size
+    return cache.enable_prefix_caching * cache.mamba_block_size
 
 
 def own_logprobs(llm, prompts):
@@ -119,7 +121,7 @@ def engines(kind, entry):
     """(name, arguments of the engine, what to run) of each engine of a kind."""
     plain = {**SMALL, "dtype": "float32", **entry.engine}
     over_ranks = {**plain, "tensor_parallel_size": entry.ranks}
-    chunked = ("chunked", {**plain, "max_num_batched_tokens": 32}, run_generate)
+    chunked = ("chunked", {**plain, "max_num_batched_tokens": entry.chunk}, run_generate)
     return {
         "one": [("one", plain, run_one), *([] if entry.encodes else [chunked])],
         "tp": [("tp", over_ranks, run_generate)],

@@ -30,6 +30,7 @@ def digest(entry):
     said = (entry.config, entry.model, entry.sizes, entry.ranks, entry.engine, entry.mark, made)
     said += (entry.names,) if entry.names else ()
     said += (entry.attention,) if entry.attention != "eager" else ()
+    said += (entry.chunk,) if entry.chunk != 32 else ()
     said += (entry.published,) if entry.published else ()
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 

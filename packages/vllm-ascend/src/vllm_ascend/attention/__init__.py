@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention backends, one a file."""
 
-__all__ = ["BACKENDS", "COMPOSED", "CROSS", "ENCODER", "PAIRED", "SINKS"]
+__all__ = ["BACKENDS", "COMPOSED", "CROSS", "ENCODER", "PAIRED", "PAIRED_COMPOSED", "SINKS"]
 
 # By whether a layer computes multi-head latent attention: the name in vLLM's table of backends, and the class.
 BACKENDS = {
@@ -14,3 +14,4 @@ SINKS = "vllm_ascend.attention.sinks.AscendSinkAttentionBackend"
 COMPOSED = "vllm_ascend.attention.composed.AscendComposedAttentionBackend"
 CROSS = "vllm_ascend.attention.cross.AscendCrossAttentionBackend"
 PAIRED = "vllm_ascend.attention.paired.AscendPairedAttentionBackend"
+PAIRED_COMPOSED = "vllm_ascend.attention.paired_composed.AscendPairedComposedAttentionBackend"

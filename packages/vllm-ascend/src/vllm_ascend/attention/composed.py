@@ -7,8 +7,9 @@ layer. `limits.notices` says so at the start. Numbers are float32 throughout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -78,14 +79,16 @@ class ComposedMetadata(AscendAttentionMetadata):
 
     Attributes:
         parts: the step's requests, in their order.
+        mm_prefix_range: the positions of pictures as vLLM gives them. A model sets None, under this name, for layers in which pictures are seen as text is.
     """
 
     parts: list[Part]
+    mm_prefix_range: dict[int, list[tuple[int, int]]] | None
 
     @property
     def sees_both_ways(self) -> bool:
         """Whether a picture with several tokens is among the step's queries."""
-        return any(part.spans for part in self.parts)
+        return self.mm_prefix_range is not None and any(part.spans for part in self.parts)
 
 
 class ComposedMetadataBuilder(AscendAttentionMetadataBuilder):
@@ -101,18 +104,25 @@ class ComposedMetadataBuilder(AscendAttentionMetadataBuilder):
         shared = {item.name: getattr(step, item.name) for item in fields(AscendAttentionMetadata)}
         spans = common_attn_metadata.mm_req_doc_ranges or {}
         assert isinstance(self.kv_cache_spec, AttentionSpec)
-        parts = _parts(step, common_attn_metadata.seq_lens, spans, self.kv_cache_spec.block_size)
-        return ComposedMetadata(**shared, parts=list(parts))
+        # The kernel's table may number blocks in another way.
+        table = common_attn_metadata.block_table_tensor
+        parts = _parts(step, common_attn_metadata.seq_lens, table, spans, self.kv_cache_spec.block_size)
+        return ComposedMetadata(**shared, parts=list(parts), mm_prefix_range=spans)
 
 
 def _parts(
-    step: AscendAttentionMetadata, ends: Tensor, spans: dict[int, list[tuple[int, int]]], block_size: int
+    step: AscendAttentionMetadata,
+    ends: Tensor,
+    table: Tensor,
+    spans: dict[int, list[tuple[int, int]]],
+    block_size: int,
 ) -> Iterator[Part]:
     """The step in the pieces that are computed at once.
 
     Args:
         step: the kernel's arguments.
         ends: keys of each request, on the device.
+        table: the blocks of each request.
         spans: by request, first and last position of each picture whose tokens see each other.
         block_size: tokens of a block.
     """
@@ -125,7 +135,7 @@ def _parts(
         blocks = -(-max(step.kv_lengths[first:last]) // block_size)
         seen = step.kv_lengths[first] - (rows.stop - rows.start)  # tokens of earlier steps
         in_sight = [] if several is None else [span for span in spans.get(first, []) if span[1] >= seen]
-        yield Part(rows, step.block_table[first:last, :blocks], ends[first:last], in_sight)
+        yield Part(rows, table[first:last, :blocks], ends[first:last], in_sight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +210,18 @@ class AscendComposedAttentionImpl(AscendAttentionImpl):
         assert isinstance(step, ComposedMetadata)  # of this backend's builder
         if self.scores.are_products and not step.sees_both_ways:
             return super()._attend(layer, query, key, value, kv_cache, step)
-        parts = [self._of_part(query[part.rows], kv_cache, part, causal=step.causal) for part in step.parts]
+        clamped = getattr(layer, "mm_prefix_clamp_sliding_window", False)
+        parts = []
+        for part in step.parts:
+            spans = part.spans if step.sees_both_ways else ()
+            sight = partial(self._sight, spans=spans, causal=step.causal, clamped=clamped)
+            parts.append(self._of_part(query[part.rows], kv_cache, part, sight))
         return torch.cat(parts).to(query.dtype)
 
-    def _of_part(self, query: Tensor, kv_cache: Tensor, part: Part, *, causal: bool) -> Tensor:
-        """`[B * T, N, D]`, float32."""
+    def _of_part(
+        self, query: Tensor, kv_cache: Tensor, part: Part, sight: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """`[B * T, N, D]`, float32. `sight` is `_sight` with all but its first arguments."""
         batch, blocks = part.block_table.shape
         # [B, blocks, 2, block_size, Nkv * D] -> two of [B, S, Nkv, D]
         read = kv_cache.index_select(0, part.block_table.flatten()).view(batch, blocks, *kv_cache.shape[1:]).unbind(2)
@@ -221,14 +238,17 @@ class AscendComposedAttentionImpl(AscendAttentionImpl):
         most = max(_MOST_SCORES // (batch * self.num_heads * held.shape[1]), 1)
         outs = []
         for rows, at in zip(torch.split(queries, most, dim=1), torch.split(positions, most, dim=1), strict=True):
-            allowed, distance = self._sight(at, held, part.spans, causal=causal)
+            allowed, distance = sight(at, held)
             outs.append(attend(rows, keys, values, allowed, distance, self.scores))
         return torch.cat(outs, dim=1).flatten(0, 1)
 
     def _sight(
-        self, positions: Tensor, held: Tensor, spans: Sequence[tuple[int, int]], *, causal: bool
+        self, positions: Tensor, held: Tensor, *, spans: Sequence[tuple[int, int]], causal: bool, clamped: bool
     ) -> tuple[Tensor, Tensor]:
-        """Whether queries at positions `[B, T]` see the keys `[B, S]` that are held, and how far these are: two of `[B, T, S]`."""
+        """Whether queries at positions `[B, T]` see the keys `[B, S]` that are held, and how far these are: two of `[B, T, S]`.
+
+        Tokens of a picture see all of it, or with `clamped` what of it is not before their window.
+        """
         keys = torch.arange(held.shape[1], device=held.device)
         distance = keys - positions[..., None]
         allowed = distance <= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
@@ -236,5 +256,8 @@ class AscendComposedAttentionImpl(AscendAttentionImpl):
             allowed = allowed & (distance.abs() < self.sliding_window)
         for first, last in spans:
             inside = (positions >= first) & (positions <= last)
-            allowed = allowed | (inside[..., None] & (keys >= first) & (keys <= last))
+            seen = inside[..., None] & (keys >= first) & (keys <= last)
+            if clamped and self.sliding_window is not None:
+                seen = seen & (distance > -self.sliding_window)
+            allowed = allowed | seen
         return allowed & held[:, None], distance

@@ -24,7 +24,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, EncoderOnlyAttentionSpec, 
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_ascend import graphs, kernels
-from vllm_ascend.attention.limits import BLOCK_SIZES, check_cache, kernel_head_size
+from vllm_ascend.attention import wide
+from vllm_ascend.attention.limits import BLOCK_SIZES, HEAD_SIZES, cached_head_size, check_cache
 from vllm_ascend.attention.step import AscendAttentionMetadata, describe, tokens_of_step
 
 __all__ = ["AscendAttentionBackend", "AscendAttentionImpl", "AscendAttentionMetadataBuilder"]
@@ -54,7 +55,7 @@ class AscendAttentionBackend(AttentionBackend):
     @classmethod
     def kernel_size(cls, head_size: int) -> int:
         """The size of the kernel's heads, to which those of a model are padded; 0 where it takes none so large."""
-        return kernel_head_size(head_size)
+        return cached_head_size(head_size)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
@@ -167,8 +168,10 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.alibi_slopes, self.logits_soft_cap = alibi_slopes, logits_soft_cap
         self.kernel_size = self.backend.kernel_size(head_size)
-        if not self.kernel_size:
-            raise ValueError(f"the NPU attention kernel takes no heads of {head_size} numbers")
+        self.is_wide = self.kernel_size > HEAD_SIZES[-1]
+        if not self.kernel_size or (self.is_wide and sliding_window is not None):
+            within = "" if sliding_window is None else f" with a sliding window ({sliding_window})"
+            raise ValueError(f"the NPU attention kernel takes no heads of {head_size} numbers{within}")
         self.num_kv_heads = num_kv_heads or num_heads
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
@@ -228,20 +231,27 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
     ) -> Tensor:
         """Query `[T, N, D]` of the step's T tokens, without padding -> `[T, N, D]` in its type; key and value are those of `forward`."""
         keys, values = self._caches(kv_cache)
+        query = kernels.widened(query, self.kernel_size)
+        options = {
+            "num_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "scale": self.scale,
+            "block_size": kv_cache.shape[2],
+        }
         graphs.note_attention(layer)
-        result = self._kernel(
-            kernels.widened(query, self.kernel_size),
-            keys,
-            values,
-            num_heads=self.num_heads,
-            num_key_value_heads=self.num_kv_heads,
-            scale=self.scale,
-            block_table=step.block_table,
-            block_size=kv_cache.shape[2],
-            actual_seq_lengths=step.query_ends,
-            actual_seq_lengths_kv=step.kv_lengths,
-            **self._masking(step.mask, causal=step.causal),
-        )
+        if self.is_wide:
+            result = wide.attend(query, keys, values, step, **options)
+        else:
+            result = self._kernel(
+                query,
+                keys,
+                values,
+                block_table=step.block_table,
+                actual_seq_lengths=step.query_ends,
+                actual_seq_lengths_kv=step.kv_lengths,
+                **options,
+                **self._masking(step.mask, causal=step.causal),
+            )
         return result if self.kernel_size == self.head_size else result[..., : self.head_size]
 
     def _kernel(self, query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ascend.kernels import HEAD_SIZES, SINK_HEAD_SIZE, kernel_head_size
+from vllm_ascend.kernels import HEAD_SIZES, SINK_HEAD_SIZE, WIDE_HEAD_SIZE, cached_head_size, kernel_head_size
 from vllm_ascend.moe_layers import ConfigReader
 
 __all__ = [
@@ -19,10 +19,10 @@ __all__ = [
     "PLAIN_SIZE",
     "Attention",
     "broken",
+    "cached_head_size",
     "check_cache",
     "composed",
     "has_plain_form",
-    "head_sizes",
     "kernel_head_size",
     "notices",
 ]
@@ -42,6 +42,7 @@ _LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 _LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 _MOST_HEADS, _MOST_QUERIES_A_KEY, _MOST_NUMBERS_A_TOKEN, _MOST_NUMBERS = 256, 64, 65535, 2**31 - 1
 _MOST_TOKENS, _MOST_REQUESTS = 65536, 65536
+_MOST_NUMBERS_A_QUERY = 65534  # of all heads, where they are wide
 _SECOND_MOST_TOKENS = 2**20  # of the second version of the operator
 LATENT_PIECES = 4096
 """Requests of a step, or pieces of requests, that the kernel takes in the absorbed form."""
@@ -77,6 +78,7 @@ class Attention:
         tokens: query tokens of a step at most.
         requests: of a step, at most.
         cached: whether keys and values are kept; False for encoders.
+        window: whether some layer sees a sliding window.
     """
 
     heads: int = 0
@@ -96,6 +98,7 @@ class Attention:
     tokens: int = 0
     requests: int = 0
     cached: bool = True
+    window: bool = False
 
     @classmethod
     def of(cls, vllm_config: Any) -> Attention:
@@ -133,13 +136,17 @@ class Attention:
     @property
     def kernel_size(self) -> int:
         """Of the kernel's heads, to which the model's are padded; 0 where it takes none so large."""
-        return SINK_HEAD_SIZE if self.sinks else kernel_head_size(self.head_size)
+        return SINK_HEAD_SIZE if self.sinks else cached_head_size(self.head_size)
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether the kernel takes heads so large in another layout than others."""
+        return self.latent is None and self.kernel_size > HEAD_SIZES[-1]
 
-def head_sizes(model: Any) -> list[int]:
-    """The head sizes of a model's layers, ascending, of vLLM's `ModelConfig`."""
-    overrides = getattr(model.model_arch_config, "per_layer_overrides", None) or ()
-    return sorted({model.get_head_size(), *(layer["head_size"] for layer in overrides if "head_size" in layer)})
+    @property
+    def width(self) -> int:
+        """Numbers of a token's keys on each rank, as the cache has them."""
+        return max(self.kv_heads // self.ranks, 1) * self.kernel_size
 
 
 def composed(model: Any) -> tuple[str, ...]:
@@ -170,8 +177,6 @@ def _missing(model: Any) -> Iterator[str]:
         yield f"attention sinks of encoders and of multi-head latent attention ({asks})"
     if topk := text.get("index_topk"):
         yield f"sparse attention (index_topk {topk})"
-    if len(sizes := head_sizes(model)) > 1:
-        yield f"layers with heads of several sizes ({', '.join(map(str, sizes))}): the cache has one shape for all of them"
 
 
 def has_plain_form(qk_nope_head_dim: int, v_head_dim: int) -> bool:
@@ -208,6 +213,11 @@ def notices(attention: Attention) -> Iterator[str]:
         yield (
             f"the model's attention heads are {attention.head_size} wide: older versions of CANN refuse {_LARGE_HEAD_SIZE} numbers a head in this "
             "layout (error 561002)"
+        )
+    if attention.is_wide:
+        yield (
+            f"the model has attention heads {attention.head_size} wide: the kernel takes them in a layout in which each prompt of a step is a call of its own, "
+            "and it has not been seen to run on hardware in this form"
         )
 
 
@@ -257,13 +267,19 @@ def _broken_heads(attention: Attention) -> Iterator[str]:
         yield f"the model has {heads // ranks} attention heads a rank; the kernel takes at most {_MOST_HEADS}; raise tensor_parallel_size"
     if attention.head_size != attention.value_size:
         yield f"the model's heads of keys ({attention.head_size} wide) and of values ({attention.value_size}) must be of one size"
-    largest = SINK_HEAD_SIZE if attention.sinks else HEAD_SIZES[-1]
+    largest = SINK_HEAD_SIZE if attention.sinks else WIDE_HEAD_SIZE if attention.cached else HEAD_SIZES[-1]
     for size in sorted({attention.head_size, attention.value_size}):
         if size > largest:
             yield f"the model's heads are {size} wide: the kernel takes at most {largest}"
-    width = max(kv_heads // ranks, 1) * attention.kernel_size
-    if width > _MOST_NUMBERS_A_TOKEN:
-        yield f"the keys of a token have {width} numbers on each rank; the kernel takes at most {_MOST_NUMBERS_A_TOKEN}; raise tensor_parallel_size"
+    if attention.is_wide and attention.window and attention.cached:
+        yield (
+            f"the model has layers with a sliding window and heads {attention.head_size} wide: the kernel has a window for heads of at most {HEAD_SIZES[-1]}; "
+            "serve a model without such layers"
+        )
+    if attention.is_wide and (numbers := heads // ranks * attention.kernel_size) > _MOST_NUMBERS_A_QUERY:
+        yield f"the queries of a token have {numbers} numbers on each rank; the kernel takes at most {_MOST_NUMBERS_A_QUERY} of heads so wide; raise tensor_parallel_size"
+    if attention.width > _MOST_NUMBERS_A_TOKEN:
+        yield f"the keys of a token have {attention.width} numbers on each rank; the kernel takes at most {_MOST_NUMBERS_A_TOKEN}; raise tensor_parallel_size"
 
 
 def _broken_latent(attention: Attention) -> Iterator[str]:

@@ -6,6 +6,8 @@ Which dtypes and sizes a kernel takes differs between chips and versions of CANN
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vllm_ascend import kernels
@@ -48,22 +50,26 @@ def _grouped(attention: Attention, device: torch.device) -> None:
     rows = torch.zeros(1, kv_heads, size, **options)
     keys, values = torch.zeros(2, 1, block, kv_heads, size, **options).unbind()
     kernels.scatter_kv(rows, rows, keys, values, torch.zeros(1, dtype=torch.int64, device=device))
-    caches = (keys.view(1, block, -1), values.view(1, block, -1))
-    kernel = kernels.attention_with_sinks if attention.sinks else kernels.attention
-    kernel(
-        torch.zeros(1, heads, size, **options),
-        *caches,
-        *([torch.zeros(heads, **options)] if attention.sinks else []),
-        num_heads=heads,
-        num_key_value_heads=kv_heads,
-        scale=1.0,
-        block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
-        block_size=block,
-        actual_seq_lengths=[1],
-        actual_seq_lengths_kv=[1],
-        sparse_mode=kernels.SPARSE_CAUSAL,
-        atten_mask=kernels.causal_mask(device),
-    )
+    key, value = keys.view(1, block, -1), values.view(1, block, -1)
+    shared: dict[str, Any] = {
+        "num_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "scale": 1.0,
+        "block_table": torch.zeros(1, 1, dtype=torch.int32, device=device),
+        "block_size": block,
+    }
+    causal: dict[str, Any] = {"sparse_mode": kernels.SPARSE_CAUSAL, "atten_mask": kernels.causal_mask(device)}
+    if attention.is_wide:
+        for tokens, mask in ((1, {"sparse_mode": kernels.SPARSE_NONE}), (2, causal)):
+            query = torch.zeros(1, tokens, heads, size, **options)
+            kernels.attention_of_wide_heads(query, key, value, actual_seq_lengths_kv=[tokens], **shared, **mask)
+        return
+    query = torch.zeros(1, heads, size, **options)
+    one: dict[str, Any] = {"actual_seq_lengths": [1], "actual_seq_lengths_kv": [1]}
+    if attention.sinks:
+        kernels.attention_with_sinks(query, key, value, torch.zeros(heads, **options), **one, **shared, **causal)
+    else:
+        kernels.attention(query, key, value, **one, **shared, **causal)
 
 
 def _encoder(attention: Attention, device: torch.device) -> None:

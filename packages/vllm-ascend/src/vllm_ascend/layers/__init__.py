@@ -22,6 +22,7 @@ def register() -> Any:
         topk,
         tower,
         transformers_moe,
+        transformers_tower,
         vocab,
     )
 
@@ -32,6 +33,7 @@ def register() -> Any:
     routing.register()
     tower.register()
     transformers_moe.register()
+    transformers_tower.register()
     gpt_oss.register()
     vocab.register()
     return topk.define()

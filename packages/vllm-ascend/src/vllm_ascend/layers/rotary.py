@@ -73,6 +73,6 @@ def register() -> None:
     RotaryEmbedding.register_oot(AscendRotaryEmbedding)
     for name in ("Llama3RotaryEmbedding", "LinearScalingRotaryEmbedding", "DynamicNTKScalingRotaryEmbedding",
                  "DynamicNTKAlphaRotaryEmbedding", "NTKScalingRotaryEmbedding", "YaRNScalingRotaryEmbedding",
-                 "DeepseekScalingRotaryEmbedding"):  # fmt: skip
+                 "DeepseekScalingRotaryEmbedding", "Gemma4RotaryEmbedding"):  # fmt: skip
         base = getattr(rope, name)
         base.register_oot(type(f"Ascend{name}", (OnKernel, base), {"__doc__": f"{name} on the NPU kernel."}), name=name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing by ascend-moe: among all experts (Mixtral, Qwen3-MoE), and among groups of them (DeepSeek-V2 and -V3, GLM4-MoE)."""
+"""Routing by ascend-moe: among all experts (Mixtral, Qwen3-MoE), with a scale for each of them (Gemma 4), and among groups of them (DeepSeek-V2 and -V3, GLM4-MoE)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, dtype
 
 from vllm_ascend import compat
 
-__all__ = ["fused_topk", "grouped_topk", "register"]
+__all__ = ["fused_topk", "grouped_topk", "register", "scaled_topk"]
 
 
 def fused_topk(
@@ -84,7 +84,23 @@ def grouped_topk(
     return select_experts(gating_output, spec, e_score_correction_bias)
 
 
+def scaled_topk(gating_output: Tensor, topk: int, per_expert_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gemma 4's routing.
+
+    Args:
+        gating_output: the router's logits `[T, E]`.
+        topk: experts per token K.
+        per_expert_scale: `[E]`, by which weights are multiplied once they add up to 1.
+
+    Returns:
+        weights float32 `[T, K]` and ids int32 `[T, K]`.
+    """
+    weights, ids = select_experts(gating_output, RoutingSpec(top_k=topk, scoring="softmax", renormalise=True))
+    return weights * per_expert_scale.float().index_select(0, ids.flatten()).view_as(weights), ids
+
+
 def register() -> None:
     """Let vLLM's routers call these."""
+    compat.replace_gemma4_routing(scaled_topk)
     compat.replace_fused_topk(fused_topk)
     compat.replace_grouped_topk(grouped_topk)

@@ -26,6 +26,9 @@ def cases() -> Iterator[Callable[[], Case]]:
     yield lambda: _paged("prompts of 200, 1 and 70 tokens, 32 and 8 heads of 128", (200, 1, 70), 128)
     yield lambda: _paged("a window of 64, 32 and 8 heads of 128", (200, 1, 70), 128, window=64)
     yield lambda: _paged("sinks, 32 and 8 heads of 128", (200, 1, 70), 128, sinks=True)
+    yield lambda: _wide("decoding, 8 and 2 heads of 512", (0, 1, 2), 1)
+    yield lambda: _wide("a prompt of 70 tokens, 8 and 2 heads of 512", (2,), 70)
+    yield _masked
     yield lambda: _encoder("attention", "an encoder, 12 heads of 64", 64)
     yield lambda: _encoder("attention_of_any_size", "a tower, 12 heads of 72", 72)
     yield _latent
@@ -116,6 +119,65 @@ def _paged(shape: str, queries: Sequence[int], size: int, window: int | None = N
     name = "attention_with_sinks" if sinks else "attention"
     given = (*inputs, random(heads, seed=3)) if sinks else inputs
     return Case(kernel=f"vllm_ascend.{name}", shape=shape, inputs=given, call=call, expected=expected)
+
+
+def _wide(shape: str, requests: Sequence[int], tokens: int) -> Case:
+    """Requests with equally many query tokens."""
+    heads, kv_heads, size = 8, 2, 512
+    scale, lengths = size**-0.5, [KEYS[request] for request in requests]
+
+    def call(query: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> list[Tensor]:
+        mask = {"sparse_mode": kernels.SPARSE_CAUSAL, "atten_mask": kernels.causal_mask(query.device)}
+        return [
+            kernels.attention_of_wide_heads(
+                query, keys, values, num_heads=heads, num_key_value_heads=kv_heads, scale=scale, block_table=table, block_size=BLOCK,
+                actual_seq_lengths_kv=lengths, **(mask if tokens > 1 else {"sparse_mode": kernels.SPARSE_NONE}),
+            )
+        ]  # fmt: skip
+
+    def expected(query: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> list[Expected]:
+        parts = [
+            _attend(rows, _rows(keys, request, kv_heads), _rows(values, request, kv_heads), scale, causal=True)[0]
+            for rows, request in zip(query, requests, strict=True)
+        ]
+        return [
+            Expected(
+                value=torch.stack([part.value for part in parts]), allowed=torch.stack([part.allowed for part in parts])
+            )
+        ]
+
+    cache, table = (5, BLOCK, kv_heads * size), TABLE[list(requests)]
+    inputs = random(len(requests), tokens, heads, size), random(*cache, seed=1), random(*cache, seed=2), table
+    return Case(kernel="vllm_ascend.attention_of_wide_heads", shape=shape, inputs=inputs, call=call, expected=expected)
+
+
+def _masked() -> Case:
+    """Two sounds in one batch, the second one padded."""
+    heads, tokens, size, lengths = 12, 50, 72, (50, 7)
+    hidden = torch.arange(tokens) >= torch.tensor(lengths)[:, None]
+
+    def call(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> list[Tensor]:
+        mask = hidden[:, None, None].expand(-1, -1, tokens, -1)
+        return [kernels.attention_with_mask(query, key, value, mask, size**-0.5)]
+
+    def expected(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> list[Expected]:
+        parts = []
+        for n, length in enumerate(lengths):
+            q, k, v = (x[n].transpose(0, 1) for x in (query, key, value))
+            parts.append(_attend(q, k[:length], v[:length], size**-0.5, causal=False)[0])
+        values, allowed = (
+            torch.stack([getattr(part, name).transpose(0, 1) for part in parts]) for name in ("value", "allowed")
+        )
+        return [Expected(value=values, allowed=allowed)]
+
+    inputs = *(random(2, heads, tokens, size, seed=seed) for seed in (1, 2, 3)), hidden
+    return Case(
+        kernel="vllm_ascend.attention_with_mask",
+        shape="sounds of 50 and 7 tokens, 12 heads of 72",
+        inputs=inputs,
+        call=call,
+        expected=expected,
+    )
 
 
 def _encoder(kernel: str, shape: str, size: int) -> Case:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_ascend import features
-from vllm_ascend.attention import limits
+from vllm_ascend.attention import kinds
 
 __all__ = ["broken", "drafts_by_model"]
 
@@ -92,5 +92,5 @@ def _broken_of_models(vllm_config: Any) -> Iterator[str]:
         return
     its_own = {"model_config": draft.draft_model_config, "parallel_config": draft.draft_parallel_config}
     rest = {name: getattr(vllm_config, name) for name in ("cache_config", "scheduler_config")}
-    for finding in limits.broken(limits.Attention.of(SimpleNamespace(**its_own, **rest))):
+    for finding in kinds.broken(SimpleNamespace(**its_own, **rest)):
         yield f"of the draft model {draft.draft_model_config.model!r}: {finding}"
