@@ -15,7 +15,7 @@ experts Qwen3-MoE, either in int8, Qwen2-VL, with experts Qwen3-VL-MoE. It has t
 
 | a cell says | that |
 |---|---|
-| works | an engine with both features said the tokens of the reference in every run, and showed that it used them; vectors are as near to it as their arithmetic allows |
+| works | an engine with both features said the tokens of the reference in every run, and showed that it used them; vectors are as near to it as their arithmetic allows; of pictures in int8 only the tokens that rounding leaves decided are compared |
 | refused | vLLM or vllm-ascend refuses the configuration before workers start; the number is that of the refusal below |
 | eager | as works, but that steps run operator by operator and not in graphs; the number is that of the line that says so |
 | not run | nobody has looked yet |
