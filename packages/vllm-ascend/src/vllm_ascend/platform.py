@@ -144,10 +144,10 @@ class AscendPlatform(Platform):
         cls.lmhead_is_shared |= config.finegrained_tp_config.lmhead_tensor_parallel_size > 0
         if vllm_config.model_config is not None:
             vllm_config.model_config.sleep_mode_backend = sleep.BACKEND
-            if (
-                vllm_config.model_config.is_mm_prefix_lm
-            ):  # all tokens of a picture see each other, and so are in one step
-                vllm_config.scheduler_config.disable_chunked_mm_input = True
+            if vllm_config.model_config.is_mm_prefix_lm:
+                from vllm_ascend.scheduler import keep_pictures_whole
+
+                keep_pictures_whole(vllm_config.scheduler_config)
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":
             parallel.worker_cls = "vllm_ascend.worker.AscendWorker"

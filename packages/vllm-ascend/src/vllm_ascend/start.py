@@ -24,7 +24,7 @@ from vllm_ascend.quantization import foreign
 from vllm_ascend.sleep import limits as sleep
 from vllm_ascend.speculative import support as speculation
 
-__all__ = ["Host", "check", "notices"]
+__all__ = ["Host", "check", "notices", "too_short_for_pictures"]
 
 # Families of chips that this plugin does not support, and how the names of their chips begin: the attention kernels do not run there.
 _ABSENT_CHIPS = {"Atlas 300I (310P)": "Ascend310P", "Atlas A5 (950)": "Ascend950"}
@@ -181,11 +181,21 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
         if backend is not None and backend.name != name:
             yield f"{option} ({backend.name!r}) is not a backend of vllm-ascend for this model; leave it out, or give {name!r}"
     yield from _beyond_the_rotary_table(model)
+    yield from too_short_for_pictures(model, vllm_config.scheduler_config)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if model.hf_text_config.model_type == "modernbert" and ranks > 1:
         yield (
             f"tensor_parallel_size ({ranks}) must be 1 for {model.architectures[0]}: vLLM's implementation of ModernBERT takes its queries, keys and "
             "values apart as one rank has them"
+        )
+
+
+def too_short_for_pictures(model: Any, scheduler: Any) -> Iterator[str]:
+    """A limit on a prompt's tokens in a step, below which a picture would wait without end: `scheduler.WholePictures` never cuts one."""
+    if model.is_mm_prefix_lm and (limit := scheduler.long_prefill_token_threshold):
+        yield (
+            f"long_prefill_token_threshold ({limit}) cannot be used with {model.architectures[0]}: all tokens of a picture see each other and are computed "
+            "in one step, which may need more of them; leave it out"
         )
 
 
