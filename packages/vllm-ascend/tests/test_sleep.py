@@ -20,17 +20,17 @@ def used():
 @pytest.fixture(params=[False, True], ids=["fixed segments", "segments that grow"])
 def memory(request):
     """A pool; the tensors of a test and its memory end before the next one begins."""
-    from vllm_ascend import kernels
+    from vllm_ascend.device import let_segments_grow
     from vllm_ascend.sleep.pool import SleepingMemory
 
     torch.npu.set_device(0)
     torch.zeros(1, device="npu")
     before = used()
-    kernels.let_segments_grow(request.param)
+    let_segments_grow(request.param)
     made = SleepingMemory(segments_grow=request.param)
     yield made
     assert grows() == request.param
-    kernels.let_segments_grow(False)
+    let_segments_grow(False)
     made.close()
     gc.collect()
     assert made._segments == {}

@@ -21,14 +21,12 @@ __all__ = [
     "attention_with_sinks",
     "cached_head_size",
     "causal_mask",
-    "device_profiler",
     "gather_kv",
     "in_fractal_nz",
     "kernel_head_size",
     "latent_attention",
-    "let_segments_grow",
     "merge_attention",
-    "pluggable_allocator",
+    "npu",
     "prompt_latent_attention",
     "rms_norm",
     "rotary_mul",
@@ -46,7 +44,8 @@ MASK_SIZE = 2048  # side of the compressed mask that modes 3 and 4 take, whateve
 
 
 @cache
-def _npu() -> ModuleType:
+def npu() -> ModuleType:
+    """torch_npu. `device.py` has what is asked of it besides kernels."""
     try:
         import torch_npu
     except ImportError as error:
@@ -56,18 +55,18 @@ def _npu() -> ModuleType:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`x / rms(x) * weight` over the last dimension; x `[..., H]`, weight `[H]`."""
-    return _npu().npu_rms_norm(x, weight, epsilon)[0]  # type: ignore[no-any-return]
+    return npu().npu_rms_norm(x, weight, epsilon)[0]  # type: ignore[no-any-return]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """`(rms_norm(x + residual), x + residual)`."""
-    y, _, total = _npu().npu_add_rms_norm(x, residual, weight, epsilon)
+    y, _, total = npu().npu_add_rms_norm(x, residual, weight, epsilon)
     return y, total
 
 
 def swiglu(x: Tensor) -> Tensor:
     """`silu(x[..., :I]) * x[..., I:]`; x `[..., 2I]`."""
-    return _npu().npu_swiglu(x)  # type: ignore[no-any-return]
+    return npu().npu_swiglu(x)  # type: ignore[no-any-return]
 
 
 MOST_TOP_K = 1024
@@ -82,7 +81,7 @@ def top_k_top_p(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
         k: int32 `[rows]`, from 1 to `MOST_TOP_K` and to the vocabulary; or None.
         p: `[rows]`, of the logits' data type, from 0 to 1; or None, but not both.
     """
-    return _npu().npu_top_k_top_p(logits, p, k)  # type: ignore[no-any-return]
+    return npu().npu_top_k_top_p(logits, p, k)  # type: ignore[no-any-return]
 
 
 def split_columns(x: Tensor, widths: Sequence[int]) -> list[Tensor]:
@@ -97,18 +96,18 @@ def split_columns(x: Tensor, widths: Sequence[int]) -> list[Tensor]:
 
 def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate both in place, halves against each other; query `[T, N, D]`, key `[T, Nkv, D]`, cos and sin `[T, 1, D]`; D 64 or 128."""
-    return _npu().npu_apply_rotary_pos_emb(query, key, cos, sin, "TND", "half")  # type: ignore[no-any-return]
+    return npu().npu_apply_rotary_pos_emb(query, key, cos, sin, "TND", "half")  # type: ignore[no-any-return]
 
 
 def rotary_mul(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotate x `[1, T, N, D]` with cos and sin `[1, T, 1, D]`; halves against each other, or even against odd where interleaved."""
-    return _npu().npu_rotary_mul(x, cos, sin, "interleave" if interleaved else "half")  # type: ignore[no-any-return]
+    return npu().npu_rotary_mul(x, cos, sin, "interleave" if interleaved else "half")  # type: ignore[no-any-return]
 
 
 def scatter_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
     """Write key and value `[T, Nkv, D]` into the caches `[blocks, block_size, Nkv, D]` at slots `[T]`: integers, block * block_size + offset, none of them
     negative or twice."""
-    _npu().npu_scatter_pa_kv_cache(
+    npu().npu_scatter_pa_kv_cache(
         key.contiguous(),
         value.contiguous(),
         key_cache=key_cache,
@@ -123,7 +122,7 @@ _FRACTAL_NZ = 29  # CANN's number of the format
 
 def in_fractal_nz(weight: Tensor) -> Tensor:
     """A copy of a weight in the format in which W8A8 products read it fastest; its numbers and its shape are the same."""
-    return _npu().npu_format_cast(weight, _FRACTAL_NZ)  # type: ignore[no-any-return]
+    return npu().npu_format_cast(weight, _FRACTAL_NZ)  # type: ignore[no-any-return]
 
 
 def gather_kv(
@@ -142,7 +141,7 @@ def gather_kv(
         `[rows, Nkv, D]` of each cache.
     """
     key, value = (cache.new_empty(rows, *cache.shape[2:]) for cache in (key_cache, value_cache))
-    _npu().npu_gather_pa_kv_cache(key_cache, value_cache, block_table, lengths, key, value, seq_offset=starts)
+    npu().npu_gather_pa_kv_cache(key_cache, value_cache, block_table, lengths, key, value, seq_offset=starts)
     return key, value
 
 
@@ -166,9 +165,14 @@ WIDE_HEAD_MULTIPLE = 16
 """What their width is a multiple of."""
 
 
+def _wide_head_size(size: int) -> int:
+    """The next multiple that holds `size`."""
+    return -(-size // WIDE_HEAD_MULTIPLE) * WIDE_HEAD_MULTIPLE
+
+
 def cached_head_size(size: int) -> int:
     """The smallest head size that holds `size` and that `attention` takes, or `attention_of_wide_heads` where there is none; 0 beyond 512."""
-    wide = -(-size // WIDE_HEAD_MULTIPLE) * WIDE_HEAD_MULTIPLE
+    wide = _wide_head_size(size)
     return kernel_head_size(size) or (wide if wide <= WIDE_HEAD_SIZE else 0)
 
 
@@ -188,7 +192,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tens
     """
     if options.get("block_table") is None:
         key, value = key.contiguous(), value.contiguous()
-    out, _ = _npu().npu_fused_infer_attention_score(query.contiguous(), key, value, input_layout="TND", **options)
+    out, _ = npu().npu_fused_infer_attention_score(query.contiguous(), key, value, input_layout="TND", **options)
     return out  # type: ignore[no-any-return]
 
 
@@ -203,7 +207,7 @@ def attention_of_wide_heads(query: Tensor, keys: Tensor, values: Tensor, **optio
     Returns:
         `[B, S, N, D]`.
     """
-    out, _ = _npu().npu_fused_infer_attention_score(query.contiguous(), keys, values, input_layout="BSND", **options)
+    out, _ = npu().npu_fused_infer_attention_score(query.contiguous(), keys, values, input_layout="BSND", **options)
     return out  # type: ignore[no-any-return]
 
 
@@ -220,9 +224,8 @@ def attention_with_mask(query: Tensor, key: Tensor, value: Tensor, hidden: Tenso
         `[B, N, S, D]`.
     """
     size = query.shape[-1]
-    taken = -(-size // WIDE_HEAD_MULTIPLE) * WIDE_HEAD_MULTIPLE
-    query, key, value = (widened(rows, taken).contiguous() for rows in (query, key, value))
-    out, _ = _npu().npu_fused_infer_attention_score(
+    query, key, value = (widened(rows, _wide_head_size(size)).contiguous() for rows in (query, key, value))
+    out, _ = npu().npu_fused_infer_attention_score(
         query,
         key,
         value,
@@ -265,7 +268,7 @@ def attention_with_sinks(
     Returns:
         `[T, N, 128]`.
     """
-    out, _ = _npu().npu_fused_infer_attention_score_v2(
+    out, _ = npu().npu_fused_infer_attention_score_v2(
         query.contiguous(),
         key,
         value,
@@ -326,7 +329,7 @@ def latent_attention(
         `[T, N, 512]`.
     """
     shared = latents.unsqueeze(1)  # [blocks, heads, block_size, 512]
-    out, _ = _npu().npu_fused_infer_attention_score_v2(
+    out, _ = npu().npu_fused_infer_attention_score_v2(
         query.contiguous(),
         shared,
         shared,
@@ -371,7 +374,7 @@ def prompt_latent_attention(
         `[T, N, 128]`, and the log-sum-exp of the scores, float32 `[T, N, 1]`.
     """
     heads = value.shape[1]
-    out, lse = _npu().npu_fused_infer_attention_score_v2(
+    out, lse = npu().npu_fused_infer_attention_score_v2(
         query[0].contiguous(),
         key[0].contiguous(),
         value.contiguous(),
@@ -393,42 +396,5 @@ def prompt_latent_attention(
 def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over the keys of all parts, from each part's result `[T, N, D]` and its log-sum-exp `[T, N, 1]`, float32, contiguous."""
     rows = [out.view(-1, out.shape[-1]) for out in outs]
-    out, lse = _npu().npu_attention_update([lse.view(-1) for lse in lses], rows, 1)
+    out, lse = npu().npu_attention_update([lse.view(-1) for lse in lses], rows, 1)
     return out.view(outs[0].shape), lse.view(lses[0].shape)
-
-
-def pluggable_allocator(allocate: int, free: int) -> Any:
-    """An allocator for `torch.npu.MemPool`, as `torch.npu.memory.NPUPluggableAllocator` makes it of two functions of a library.
-
-    Args:
-        allocate: address of `void *(ssize_t bytes, int device, aclrtStream stream)`.
-        free: address of `void (void *pointer, size_t bytes, aclrtStream stream)`.
-    """
-    return _npu()._C._npu_customAllocator(allocate, free)
-
-
-def device_profiler(
-    *, folder: str, name: str, steps: tuple[int, int, int] | None, device: bool, **options: bool
-) -> Any:
-    """A profiler of the host, and of the device, which writes its traces when it stops.
-
-    Args:
-        folder: where each trace gets a folder.
-        name: how that folder's name begins.
-        steps: how many steps it waits, warms up and records. None: it records from its start to its end.
-        device: whether the device is recorded.
-        options: `record_shapes`, `profile_memory`, `with_stack`, `with_flops`.
-    """
-    npu = _npu().profiler
-    schedule = None if steps is None else npu.schedule(wait=steps[0], warmup=steps[1], active=steps[2], repeat=1)
-    return npu.profile(
-        activities=[npu.ProfilerActivity.CPU, *([npu.ProfilerActivity.NPU] if device else [])],
-        schedule=schedule,
-        on_trace_ready=npu.tensorboard_trace_handler(folder, worker_name=name),
-        **options,
-    )
-
-
-def let_segments_grow(grow: bool) -> None:
-    """Whether torch_npu's allocator makes segments that grow from now on (`expandable_segments`, the one setting that it changes in a process that runs)."""
-    torch.npu.memory._set_allocator_settings(f"expandable_segments:{grow}")  # type: ignore[attr-defined]

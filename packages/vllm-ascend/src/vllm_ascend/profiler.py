@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from vllm.profiler.wrapper import WorkerProfiler
 
-from vllm_ascend import kernels
+from vllm_ascend.device import device_profiler
 
 __all__ = ["NpuProfiler"]
 
@@ -40,7 +40,7 @@ class NpuProfiler(WorkerProfiler):
         config = self._config
         scheduled = config.warmup_iterations > 0 or config.wait_iterations > 0
         steps = (config.wait_iterations, config.warmup_iterations, config.active_iterations) if scheduled else None
-        self._profiler = kernels.device_profiler(
+        self._profiler = device_profiler(
             folder=config.torch_profiler_dir,
             name=self._name,
             steps=steps,

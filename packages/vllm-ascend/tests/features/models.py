@@ -6,6 +6,7 @@ most certain, so that another order of summation, or another rank's int8 scales,
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -141,7 +142,9 @@ def with_pictures(experts):
         text = config["text_config"] | EXPERTS | {"decoder_sparse_step": 1}
         return processor, config | {"text_config": text}
 
-    return entry("Qwen3VLMoe", sparse, QWEN_IMAGE) if experts else ENTRIES["Qwen2VL"]
+    if not experts:
+        return ENTRIES["Qwen2VL"]
+    return replace(entry("Qwen3VLMoe", sparse, QWEN_IMAGE), turned_experts=True)
 
 
 def of_pictures(folder, experts, int8):
@@ -150,8 +153,6 @@ def of_pictures(folder, experts, int8):
     source = folder / "float" if int8 else folder
     source.mkdir(exist_ok=True)
     model, requests, more = reference.checkpoint(with_pictures(experts), source)
-    if experts:
-        turn_experts(source / "model.safetensors")
     if int8:
         model = int8_language_model(source, folder, model)
     ids = [request["expanded"] for request in requests]
@@ -181,18 +182,6 @@ def decided(model, ids, more, tokens):
     best = mine.topk(2)
     good = (best.indices[:, 0] == torch.tensor(tokens)) & (best.values[:, 0] - best.values[:, 1] > 2 * moved)
     return tokens[: good.long().cumprod(0).sum()]
-
-
-def turn_experts(file):
-    """Write experts as Qwen publishes them, inputs before outputs. transformers 5 saves them the other way round, which vLLM does not read."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(file)
-    turned = {
-        name: tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor
-        for name, tensor in tensors.items()
-    }
-    save_file(turned, file, metadata={"format": "pt"})
 
 
 def int8_language_model(source, folder, model):

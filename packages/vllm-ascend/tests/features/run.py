@@ -10,12 +10,12 @@ import json
 import shutil
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engine_processes import EngineServers, data_parallel, end, end_with_stacks, rendezvous
+from results import write
 
 from features import models, page, verdict
 from features.table import CELLS, FEATURES, ITSELF, STORAGE, digest, engine, kind_of_model, rounds
@@ -187,7 +187,8 @@ def main():
         print(f"{name}: {' '.join(filter(None, cell))} ({seconds:.0f} s)", flush=True)
         if not verdict.is_good(cell):
             bad.append(name)
-        save(options, results)
+        in_order = {name: results[name] for name in CELLS if name in results}
+        write(options.results, "cells", in_order, options.page, page.render)
 
     try:
         made = make_checkpoints({kind_of_model(names) for names in cells.values()}, options.folder, servers)
@@ -206,18 +207,6 @@ def main():
     print(f"{len(cells)} cells in {(time.monotonic() - began) / 60:.1f} minutes")
     if bad:
         sys.exit(f"neither working nor refused at the start: {'; '.join(bad)}")
-
-
-def save(options, results):
-    """Write the results in the order of the cells, and the page."""
-    made = {
-        "versions": {name: version(name).split("+")[0] for name in ("vllm", "torch", "torch-npu", "transformers")},
-        "cells": {name: results[name] for name in CELLS if name in results},
-    }
-    for file, text in ((options.results, json.dumps(made, indent=1) + "\n"), (options.page, page.render(made))):
-        new = file.with_suffix(".new")
-        new.write_text(text)
-        new.replace(file)
 
 
 if __name__ == "__main__":

@@ -47,9 +47,8 @@ def difference(found, wanted):
     """What differs from the reference, or ""."""
     if "tokens" in wanted:
         both = enumerate(zip(found, wanted["tokens"], strict=True))
-        wrong = [
-            n for n, (said, right) in both if said[: len(right)] != right
-        ]  # rounding may leave fewer tokens decided
+        # Rounding may leave fewer tokens decided than were said.
+        wrong = [n for n, (said, right) in both if said[: len(right)] != right]
         return f"answers {wrong} of {len(found)} differ: {found[wrong[0]]} for {wanted['tokens'][wrong[0]]}" if wrong else ""  # fmt: skip
     errors = (torch.tensor(found, dtype=torch.float64) - torch.tensor(wanted["vectors"], dtype=torch.float64)).norm(dim=1)  # fmt: skip
     return f"vectors err by {errors.max():.2g}, more than {wanted['bound']:.2g}" if errors.max() > wanted["bound"] else ""  # fmt: skip

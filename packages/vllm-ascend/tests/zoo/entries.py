@@ -32,6 +32,7 @@ class Entry:
         make: for entries with a processor: a function that returns the processor and the config's arguments.
         chunk: tokens of a step of the run with chunks; no fewer than a picture has where pictures are not cut.
         names: how the published checkpoints begin a tensor's name, by how transformers' `save_pretrained` does, where it differs.
+        turned_experts: whether published checkpoints have the experts' inputs before their outputs, the other way round than transformers 5.
         encodes: whether an encoder takes the sound apart, and the prompt is the decoder's.
         mark: what stands for a picture, a video or a sound in a prompt.
     """
@@ -52,3 +53,4 @@ class Entry:
     mark: str = ""
     chunk: int = 32
     names: dict[str, str] = field(default_factory=dict)
+    turned_experts: bool = False

@@ -146,6 +146,15 @@ def rename(file, names):
     save_file(renamed, file, metadata={"format": "pt"})
 
 
+def turn_experts(file):
+    """Exchange inputs and outputs of the experts of a checkpoint's file."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    turned = {name: tensor.transpose(1, 2).contiguous() for name, tensor in tensors.items() if ".mlp.experts." in name}
+    save_file(tensors | turned, file, metadata={"format": "pt"})
+
+
 def checkpoint(entry, folder):
     """Write the entry's checkpoint, and its processor if it has one. Returns the model, the engine's requests, and of each what the model takes."""
     if entry.make is None:
@@ -163,6 +172,8 @@ def checkpoint(entry, folder):
         (folder / "config.json").write_text(json.dumps(config | {"architectures": [entry.published]}, indent=1))
     if entry.names:
         rename(folder / "model.safetensors", entry.names)
+    if entry.turned_experts:
+        turn_experts(folder / "model.safetensors")
     return model, requests, inputs
 
 

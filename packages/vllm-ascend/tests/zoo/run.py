@@ -11,12 +11,12 @@ import json
 import shutil
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engine_processes import EngineServers, end, end_with_stacks
+from results import write
 
 from zoo import ENTRIES, page, verdict
 from zoo.trial import KINDS
@@ -124,7 +124,8 @@ def main():
         if not verdict.is_good(results[entry.name]) and not entry.known:
             bad.append(entry.name)
         print(f"{entry.name}: {said} {visit.seconds}", flush=True)
-        save(options.results, results)
+        in_order = {name: results[name] for name in ENTRIES if name in results}
+        write(options.results, "models", in_order, options.page, page.render)
 
     began = time.monotonic()
     servers = EngineServers(options.folder)
@@ -133,22 +134,9 @@ def main():
         visit_all(entries, options.folder, servers, done, options.kinds)
     finally:
         servers.close()
-    if options.page:
-        options.page.write_text(page.render(json.loads(options.results.read_text())))
     print(f"{len(entries)} architectures in {(time.monotonic() - began) / 60:.1f} minutes")
     if bad:
         sys.exit(f"neither equal nor refused at the start: {', '.join(bad)}")
-
-
-def save(file, results):
-    """Write the results in the order of the entries."""
-    with_versions = {
-        "versions": {name: version(name).split("+")[0] for name in ("vllm", "torch", "torch-npu", "transformers")},
-        "models": {name: results[name] for name in ENTRIES if name in results},
-    }
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(with_versions, indent=1) + "\n")
-    new.replace(file)
 
 
 if __name__ == "__main__":

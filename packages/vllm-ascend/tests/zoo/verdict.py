@@ -32,6 +32,7 @@ def digest(entry):
     said += (entry.attention,) if entry.attention != "eager" else ()
     said += (entry.chunk,) if entry.chunk != 32 else ()
     said += (entry.published,) if entry.published else ()
+    said += ("turned experts",) if entry.turned_experts else ()
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 

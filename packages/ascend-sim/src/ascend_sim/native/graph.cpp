@@ -261,22 +261,7 @@ void install_recorder() {
   });
 }
 
-std::tuple<int64_t, int64_t, int64_t> counts() {
-  int64_t replays = 0, updates = 0;
-  ascend_sim_graph_counts(&replays, &updates);
-  return {replays, updates, replayed.load()};
-}
-
-void reset_counts() {
-  ascend_sim_graph_reset_counts();
-  replayed = 0;
-}
-
-}  // namespace
-
-namespace {
-
-// Memory that a program asked for while a graph was captured, and has written with the graph's operators alone.
+// Memory that a program asked for, without contents, while a graph was captured.
 struct Blank {
   at::Tensor memory;
   c10::weak_intrusive_ptr<c10::StorageImpl> owner;
@@ -287,6 +272,17 @@ aclError make_blank(void* argument) {
   const auto* blank = static_cast<const Blank*>(argument);
   if (blank->owner.expired()) poison(blank->memory);
   return ACL_SUCCESS;
+}
+
+std::tuple<int64_t, int64_t, int64_t> counts() {
+  int64_t replays = 0, updates = 0;
+  ascend_sim_graph_counts(&replays, &updates);
+  return {replays, updates, replayed.load()};
+}
+
+void reset_counts() {
+  ascend_sim_graph_reset_counts();
+  replayed = 0;
 }
 
 }  // namespace

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, Common
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_ascend.attention.gqa import AscendAttentionBackend, AscendAttentionImpl, AscendAttentionMetadataBuilder
-from vllm_ascend.attention.step import AscendAttentionMetadata
+from vllm_ascend.attention.step import AscendAttentionMetadata, groups
 
 __all__ = ["AscendComposedAttentionBackend", "AscendComposedAttentionImpl", "ComposedMetadata", "Scores", "attend"]
 
@@ -126,15 +125,11 @@ def _parts(
         spans: by request, first and last position of each picture whose tokens see each other.
         block_size: tokens of a block.
     """
-    starts = [0, *step.query_ends]
-    single = [end - start == 1 for start, end in pairwise(starts)]
-    for several, group in groupby(range(len(single)), key=lambda request: None if single[request] else request):
-        requests = list(group)
-        first, last = requests[0], requests[-1] + 1
-        rows = slice(starts[first], starts[last])
+    for first, last, rows in groups(step.query_ends, lambda request, tokens: None if tokens == 1 else request):
+        tokens = rows.stop - rows.start
         blocks = -(-max(step.kv_lengths[first:last]) // block_size)
-        seen = step.kv_lengths[first] - (rows.stop - rows.start)  # tokens of earlier steps
-        in_sight = [] if several is None else [span for span in spans.get(first, []) if span[1] >= seen]
+        seen = step.kv_lengths[first] - tokens  # in earlier steps
+        in_sight = [] if tokens == last - first else [span for span in spans.get(first, []) if span[1] >= seen]
         yield Part(rows, table[first:last, :blocks], ends[first:last], in_sight)
 
 

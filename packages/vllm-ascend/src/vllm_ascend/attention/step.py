@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 from typing import Any
 
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
-__all__ = ["AscendAttentionMetadata", "describe", "has_prompts", "query_ends", "tokens_of_step"]
+__all__ = ["AscendAttentionMetadata", "describe", "groups", "has_prompts", "query_ends", "tokens_of_step"]
 
 
 @dataclass(slots=True)
@@ -60,6 +62,20 @@ def describe(step: CommonAttentionMetadata, mask: Tensor) -> AscendAttentionMeta
         mask=mask,
         causal=step.causal,
     )
+
+
+def groups(query_ends: Sequence[int], kind: Callable[[int, int], object]) -> Iterator[tuple[int, int, slice]]:
+    """Consecutive requests of one kind: the first, the one after the last, and the query tokens of all of them.
+
+    Args:
+        query_ends: cumulative query lengths of the requests.
+        kind: of a request, by its place and how many query tokens it has.
+    """
+    starts = [0, *query_ends]
+    lengths = [end - start for start, end in pairwise(starts)]
+    for _, group in groupby(range(len(lengths)), key=lambda request: kind(request, lengths[request])):
+        requests = list(group)
+        yield requests[0], requests[-1] + 1, slice(starts[requests[0]], starts[requests[-1] + 1])
 
 
 def tokens_of_step() -> int:

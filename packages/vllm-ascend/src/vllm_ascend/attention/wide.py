@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_ascend import kernels
-from vllm_ascend.attention.step import AscendAttentionMetadata
+from vllm_ascend.attention.step import AscendAttentionMetadata, groups
 
 __all__ = ["attend"]
 
@@ -29,7 +27,9 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, step: AscendAttentionMet
         `[T, N, D]`.
     """
     outs = []
-    for first, last, rows in _parts(step.query_ends):
+    for first, last, rows in groups(step.query_ends, lambda _, tokens: tokens):
+        if rows.start == rows.stop:
+            continue
         part = query[rows].reshape(last - first, -1, *query.shape[1:])
         # One query token, the last of its request, sees all keys.
         masked = step.causal and part.shape[1] > 1
@@ -45,13 +45,3 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, step: AscendAttentionMet
         )
         outs.append(out.flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-def _parts(query_ends: Sequence[int]) -> Iterator[tuple[int, int, slice]]:
-    """Consecutive requests with equally many query tokens: the first, the one after the last, and their tokens. Requests without any are left out."""
-    starts = [0, *query_ends]
-    lengths = [end - start for start, end in pairwise(starts)]
-    for length, group in groupby(range(len(lengths)), key=lengths.__getitem__):
-        requests = list(group)
-        if length:
-            yield requests[0], requests[-1] + 1, slice(starts[requests[0]], query_ends[requests[-1]])

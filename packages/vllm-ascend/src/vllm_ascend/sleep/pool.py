@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vllm_ascend import kernels
+from vllm_ascend.device import let_segments_grow, pluggable_allocator
 from vllm_ascend.sleep import cann
 
 __all__ = ["SleepingMemory"]
@@ -68,7 +68,7 @@ class SleepingMemory:
         self._pools: list[tuple[str, Any]] = []
         self._tag = ""
         self._functions = _ALLOCATE(self._allocate), _FREE(self._free)
-        self._allocator = kernels.pluggable_allocator(*(_address_of(function) for function in self._functions))
+        self._allocator = pluggable_allocator(*(_address_of(function) for function in self._functions))
         SleepingMemory._alive.append(self)
 
     @contextmanager
@@ -77,13 +77,13 @@ class SleepingMemory:
         before, self._tag = self._tag, tag
         pool = torch.npu.MemPool(self._allocator)
         self._pools.append((tag, pool))
-        kernels.let_segments_grow(False)
+        let_segments_grow(False)
         try:
             with torch.npu.use_mem_pool(pool):
                 yield
         finally:
             self._tag = before
-            kernels.let_segments_grow(self._segments_grow and not before)
+            let_segments_grow(self._segments_grow and not before)
             self._drop_unused(pool)
 
     def sleep(self, discards: Callable[[str, int], bool], tags: tuple[str, ...] | None = None) -> None:
