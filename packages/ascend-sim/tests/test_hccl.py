@@ -32,6 +32,11 @@ def test_on_every_rank(outcomes, name):
         assert outcome[name] == "ok", f"rank {rank}: {outcome[name]}"
 
 
+def test_a_process_may_end_before_its_collectives(tmp_path):
+    """Seen in CI: "terminate called without an active exception", now and then, where a program ended right after its last collective."""
+    run_ranks(Path(__file__).with_name("exit_worker.py"), 2, lambda _: [str(tmp_path)])
+
+
 def test_gloo_listens_where_its_variable_says(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,lo")
     assert len(_gloo_devices()) == 2

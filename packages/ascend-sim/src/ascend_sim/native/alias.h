@@ -32,10 +32,11 @@ inline at::Tensor cpu_alias(const at::Tensor& t, bool resizable = false) {
   return out;
 }
 
-// The same, keeping the npu tensor's memory alive for as long as the alias lives: for work that outlasts the call.
+// The same, keeping the npu tensor's memory alive for as long as the alias lives: for work that outlasts the call. It keeps the storage and not
+// the tensor: a tensor that Python made takes Python's lock when it dies, and a thread that waits for that lock while Python ends is aborted.
 inline at::Tensor owning_alias(const at::Tensor& t) {
   if (!on_npu(t)) return t;
-  return at::from_blob(t.data_ptr(), t.sizes(), t.strides(), [t](void*) {}, t.options().device(c10::kCPU));
+  return at::from_blob(t.data_ptr(), t.sizes(), t.strides(), [kept = t.storage()](void*) {}, t.options().device(c10::kCPU));
 }
 
 // Write over all of an npu tensor's memory what no program can take for results (memory.cpp); nothing for tensors elsewhere.
