@@ -21,6 +21,7 @@ __all__ = [
     "set_defaults_for_vllm",
     "set_eplb_status_socket",
     "visible_devices",
+    "wants_simple_kv_offload",
     "wants_v2_model_runner",
 ]
 
@@ -65,6 +66,11 @@ def segments_grow() -> bool:
 def wants_v2_model_runner() -> bool:
     """Whether the user asked for the V2 model runner."""
     return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0", "false", "False")
+
+
+def wants_simple_kv_offload() -> bool:
+    """Whether vLLM would offload the KV cache by its other connector for that."""
+    return os.environ.get("VLLM_USE_SIMPLE_KV_OFFLOAD", "0") != "0"
 
 
 def visible_devices() -> str | None:

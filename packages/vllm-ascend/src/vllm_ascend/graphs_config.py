@@ -15,6 +15,7 @@ from vllm.config.vllm import OptimizationLevel
 from vllm_ascend import features
 from vllm_ascend.attention.limits import LATENT_QUERIES, composed
 from vllm_ascend.config import AscendConfig
+from vllm_ascend.kv_offload import limits as kv_offload
 from vllm_ascend.speculative import support
 
 __all__ = ["choose", "uncovered"]
@@ -54,7 +55,9 @@ def choose(vllm_config: Any) -> str:
 def uncovered(vllm_config: Any) -> Iterator[str]:
     """What of a configuration no test has shown to compute the same tokens in graphs, in the plural."""
     of_models = (features.POOLING, features.ENCODER_DECODER, features.STATES)
-    yield from features.used(vllm_config, *of_models, features.PROMPT_EMBEDS, features.KV_CONNECTORS)
+    yield from features.used(vllm_config, *of_models, features.PROMPT_EMBEDS)
+    if not kv_offload.chosen(vllm_config):  # which does nothing in a layer
+        yield from features.used(vllm_config, features.KV_CONNECTORS)
     drafted, world = vllm_config.num_speculative_tokens, vllm_config.parallel_config.world_size_across_dp
     if drafted and world > 1:
         yield f"steps with drafted tokens over {world} ranks"

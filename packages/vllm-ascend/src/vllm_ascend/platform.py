@@ -12,6 +12,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 from vllm_ascend import compat, start
 from vllm_ascend.attention import BACKENDS, COMPOSED, CROSS, ENCODER, PAIRED, PAIRED_COMPOSED, SINKS, kinds
 from vllm_ascend.eplb import front_end
+from vllm_ascend.kv_offload import limits as kv_offload
 from vllm_ascend.sleep import limits as sleep
 
 if TYPE_CHECKING:
@@ -118,13 +119,15 @@ class AscendPlatform(Platform):
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: VllmConfig) -> None:
-        """Turn compilation off and choose what is captured, before vLLM decides about it; choose the attention backend, and the quantisation method by the checkpoint's folder."""
+        """Turn compilation off and choose what is captured, before vLLM decides about it; choose the attention backend, what offloads the KV cache, and the quantisation
+        method by the checkpoint's folder."""
         from vllm.config.compilation import CompilationMode
 
         from vllm_ascend import graphs_config
         from vllm_ascend.quantization.config import choose_by_folder
 
         choose_by_folder(vllm_config)
+        kv_offload.choose(vllm_config)
         kinds.choose_backend(vllm_config)
         vllm_config.compilation_config.mode = CompilationMode.NONE
         if notice := graphs_config.choose(vllm_config):
