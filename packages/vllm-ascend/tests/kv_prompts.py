@@ -6,7 +6,7 @@ import json
 import torch
 from engine_jobs import tokens
 
-__all__ = ["BLOCKS", "LENGTH", "OTHERS", "PROMPTS", "SIZE", "SMALL", "after_eviction", "assert_loaded", "from_host", "offloading", "qwen3"]  # fmt: skip
+__all__ = ["BLOCKS", "CACHED", "LENGTH", "OTHERS", "PROMPTS", "SIZE", "SMALL", "after_eviction", "assert_loaded", "from_host", "offloading", "qwen3"]  # fmt: skip
 
 LENGTH = 16  # of answers
 VOCABULARY = 512
