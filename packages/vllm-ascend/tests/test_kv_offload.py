@@ -70,14 +70,23 @@ def test_pieces(cache):
     assert [[ref.tensor_idx for ref in group] for group in cache.group_data_refs] == [[0, 1, 2, 3], [4]]
 
 
-def test_copies(cache):
+@pytest.fixture
+def late_stream():
+    """The current stream is one whose operators a lazy simulator runs when something waits for them, as it does of the streams of copies."""
+    with torch.npu.stream(torch.npu.Stream()):
+        yield
+
+
+def test_copies(cache, late_stream):
     """Blocks come back as they were, into other places; what is not asked for stays, and so does what is written after `wait`."""
     from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
     from vllm_ascend.kv_offload.copies import AscendOffloadingWorker
 
     worker = AscendOffloadingWorker(cache, num_chunks=4, blocks_per_chunk=2)
     tensors = [one.tensor for one in cache.tensors]
-    before = [tensor.cpu() for tensor in tensors]
+    before = [tensor.cpu() + 1 for tensor in tensors]
+    for tensor in tensors:
+        tensor.add_(1)  # before the store
     assert worker.submit_store(1, spec(([0, 1, 4], 0), ([5], 1)), CPULoadStoreSpec([2, 0, 3]))
     worker.wait({1})
     for tensor in tensors:
