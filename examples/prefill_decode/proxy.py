@@ -8,13 +8,16 @@ the first. What the connector of the first says about where they are (`kv_transf
 """
 
 import argparse
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import cycle
+from typing import Any
 
 import httpx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -25,7 +28,7 @@ KEEP = {
 OF_ANSWERS = ("stream_options", "min_tokens", "n", "best_of", "use_beam_search")  # of no use in an answer of one token
 
 
-def for_prefill(body):
+def for_prefill(body: dict[str, Any]) -> dict[str, Any]:
     """The same request, for one token."""
     asked = {name: value for name, value in body.items() if name not in OF_ANSWERS}
     asked |= {"max_tokens": 1, "stream": False, "kv_transfer_params": KEEP}
@@ -34,7 +37,7 @@ def for_prefill(body):
     return asked
 
 
-async def complete(request):
+async def complete(request: Request) -> Response:
     """/v1/completions and /v1/chat/completions."""
     state, body = request.app.state, await request.json()
     try:
@@ -52,22 +55,22 @@ async def complete(request):
     )  # fmt: skip
 
 
-async def models(request):
+async def models(request: Request) -> Response:
     """/v1/models, as a decode server has it."""
     answer = await request.app.state.client.get(next(request.app.state.decode) + request.url.path)
     return Response(answer.content, answer.status_code, media_type=answer.headers.get("content-type"))
 
 
-async def health(request):
+async def health(request: Request) -> Response:
     """Whether this program answers; the servers have a /health of their own."""
     return Response()
 
 
-def application(prefill, decode):
+def application(prefill: list[str], decode: list[str]) -> Starlette:
     """The program for servers at these addresses, which take requests in turn."""
 
     @asynccontextmanager
-    async def lifespan(app):
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
             app.state.client, app.state.prefill, app.state.decode = client, cycle(prefill), cycle(decode)
             yield
@@ -76,7 +79,7 @@ def application(prefill, decode):
     return Starlette(routes=[*routes, Route("/v1/models", models), Route("/health", health)], lifespan=lifespan)
 
 
-def main():
+def main() -> None:
     """Serve until interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prefill", nargs="+", required=True, metavar="URL", help="servers that compute prompts")

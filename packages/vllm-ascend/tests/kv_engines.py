@@ -6,7 +6,19 @@ import json
 import pytest
 import torch
 from engine_jobs import tokens
-from kv_prompts import CACHED, LENGTH, OTHERS, PROMPTS, SIZE, VOCABULARY, after_eviction, assert_loaded, from_host, offloading, qwen3
+from kv_prompts import (
+    CACHED,
+    LENGTH,
+    OTHERS,
+    PROMPTS,
+    SIZE,
+    VOCABULARY,
+    after_eviction,
+    assert_loaded,
+    from_host,
+    offloading,
+    qwen3,
+)
 from lora_adapters import ALL, make
 from moe_families import LATENT
 from prefill_decode import EXAMPLE, apart, computed, nixl_hosts
@@ -125,6 +137,17 @@ def test_adapters(made_qwen3, hugging_face, tmp_path, run_engines):
     assert_loaded(result, said, [count for count in CACHED for _ in names])
 
 
+def test_host_memory_that_is_dropped(made_qwen3, run_engines):
+    """As it must be after new weights: everything is computed."""
+    folder, expected = made_qwen3
+    job = after_eviction(folder, kv_offloading_size=SIZE)
+    job["runs"].append({**job["runs"][0], "before": [["forget_all"]]})
+    (result,) = run_engines([job])
+    assert_loaded(result, expected)
+    assert tokens(result, 3) == expected
+    assert [output["cached"] for output in result["runs"][3]] == [0] * len(PROMPTS)
+
+
 def test_memory_for_no_block(made_qwen3, engine_servers, tmp_path):
     """One clear error."""
     job = [after_eviction(made_qwen3[0], kv_transfer_config=offloading(cpu_bytes_to_use=1000))]
@@ -153,6 +176,7 @@ def test_prefill_apart_from_decode(connector, smollm2, hugging_face, tmp_path):
     options, rest = CONNECTORS[connector]
     transfer, hosts = {"kv_connector": connector}, (None, None)
     if connector == "NixlConnector":
+        pytest.importorskip("nixl")
         hosts = nixl_hosts()
     else:
         transfer["kv_connector_extra_config"] = {"shared_storage_path": str(tmp_path)}

@@ -64,6 +64,7 @@ def act(llm, inspected, name, *arguments):
         "reload": lambda: llm.collective_rpc("reload_weights"),
         "load_adapter": lambda folder: llm.llm_engine.add_lora(adapter(folder)),
         "forget": llm.reset_prefix_cache,  # what host memory has of it stays
+        "forget_all": lambda: llm.reset_prefix_cache(reset_connector=True),
         "drop_adapter": lambda folder: llm.llm_engine.remove_lora(adapter(folder).lora_int_id),
     }
     said = refusal(actions[name], *arguments)

@@ -43,7 +43,8 @@ _REPORTED = (
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "AUTH", "URL", "HEADER", "COOKIE")
 
 # Segments that grow: without them the KV cache and the activations of steps of many sizes split the device's memory into pieces too small for either.
-ALLOCATOR = "expandable_segments:True"
+# Pinned host memory by its size: without the second, torch_npu takes the next power of two, of 33 GiB for the KV cache 64.
+ALLOCATOR = "expandable_segments:True,pinned_max_round_threshold_mb:16"
 ALLOCATOR_VARIABLES = frozenset({"PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"})
 
 

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
-
-import psutil
 
 from vllm_ascend import envs
 
 __all__ = ["CONNECTOR", "broken", "choose", "chosen", "named"]
 
 CONNECTOR = "OffloadingConnector"
+_SIMPLE = "SimpleCPUOffloadConnector"
 _MODULE = "vllm_ascend.kv_offload.connector"
 _SPEC = {"spec_name": "AscendOffloadingSpec", "spec_module_path": "vllm_ascend.kv_offload.spec"}
 _OF_VLLM = "CPUOffloadingSpec"  # vLLM's default, which `_SPEC` takes the place of
@@ -26,12 +26,12 @@ def choose(vllm_config: Any) -> None:
     Args:
         vllm_config: vLLM's `VllmConfig`, not yet complete.
     """
-    cache = vllm_config.cache_config
-    if cache.kv_offloading_size is not None and cache.kv_offloading_backend == "native":
+    if _by_size(vllm_config) and _other(vllm_config) is None:
         from vllm.config import KVTransferConfig
 
+        cache = vllm_config.cache_config
         transfer = vllm_config.kv_transfer_config = vllm_config.kv_transfer_config or KVTransferConfig()
-        transfer.kv_connector = "SimpleCPUOffloadConnector" if envs.wants_simple_kv_offload() else CONNECTOR
+        transfer.kv_connector = _SIMPLE if envs.wants_simple_kv_offload() else CONNECTOR
         transfer.kv_role = "kv_both"
         transfer.kv_connector_extra_config["cpu_bytes_to_use"] = cache.kv_offloading_size * (1 << 30)
     transfer = vllm_config.kv_transfer_config
@@ -43,6 +43,19 @@ def choose(vllm_config: Any) -> None:
         extra.update(_SPEC)
 
 
+def _by_size(vllm_config: Any) -> bool:
+    """Whether vLLM makes a connector of `kv_offloading_size`."""
+    cache = vllm_config.cache_config
+    return cache.kv_offloading_size is not None and cache.kv_offloading_backend == "native"
+
+
+def _other(vllm_config: Any) -> str | None:
+    """The connector that a user has named, if it is none that offloads."""
+    transfer = vllm_config.kv_transfer_config
+    named = None if transfer is None else transfer.kv_connector
+    return None if named in (None, CONNECTOR, _SIMPLE) else named
+
+
 def chosen(vllm_config: Any) -> bool:
     """Whether `choose` has chosen our connector."""
     transfer = vllm_config.kv_transfer_config
@@ -52,7 +65,7 @@ def chosen(vllm_config: Any) -> bool:
 def named(vllm_config: Any) -> str:
     """The option by which a user asked for a connector, with its value."""
     cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
-    if cache.kv_offloading_size is not None:
+    if _by_size(vllm_config) and _other(vllm_config) is None:
         return f"kv_offloading_size ({cache.kv_offloading_size})"
     return f"kv_transfer_config (connector {transfer.kv_connector!r})"
 
@@ -63,6 +76,9 @@ def broken(vllm_config: Any) -> Iterator[str]:
     Args:
         vllm_config: vLLM's `VllmConfig`, whose `model_config` is there.
     """
+    if _by_size(vllm_config) and (other := _other(vllm_config)):
+        size = vllm_config.cache_config.kv_offloading_size
+        yield f"kv_offloading_size ({size}) cannot be used with kv_transfer_config (connector {other!r}), whose place vLLM gives to {CONNECTOR}; leave one of the two out"
     if not chosen(vllm_config):
         return
     name, extra = named(vllm_config), vllm_config.kv_transfer_config.kv_connector_extra_config
@@ -85,7 +101,7 @@ def _wrong_with_the_memory(vllm_config: Any, name: str, asked: Any) -> Iterator[
     if not isinstance(asked, int | float) or asked <= 0:
         yield f"{name} needs the bytes of host memory that it may take: kv_connector_extra_config.cpu_bytes_to_use ({asked!r}) must be a number above 0"
         return
-    parallel, memory = vllm_config.parallel_config, psutil.virtual_memory().total
+    parallel, memory = vllm_config.parallel_config, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     replicas = parallel.data_parallel_size_local if parallel.data_parallel_rank_local is None else 1
     here = asked * replicas / parallel.nnodes_within_dp
     if here > memory:
