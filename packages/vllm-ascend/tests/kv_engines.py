@@ -115,13 +115,16 @@ def test_preempted_requests(made_qwen3, run_engines):
 
 
 def test_host_memory_that_is_full(made_qwen3, run_engines):
-    """It holds five blocks: what was used last stays, and tokens are right."""
+    """It has room for five of eight blocks: what was used last stays, and what has left is computed."""
     folder, expected = made_qwen3
     block = 4 * 2 * 128 * 2 * 64 * 4  # layers x (key, value) x tokens x heads x head size x float32
-    job = after_eviction(folder, others=OTHERS[:1], kv_transfer_config=offloading(cpu_bytes_to_use=5 * block), num_gpu_blocks_override=5)  # fmt: skip
+    job = after_eviction(folder, others=OTHERS[:1], kv_transfer_config=offloading(cpu_bytes_to_use=5 * block))
+    job["runs"][2] |= {"prompts": [PROMPTS[i] for i in (2, 3, 0)], "before": [["forget"]]}
     (result,) = run_engines([job])
-    assert tokens(result) == tokens(result, 2) == expected
-    assert 0 <= from_host(result, 2) <= 5 * 128
+    assert tokens(result) == expected
+    assert tokens(result, 2) == [expected[i] for i in (2, 3, 0)]
+    assert [output["cached"] for output in result["runs"][2]] == [256, 128, 0]
+    assert from_host(result, 2) == 256 + 128
 
 
 def test_adapters(made_qwen3, hugging_face, tmp_path, run_engines):
