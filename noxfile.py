@@ -17,6 +17,8 @@ nox.options.download_python = "never"  # a version that this machine lacks is sk
 nox.options.sessions = ["lint", "types", "tests", "other_python"]
 
 ROOT = Path(__file__).parent
+# The environments of sessions are kept, and so is the bytecode of what is imported there: without it each process that imports vLLM compiles for 15 s.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # uv is installed beside nox. What runs inside a session may need it too: a session's environment has no pip.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 PYTHON = "3.11"
@@ -107,7 +109,8 @@ def types(session: nox.Session) -> None:
 
 
 TEST_EXTRA = "test"
-TEST_OPTIONS = {"ascend-sim": ("-n", "2")}  # thousands of small tests
+# Two processes of pytest: thousands of small tests, and engines that wait for each other. Files stay whole: their tests share servers.
+TEST_OPTIONS = {"ascend-sim": ("-n", "2"), "vllm-ascend": ("-n", "2", "--dist", "loadfile")}
 
 
 def run_tests(session: nox.Session, package: str, *options: str, env: dict[str, str] | None = None) -> None:
@@ -301,7 +304,7 @@ def vllm_environment(session: nox.Session, *more: str) -> None:
 
 @nox.session(python=PYTHON)
 def demo(session: nox.Session) -> None:
-    """Ask SmolLM2 a question on the simulated NPU: nox -s demo -- "What is the capital of France?".
+    """Ask SmolLM2 a question on the simulated NPU: nox -s demo -- "Name the capital of France.".
 
     nox -s demo -- embed "text" "text" compares texts; nox -s demo -- FOLDER --image PICTURE "What is in it?" asks a model of yours that reads pictures.
     """

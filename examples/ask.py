@@ -97,7 +97,7 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a model's folder")
-    parser.add_argument("question", nargs="*", help='default: "What is the capital of France?"')
+    parser.add_argument("question", nargs="*", help='default: "Name the capital of France."')
     parser.add_argument(
         "--image",
         action="append",
@@ -108,5 +108,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if absent := [file for file in options.image if not os.path.isfile(file)]:
         parser.error(f"no such file: {', '.join(absent)}")
-    default = "What is in this picture?" if options.image else "What is the capital of France?"
+    default = "What is in this picture?" if options.image else "Name the capital of France."
     asyncio.run(main(options.model, " ".join(options.question) or default, options.image))

@@ -19,6 +19,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.slow
 def test_the_example_prints_what_it_says(smollm2, tmp_path):
+    """In bfloat16, so the question is one whose answer leads by 1.0 at each token: processors sum in other orders, and where two tokens are near
+    (0.08 for "What is the capital of France?"), some answer otherwise."""
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (expected,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
     (tmp_path / "example.py").write_text(code)

@@ -25,6 +25,7 @@ def memory(request):
 
     torch.npu.set_device(0)
     torch.zeros(1, device="npu")
+    gc.collect()  # other files' tests may have left cycles with tensors
     before = used()
     let_segments_grow(request.param)
     made = SleepingMemory(segments_grow=request.param)
