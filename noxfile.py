@@ -163,6 +163,13 @@ def adapters(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def kv(session: nox.Session) -> None:
+    """KV offload over the models and options beyond the few that the default tests have, and prefill apart from decode, by two servers and a proxy."""
+    session.install("--no-deps", "nixl==1.5.1", "nixl-cu12==1.5.1")  # of the CUDA builds that it requires one is enough
+    run_more_engines(session, "kv_engines.py")
+
+
+@nox.session(python=PYTHON)
 def states(session: nox.Session) -> None:
     """Models with a recurrent state over pipeline stages and over replicas that share experts."""
     run_more_engines(session, "state_engines.py")
@@ -174,7 +181,7 @@ def media(session: nox.Session) -> None:
     run_more_engines(session, "served_media.py")
 
 
-# What has streams of its own or copies to the host: attention, experts that move, asynchronous scheduling, shared experts, layer sharding, MC2, graphs, drafts.
+# What has streams of its own or copies to the host: attention, experts that move, asynchronous scheduling, shared experts, layer sharding, MC2, graphs, drafts, KV offload.
 ON_STREAMS = (
     "test_eplb_moves.py",
     "test_eplb_observe.py",
@@ -193,6 +200,7 @@ ON_STREAMS = (
     "test_speculation.py",
     "test_lora.py",
     "test_adapters.py",
+    "test_kv_offload.py",
 )
 
 

@@ -63,6 +63,8 @@ def act(llm, inspected, name, *arguments):
         "wake_up": llm.wake_up,
         "reload": lambda: llm.collective_rpc("reload_weights"),
         "load_adapter": lambda folder: llm.llm_engine.add_lora(adapter(folder)),
+        "forget": llm.reset_prefix_cache,  # what host memory has of it stays
+        "forget_all": lambda: llm.reset_prefix_cache(reset_connector=True),
         "drop_adapter": lambda folder: llm.llm_engine.remove_lora(adapter(folder).lora_int_id),
     }
     said = refusal(actions[name], *arguments)
@@ -71,6 +73,12 @@ def act(llm, inspected, name, *arguments):
 
 def preemptions(llm):
     return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+def cached_by_source(llm):
+    """Tokens of prompts that were not computed so far, by where their keys and values came from."""
+    counts = [metric for metric in llm.get_metrics() if metric.name == "vllm:prompt_tokens_cached_by_source"]
+    return {metric.labels["source"]: metric.value for metric in counts}
 
 
 def speculation(llm):
@@ -253,7 +261,7 @@ def main(job_file, result_file):
         llm = start(engine.get("rendezvous"), disable_log_stats=False, **engine["engine"])
         inspected = engine.get("inspect", False)  # needs VLLM_ALLOW_INSECURE_SERIALIZATION=1
         seen = llm.collective_rpc if inspected else lambda of_worker: None
-        runs, actions, refusals, drafts = [], [], [], []
+        runs, actions, refusals, drafts, sources = [], [], [], [], []
         over_runs = {name: [seen(of_worker)] for name, of_worker in OVER_RUNS.items()}
         for run in engine["runs"]:
             refusals.append([reload(llm, arguments) for arguments in run.get("reload", ())])
@@ -262,6 +270,7 @@ def main(job_file, result_file):
                 llm.collective_rpc(watch_copies)
             runs.append(generate(llm, run))
             drafts.append(speculation(llm))
+            sources.append(cached_by_source(llm))
             for name, of_worker in OVER_RUNS.items():
                 over_runs[name].append(seen(of_worker))
         # Plans come when they come. All data parallel ranks end a run in the same step, so they go on equally long.
@@ -276,6 +285,7 @@ def main(job_file, result_file):
                 "loads": [llm.collective_rpc(load, args=(folder,)) for folder in engine.get("load", ())],
                 "preemptions": preemptions(llm),
                 "speculation": drafts,  # after each run
+                "cached": sources,  # likewise
                 **over_runs,
                 "collectives": over_runs["collectives"][1:],  # after each run
                 "blocking": seen(blocking_copies),

@@ -46,7 +46,13 @@ def test_a_cell_has_the_options_of_both():
 def result(**changes):
     one = {"said": [[1, 2], [3, 4]], "cached": 0, "refused": []}
     again = one | {"cached": 128}
-    return {"rounds": [one, again], "accepted": 3, "replays": 5, "moved": {"moves": 4, "failures": 0}} | changes
+    return {
+        "rounds": [one, again],
+        "accepted": 3,
+        "from_host": 128,
+        "replays": 5,
+        "moved": {"moves": 4, "failures": 0},
+    } | changes
 
 
 WANTED = {"tokens": [[1, 2], [3, 4]]}
@@ -56,10 +62,16 @@ def judged(*names, printed="", wanted=WANTED, **changes):
     return verdict.of_runs(names, [result(**changes)], [wanted], printed)[0]
 
 
-@pytest.mark.parametrize("name", ["speculation", "prefix cache", "graphs", "EPLB", "KV transfer", "TP"])
+@pytest.mark.parametrize("name", ["speculation", "prefix cache", "graphs", "EPLB", "KV transfer", "KV offload", "TP"])
 def test_a_cell_works_that_says_the_tokens_and_shows_its_feature(name):
     assert judged(name) == "works"
-    unseen = {"rounds": [result()["rounds"][0]] * 2, "accepted": 0, "replays": 0, "moved": {"moves": 0, "failures": 0}}
+    unseen = {
+        "rounds": [result()["rounds"][0]] * 2,
+        "accepted": 0,
+        "from_host": 0,
+        "replays": 0,
+        "moved": {"moves": 0, "failures": 0},
+    }
     assert judged(name, **unseen) == ("works" if name == "TP" else "wrong")
 
 

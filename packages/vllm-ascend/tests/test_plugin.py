@@ -192,7 +192,7 @@ except Exception as error:
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        ({}, "expandable_segments:True"),
+        ({}, "expandable_segments:True,pinned_max_round_threshold_mb:16"),
         ({"PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
         ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "None"),  # with both variables torch_npu raises
     ],

@@ -84,6 +84,11 @@ EXAMPLE = {
     "kv_role": "kv_both",
     "kv_connector_extra_config": {"shared_storage_path": "/tmp"},
 }
+OFFLOADING = {
+    "kv_connector": "OffloadingConnector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20},
+}
 WHOLE_PROMPTS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096, "enable_prefix_caching": False}
 # What differs from DENSE; arguments of vLLM; the environment; what the one finding has.
 ALONE = {
@@ -114,7 +119,17 @@ ALONE = {
     "MLA pieces": ({**LATENT, "num_attention_heads": 16, "v_head_dim": 256}, {"max_num_batched_tokens": 65536, "max_num_seqs": 96}, {}, "max_num_batched_tokens (65536) must be at most 64000 with max_num_seqs (96)"),
     "stages of a Granite with experts": (GRANITE, {"pipeline_parallel_size": 2}, {}, "pipeline_parallel_size (2) must be 1 with GraniteMoeHybridForCausalLM that has experts"),
     "decode context": ({"num_key_value_heads": 1}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, {}, "decode_context_parallel_size (2) must be 1"),
-    "offloaded cache": ({}, {"kv_offloading_size": 0.5}, {}, "kv_offloading_size (0.5) cannot be used on an NPU: vLLM's copies between the KV cache and host memory are CUDA's; leave it out"),
+    "offloaded cache beyond the host's memory": ({}, {"kv_offloading_size": 1 << 20}, {}, "kv_offloading_size (1048576.0) asks for 1048576.0 GiB of this host's memory, for 1 data parallel replicas on it, and it has "),
+    "offloaded cache without a size": ({}, {"kv_transfer_config": OFFLOADING | {"kv_connector_extra_config": {}}}, {}, "kv_transfer_config (connector 'OffloadingConnector') needs the bytes of host memory that it may take: kv_connector_extra_config.cpu_bytes_to_use (None)"),
+    "offloaded cache over stages": ({}, {"pipeline_parallel_size": 2, "kv_offloading_size": 0.01}, {}, "kv_offloading_size (0.01) cannot be used with pipeline_parallel_size (2)"),
+    "offloaded cache and states": (HYBRID, {"kv_offloading_size": 0.01}, {}, "kv_offloading_size (0.01) cannot be used with FalconH1ForCausalLM"),
+    "offloaded cache and sleep": ({}, {"enable_sleep_mode": True, "kv_offloading_size": 0.01}, {}, "kv_offloading_size (0.01) cannot be used with enable_sleep_mode"),
+    "offloaded cache in tiers": ({}, {"kv_transfer_config": OFFLOADING | {"kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20, "spec_name": "TieringOffloadingSpec"}}}, {}, "kv_connector_extra_config.spec_name ('TieringOffloadingSpec'): its copies are CUDA's"),
+    "offloaded cache in another form": ({}, {"kv_transfer_config": OFFLOADING | {"kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20, "canonical_layout": True}}}, {}, "kv_connector_extra_config.canonical_layout (True)"),
+    "offloaded cache beside a connector": ({}, {"kv_transfer_config": {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": [OFFLOADING]}}}, {}, "kv_transfer_config (connector 'OffloadingConnector') cannot be used within a MultiConnector"),
+    "offloaded cache in a connector's place": ({}, {**WHOLE_PROMPTS, "kv_offloading_size": 0.01, "kv_transfer_config": EXAMPLE}, {}, "kv_offloading_size (0.01) cannot be used with kv_transfer_config (connector 'ExampleConnector'), whose place vLLM gives to OffloadingConnector"),
+    "simply offloaded cache by its size": ({}, {"kv_offloading_size": 0.01}, {"VLLM_USE_SIMPLE_KV_OFFLOAD": "1"}, "kv_transfer_config (connector 'SimpleCPUOffloadConnector') cannot be used on an NPU"),
+    "NIXL over stages": ({}, {"pipeline_parallel_size": 2, "kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_producer"}}, {}, "kv_transfer_config (connector 'NixlConnector') cannot be used with pipeline_parallel_size (2)"),
     "simply offloaded cache": ({}, {"kv_transfer_config": {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": [{"kv_connector": "SimpleCPUOffloadConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20}}]}}}, {}, "kv_transfer_config (connector 'SimpleCPUOffloadConnector') cannot be used on an NPU"),
     "example of a connector beside cached prefixes": ({}, {**WHOLE_PROMPTS, "enable_prefix_caching": True, "kv_transfer_config": EXAMPLE}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with enable_prefix_caching (True)"),
     "example of a connector": ({}, {"enable_prefix_caching": False, "kv_transfer_config": EXAMPLE}, {}, "kv_transfer_config (connector 'ExampleConnector') cannot be used with enable_chunked_prefill (True)"),
@@ -184,6 +199,9 @@ GOOD = {
     "LoRA beside experts": (MOE, {"enable_lora": True, "lora_target_modules": ["q_proj", "o_proj"]}, {}),
     "torch's profiler": ({}, {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "/tmp"}}, {}),
     "example of whole prompts": ({}, {**WHOLE_PROMPTS, "kv_transfer_config": EXAMPLE}, {}),
+    "offloaded cache": ({}, {"kv_offloading_size": 0.01}, {}),
+    "offloaded latents": ({**LATENT, "num_attention_heads": 16}, {"kv_transfer_config": OFFLOADING, "tensor_parallel_size": 2}, {}),
+    "NIXL": ({}, {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}}, {}),
     "sleep": ({}, {"enable_sleep_mode": True}, {}),
     "compressed-tensors": ({"quantization_config": COMPRESSED}, {"dtype": "bfloat16"}, {}),
     "compressed-tensors, static": ({"quantization_config": compressed(input_activations={"dynamic": False, "strategy": "tensor", "symmetric": False})}, {"dtype": "bfloat16"}, {}),

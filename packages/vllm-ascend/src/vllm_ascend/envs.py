@@ -21,6 +21,7 @@ __all__ = [
     "set_defaults_for_vllm",
     "set_eplb_status_socket",
     "visible_devices",
+    "wants_simple_kv_offload",
     "wants_v2_model_runner",
 ]
 
@@ -42,7 +43,8 @@ _REPORTED = (
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "AUTH", "URL", "HEADER", "COOKIE")
 
 # Segments that grow: without them the KV cache and the activations of steps of many sizes split the device's memory into pieces too small for either.
-ALLOCATOR = "expandable_segments:True"
+# Pinned host memory by its size: without the second, torch_npu takes the next power of two, of 33 GiB for the KV cache 64.
+ALLOCATOR = "expandable_segments:True,pinned_max_round_threshold_mb:16"
 ALLOCATOR_VARIABLES = frozenset({"PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"})
 
 
@@ -65,6 +67,11 @@ def segments_grow() -> bool:
 def wants_v2_model_runner() -> bool:
     """Whether the user asked for the V2 model runner."""
     return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0", "false", "False")
+
+
+def wants_simple_kv_offload() -> bool:
+    """Whether vLLM would offload the KV cache by its other connector for that."""
+    return os.environ.get("VLLM_USE_SIMPLE_KV_OFFLOAD", "0") != "0"
 
 
 def visible_devices() -> str | None:

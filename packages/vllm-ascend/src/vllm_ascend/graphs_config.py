@@ -14,6 +14,7 @@ from vllm.config.vllm import OptimizationLevel
 
 from vllm_ascend import features
 from vllm_ascend.attention.limits import LATENT_QUERIES, composed
+from vllm_ascend.kv_offload import limits as kv_offload
 from vllm_ascend.speculative import support
 
 __all__ = ["choose", "uncovered"]
@@ -53,7 +54,9 @@ def choose(vllm_config: Any) -> str:
 def uncovered(vllm_config: Any) -> Iterator[str]:
     """What of a configuration no test has shown to compute the same tokens in graphs, in the plural."""
     of_models = (features.POOLING, features.ENCODER_DECODER, features.STATES)
-    yield from features.used(vllm_config, *of_models, features.PROMPT_EMBEDS, features.KV_CONNECTORS)
+    yield from features.used(vllm_config, *of_models, features.PROMPT_EMBEDS)
+    if not kv_offload.chosen(vllm_config):  # which does nothing in a layer
+        yield from features.used(vllm_config, features.KV_CONNECTORS)
     drafted = vllm_config.num_speculative_tokens
     if vllm_config.lora_config is not None and vllm_config.model_config.enable_sleep_mode:
         yield "LoRA adapters with sleep mode"

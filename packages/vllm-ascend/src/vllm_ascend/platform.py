@@ -6,10 +6,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
-from vllm_ascend import compat, start
+from vllm_ascend import compat, start, transfer
 from vllm_ascend.attention import BACKENDS, COMPOSED, CROSS, ENCODER, PAIRED, PAIRED_COMPOSED, SINKS, kinds
 from vllm_ascend.eplb import front_end
 from vllm_ascend.sleep import limits as sleep
@@ -118,13 +119,15 @@ class AscendPlatform(Platform):
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: VllmConfig) -> None:
-        """Turn compilation off and choose what is captured, before vLLM decides about it; choose the attention backend, and the quantisation method by the checkpoint's folder."""
+        """Turn compilation off and choose what is captured, before vLLM decides about it; choose the attention backend, what a KV connector needs, and the quantisation
+        method by the checkpoint's folder."""
         from vllm.config.compilation import CompilationMode
 
         from vllm_ascend import graphs_config
         from vllm_ascend.quantization.config import choose_by_folder
 
         choose_by_folder(vllm_config)
+        transfer.choose(vllm_config)
         kinds.choose_backend(vllm_config)
         vllm_config.compilation_config.mode = CompilationMode.NONE
         if notice := graphs_config.choose(vllm_config):
@@ -246,6 +249,27 @@ class AscendPlatform(Platform):
     @classmethod
     def check_runner_kv_caches_multi_layer(cls) -> None:
         """Several caches in one layer are fine."""
+
+    @classmethod
+    def get_nixl_supported_devices(cls) -> dict[str, tuple[str, ...]]:
+        """Where NIXL's connector may have what it sends: in host memory, to which `swap_out_blocks_to_host` copies it."""
+        return {cls.device_type: ("cpu",)}
+
+    @classmethod
+    def swap_out_blocks_to_host(
+        cls, src_cache: Tensor, dst_cache: Tensor, src_block_indices: Tensor, dst_block_indices: Tensor
+    ) -> None:
+        """Copy blocks of a layer's cache `[blocks, 2, ...]`, whose keys and values may lie apart, to a buffer of the same shape on the host, and wait."""
+        for source, target in zip(src_cache.unbind(1), dst_cache.unbind(1), strict=True):
+            target[dst_block_indices] = source.index_select(0, src_block_indices).cpu()
+
+    @classmethod
+    def insert_blocks_to_device(
+        cls, src_cache: Tensor, dst_cache: Tensor, src_block_indices: Tensor, dst_block_indices: Tensor
+    ) -> None:
+        """Copy blocks back, as they came from `swap_out_blocks_to_host` of another engine."""
+        for source, target in zip(src_cache.unbind(1), dst_cache.unbind(1), strict=True):
+            target.index_copy_(0, dst_block_indices, source[src_block_indices].to(target.device))
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:

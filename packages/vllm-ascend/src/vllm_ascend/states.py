@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_ascend.config import AscendConfig
+from vllm_ascend.kv_offload.limits import named
 
 __all__ = ["broken", "has_states", "notices"]
 
@@ -65,7 +66,7 @@ def broken(vllm_config: Any, config: AscendConfig) -> Iterator[str]:
         )
     if transfer is not None:
         yield (
-            f"kv_transfer_config (connector {transfer.kv_connector!r}) cannot be used with {architecture}, whose layers have states beside keys and values; "
+            f"{named(vllm_config)} cannot be used with {architecture}, whose layers have states beside keys and values; "
             "leave it out"
         )
     for name in _NOT_WITH_STATES:

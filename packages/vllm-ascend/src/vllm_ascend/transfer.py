@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of vLLM's KV connectors cannot be used on an NPU. No vLLM."""
+"""What vLLM's KV connectors need on an NPU, and which cannot be used there. No vLLM."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ from typing import Any
 
 from vllm_ascend import states
 from vllm_ascend.attention import kinds
+from vllm_ascend.kv_offload import limits
 
-__all__ = ["broken"]
+__all__ = ["broken", "choose"]
 
-_OFFLOADING = ("OffloadingConnector", "SimpleCPUOffloadConnector")
-_WHY = "cannot be used on an NPU: vLLM's copies between the KV cache and host memory are CUDA's; leave it out"
+_SIMPLE = "SimpleCPUOffloadConnector"
+_WHY = "cannot be used on an NPU: its copies between the KV cache and host memory are CUDA's; give OffloadingConnector"
 _EXAMPLE = "ExampleConnector"
+_NIXL = "NixlConnector"
+
+
+def choose(vllm_config: Any) -> None:
+    """Set what a connector needs here, before vLLM asks for its class: our own for OffloadingConnector, and buffers in host memory for NIXL's.
+
+    Args:
+        vllm_config: vLLM's `VllmConfig`, not yet complete.
+    """
+    limits.choose(vllm_config)
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector == _NIXL:
+        transfer.kv_buffer_device = "cpu"
 
 
 def broken(vllm_config: Any) -> Iterator[str]:
@@ -22,15 +36,19 @@ def broken(vllm_config: Any) -> Iterator[str]:
     Args:
         vllm_config: vLLM's `VllmConfig`, whose `model_config` is there.
     """
-    cache = vllm_config.cache_config
-    if cache.kv_offloading_size is not None and cache.kv_offloading_backend == "native":
-        yield f"kv_offloading_size ({cache.kv_offloading_size}) {_WHY}"
     transfer = vllm_config.kv_transfer_config
     if transfer is None:
         return
+    yield from limits.broken(vllm_config)
     extra = transfer.kv_connector_extra_config or {}
     inner = [one.get("kv_connector") for one in extra.get("connectors", ()) if isinstance(one, dict)]
     names = {transfer.kv_connector, *inner}
+    if _SIMPLE in names:
+        yield f"kv_transfer_config (connector {_SIMPLE!r}) {_WHY}"
+    if limits.CONNECTOR in inner:
+        yield f"kv_transfer_config (connector {limits.CONNECTOR!r}) cannot be used within a MultiConnector: vLLM takes it with CUDA's copies there; give it alone"
+    if limits.chosen(vllm_config):
+        return
     model = vllm_config.model_config
     if model.use_mla:
         yield (
@@ -42,8 +60,10 @@ def broken(vllm_config: Any) -> Iterator[str]:
             f"kv_transfer_config (connector {transfer.kv_connector!r}) cannot be used with a model whose layers differ in their heads: no test has shown that "
             "connectors find keys in blocks of several sizes; leave it out"
         )
-    for name in sorted(names.intersection(_OFFLOADING)):
-        yield f"kv_transfer_config (connector {name!r}) {_WHY}"
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if _NIXL in names and (stages > 1 or model.is_encoder_decoder):
+        what = f"pipeline_parallel_size ({stages})" if stages > 1 else "a model with an encoder and a decoder"
+        yield f"kv_transfer_config (connector {_NIXL!r}) cannot be used with {what}: no test has shown it to be right; leave one of the two out"
     refused = model.use_mla or states.has_states(model) or kinds.differ(model)  # whatever the connector
     if _EXAMPLE in names and not refused:
         yield from (

@@ -91,6 +91,10 @@ _ALL = [
         shown="the same prompts again take blocks from what vLLM's ExampleConnector has stored",
     ),
     Feature(
+        name="KV offload", heading="offload", engine={"kv_offloading_size": 1 / 16},
+        shown="the same prompts again, after the device's prefix cache was dropped, take blocks from host memory",
+    ),
+    Feature(
         name="pooling", heading="pooling", engine={"runner": "pooling", "skip_tokenizer_init": False}, shown="vectors of the last tokens instead of tokens",
     ),
     Feature(
@@ -124,7 +128,8 @@ def rounds(names):
     """What is done before each time that the prompts are asked."""
     again = [[]] if {"prefix cache", "KV transfer"}.intersection(names) else []
     asleep = [[["sleep", 1], ["wake_up"]]] if "sleep" in names else []
-    return [[], *again, *asleep]
+    forgotten = [[["forget"]]] if "KV offload" in names else []
+    return [[], *again, *asleep, *forgotten]
 
 
 def digest(names):

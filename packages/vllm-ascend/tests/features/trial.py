@@ -59,6 +59,7 @@ def main(job_file, result_file):
             moved = llm.collective_rpc(run_engine.rebalances)[0]
     result = {
         "rounds": rounds,
+        "from_host": run_engine.cached_by_source(llm).get("host", 0),
         "accepted": run_engine.speculation(llm).get("accepted_tokens") or 0,
         "replays": llm.collective_rpc(run_engine.graphs)[0]["replays"],
         "moved": moved,

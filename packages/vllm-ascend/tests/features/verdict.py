@@ -61,6 +61,8 @@ def absent(names, results):
         yield "no drafted token was kept"
     if {"prefix cache", "KV transfer"}.intersection(names) and not any(r["rounds"][1]["cached"] for r in results):
         yield "no token of the prompts came from a cache"
+    if "KV offload" in names and not any(result["from_host"] for result in results):
+        yield "no token of the prompts came from host memory"
     if "EPLB" in names and not (first["moved"] and first["moved"]["moves"] and not first["moved"]["failures"]):
         yield f"experts have not moved: {first['moved']}"
 

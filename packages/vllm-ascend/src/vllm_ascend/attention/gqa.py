@@ -182,6 +182,10 @@ class AscendAttentionImpl(AttentionImpl[AscendAttentionMetadata]):
         """The layer's cache `[blocks, 2, block_size, Nkv*D]`, D being the kernel's head size, as keys and values, each `[blocks, block_size, Nkv*D]` and contiguous."""
         return kv_cache[:, 0], kv_cache[:, 1]
 
+    def pieces(self, kv_cache: Tensor) -> tuple[Tensor, ...]:
+        """The layer's cache as contiguous tensors, of which the first dimension counts blocks: what a copy of a block is made of."""
+        return self._caches(kv_cache)
+
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:

@@ -130,6 +130,10 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         memory, cut = kv_cache.view(-1), blocks * block_size * self.kv_lora_rank
         return memory[:cut].view(blocks, block_size, -1), memory[cut:].view(blocks, block_size, -1)
 
+    def pieces(self, kv_cache: Tensor) -> tuple[Tensor, ...]:
+        """The layer's cache as contiguous tensors, of which the first dimension counts blocks: what a copy of a block is made of."""
+        return self._caches(kv_cache)
+
     def do_kv_cache_update(
         self,
         kv_c_normed: Tensor,

@@ -76,6 +76,10 @@ class AscendPairedAttentionImpl(AscendAttentionImpl):
         halves = kv_cache.flatten(0, 1)
         return halves[:-1], halves[1:]
 
+    def pieces(self, kv_cache: Tensor) -> tuple[Tensor, ...]:
+        """One: a block is a piece of its own."""
+        return (kv_cache,)
+
     def _write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
         """Keys and values into slots that are counted over all half blocks."""
         size = kv_cache.shape[2]

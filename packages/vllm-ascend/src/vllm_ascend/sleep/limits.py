@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_ascend.config import AscendConfig
+from vllm_ascend.kv_offload.limits import named
 
 __all__ = ["BACKEND", "broken"]
 
@@ -33,8 +34,8 @@ def broken(vllm_config: Any, config: AscendConfig) -> Iterator[str]:
         )
     if model.enable_nccl_comm_suspend:
         yield "enable_nccl_comm_suspend (True) is for NCCL, and the groups of an NPU are of HCCL; leave it out"
-    if (transfer := vllm_config.kv_transfer_config) is not None:
+    if vllm_config.kv_transfer_config is not None:
         yield (
-            f"kv_transfer_config (connector {transfer.kv_connector!r}) cannot be used with enable_sleep_mode: the connector knows the KV cache's memory, which "
+            f"{named(vllm_config)} cannot be used with enable_sleep_mode: the connector knows the KV cache's memory, which "
             "would be given back; leave one of the two out"
         )
