@@ -17,9 +17,9 @@ from vllm_ascend.eplb.observe import CountedRows
 from vllm_ascend.eplb.options import EplbConfig
 from vllm_ascend.eplb.placement import ExpertPlacement, LayerSlots
 
-__all__ = ["ExpertGroups", "LayerComm", "MoeContext", "broken", "dispatch_config", "uses_mc2"]
+__all__ = ["ExpertGroups", "LayerComm", "MoeContext", "broken", "dispatch_config", "most_decoded", "uses_mc2"]
 
-_CAPTURED_TOKENS = 512  # steps of MoE models are not captured: the largest decoding batch takes the place of what is, up to this many tokens
+_CAPTURED_TOKENS = 512  # MC2's largest step, where more could be decoded at once
 _MC2_TOP_K, _MC2_HIDDEN, _MC2_HIDDEN_MULTIPLE = 16, 8192, 32  # what MC2's kernels accept
 _MB = 1 << 20
 
@@ -43,8 +43,13 @@ class ExpertGroups:
     moves: CommGroup | None = None
 
 
+def most_decoded(vllm_config: Any) -> int:
+    """Tokens that a replica decodes in a step at most: one for each request, and those that are drafted for it."""
+    return int(vllm_config.scheduler_config.max_num_seqs * (1 + vllm_config.num_speculative_tokens))
+
+
 def dispatch_config(
-    deployment: Deployment, *, slots_per_rank: int, device_name: str, max_num_seqs: int
+    deployment: Deployment, *, slots_per_rank: int, device_name: str, decoding_tokens: int
 ) -> DispatchConfig:
     """What the choice of a communication method depends on.
 
@@ -52,7 +57,7 @@ def dispatch_config(
         deployment: the model over ranks.
         slots_per_rank: experts of a layer on each rank, replicas included.
         device_name: the chip as torch_npu names it. `torch.npu.get_device_name(0)` answers without initialising a device.
-        max_num_seqs: requests of a step at most.
+        decoding_tokens: of a step without prompts, on a replica at most.
 
     Raises:
         ValueError: a chip of no known family, where several ranks share the experts.
@@ -71,12 +76,12 @@ def dispatch_config(
         world_size=top.world_size,
         experts_per_rank=slots_per_rank,
         top_k=max(model.experts_per_token, 1),
-        max_captured_tokens=min(max_num_seqs, _CAPTURED_TOKENS) if fits_mc2 else 0,
+        max_captured_tokens=min(decoding_tokens, _CAPTURED_TOKENS) if fits_mc2 else 0,
     )
 
 
 def broken(
-    deployment: Deployment, *, slots_per_rank: int, device_name: str, max_num_seqs: int, hccl_buffsize_mb: int
+    deployment: Deployment, *, slots_per_rank: int, device_name: str, decoding_tokens: int, hccl_buffsize_mb: int
 ) -> Iterator[str]:
     """One finding for each reason why the experts cannot communicate on this chip, naming the value and what is allowed.
 
@@ -84,12 +89,12 @@ def broken(
         deployment: the model over ranks.
         slots_per_rank: experts of a layer on each rank, replicas included.
         device_name: the chip as torch_npu names it.
-        max_num_seqs: requests of a step at most.
+        decoding_tokens: of a step without prompts, on a replica at most.
         hccl_buffsize_mb: HCCL_BUFFSIZE or its default.
     """
     try:
         config = dispatch_config(
-            deployment, slots_per_rank=slots_per_rank, device_name=device_name, max_num_seqs=max_num_seqs
+            deployment, slots_per_rank=slots_per_rank, device_name=device_name, decoding_tokens=decoding_tokens
         )
     except ValueError as error:
         yield f"experts over {deployment.expert_ranks} ranks (enable_expert_parallel): {error}"
@@ -99,7 +104,7 @@ def broken(
     if needed > hccl_buffsize_mb:
         yield (
             f"environment variable HCCL_BUFFSIZE ({hccl_buffsize_mb} MB) must be {needed} or more for MC2: {config.mc2_capacity} tokens of "
-            f"{hidden} features a step, {slots_per_rank} experts on each of {config.ep_size} ranks; or lower max_num_seqs ({max_num_seqs})"
+            f"{hidden} features a step, {slots_per_rank} experts on each of {config.ep_size} ranks; or lower max_num_seqs, so that a step decodes fewer than {decoding_tokens} tokens"
         )
 
 

@@ -116,7 +116,11 @@ def start(vllm_config: Any) -> Parallel:
     if deployment.model.moe.routed_experts:
         placed = placement_of(config.eplb_config, deployment)
         device_name, slots = torch.npu.get_device_name(0), placed.slots_per_rank
-        known = {"slots_per_rank": slots, "device_name": device_name, "max_num_seqs": max_num_seqs}
+        known = {
+            "slots_per_rank": slots,
+            "device_name": device_name,
+            "decoding_tokens": experts.most_decoded(vllm_config),
+        }
         # Checked before the workers started as well; the variable may have another value on the host of this worker.
         for finding in experts.broken(deployment, hccl_buffsize_mb=buffsize_mb, **known):
             raise ValueError(finding)

@@ -73,7 +73,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         found += foreign.broken(vllm_config, config)
         found += rules.broken(config, deployment)
         found += rules.broken_on(config, host.chip)
-        found += _wrong_with_experts(config, deployment, vllm_config.scheduler_config.max_num_seqs, host)
+        found += _wrong_with_experts(config, deployment, experts.most_decoded(vllm_config), host)
     refuse(found)
     return config
 
@@ -150,7 +150,9 @@ def _wrong_with_the_host(parallel: Any, host: Host) -> Iterator[str]:
         )
 
 
-def _wrong_with_experts(config: AscendConfig, deployment: Deployment, max_num_seqs: int, host: Host) -> Iterator[str]:
+def _wrong_with_experts(
+    config: AscendConfig, deployment: Deployment, decoding_tokens: int, host: Host
+) -> Iterator[str]:
     """Findings for how experts communicate, where it is known where they lie."""
 
     if not deployment.model.moe.routed_experts:
@@ -163,7 +165,7 @@ def _wrong_with_experts(config: AscendConfig, deployment: Deployment, max_num_se
         deployment,
         slots_per_rank=placement.slots_per_rank,
         device_name=host.chip,
-        max_num_seqs=max_num_seqs,
+        decoding_tokens=decoding_tokens,
         hccl_buffsize_mb=buffer,
     )
 
