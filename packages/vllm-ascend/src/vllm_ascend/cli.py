@@ -167,6 +167,9 @@ def explain(
         typer.echo(json.dumps([row.as_dict() for row in rows], indent=2))
         return
     Console().print(_explained_table(rows, rank, tokens))
+    typer.echo(
+        "decoding steps are captured in graphs with all options for linear layers; docs/graphs.md names the models whose steps are not"
+    )
 
 
 def _explained_table(rows: list[Explained], rank: int, tokens: int) -> Table:
