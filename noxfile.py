@@ -129,7 +129,9 @@ def pytest(session: nox.Session, *what: str, env: dict[str, str] | None = None) 
 def tests(session: nox.Session, package: str) -> None:
     """Tests of one package, installed in place with what it requires and nothing else."""
     install_in_place(session, package)
-    run_tests(session, package, *TEST_OPTIONS.get(package, ()))
+    options = TEST_OPTIONS.get(package, ())
+    # Threads of two processes that wait for each other on the same processors would take most of the time.
+    run_tests(session, package, *options, env={"OMP_NUM_THREADS": "1"} if options else None)
 
 
 @nox.session(python=PYTHON)

@@ -61,6 +61,26 @@ def test_a_broadcast_starts_prefetch_step_ahead_and_wraps():
     assert group.waited == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_step_alone_leaves_nothing_under_way():
+    group = Recorder(4, 0)
+    shard = series(group, range(10, 15), 2)
+    shard.finish()
+    assert shard.finished
+    with pytest.raises(RuntimeError, match="layer 10 reached before start"):
+        shard.reach(10)
+    for _ in range(2):
+        shard.start(once=True)
+        for layer in range(10, 15):
+            shard.reach(layer)
+            shard.wait(layer)
+        shard.finish()
+    assert group.sources == [0, 1, *[0, 1, 2, 3, 0] * 2]  # positions 0 1 | 0 1 2 3 4 | 0 1 2 3 4
+    assert group.waited == list(range(len(group.sources)))
+    shard.start()
+    shard.finish(wait=False)
+    assert len(group.waited) == len(group.sources) - 2
+
+
 def test_a_window_is_not_overwritten_before_its_broadcast_is_done():
     group = Recorder(2, 0)
     shard = series(group, range(4), 0)

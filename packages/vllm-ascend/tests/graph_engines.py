@@ -105,6 +105,38 @@ def test_int8_experts_over_mc2_as_operator_by_operator(tiny_int8_moe, run_engine
     assert "npu::npu_moe_distribute_dispatch_v2" in graphs["operators"][0]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, {"enable_matmul_allreduce": True, "weight_prefetch_config": {"enabled": True}}),
+        (
+            4,
+            {
+                "enable_flashcomm1": True,
+                "flashcomm1_dense_threshold": 0,
+                "flashcomm2_parallel_size": 2,
+                "layer_sharding": ["o_proj"],
+            },
+        ),
+    ],
+    ids=["prefetch", "layer sharding"],
+)
+@pytest.mark.parametrize("streams", ["immediate", "lazy"])
+def test_weights_that_come_ahead(streams, ranks, options, tiny_qwen3, run_engines):
+    """Prompts in chunks beside decoding: steps that fetch for the next one, and captured ones that do not, in turns."""
+    folder, prompts, expected = tiny_qwen3
+    engine = captured(folder, max_num_batched_tokens=64, tensor_parallel_size=ranks, additional_config=options, skip_tokenizer_init=True, max_model_len=256, max_num_seqs=4)  # fmt: skip
+    runs = [{"prompts": share, "sampling": GREEDY | {"detokenize": False}} for share in (prompts, prompts[:2])]
+    (result,) = run_engines(
+        [{"engine": engine, "runs": runs, "inspect": True}], ASCEND_SIM_STREAMS=streams, **INSPECTED
+    )
+    assert tokens(result) == expected
+    assert tokens(result, 1) == expected[:2]
+    assert result["graphs"][0]["replays"] > 60
+    assert ("npu::npu_prefetch" in result["operators"][0]) == (ranks == 2)
+    assert (result["collectives"][0][0].get("broadcast_", 0) > 0) == (ranks == 4)
+
+
 @pytest.fixture(scope="module")
 def adapters(tiny_qwen3, hugging_face, tmp_path_factory):
     folder, prompts, _ = tiny_qwen3
@@ -112,7 +144,17 @@ def adapters(tiny_qwen3, hugging_face, tmp_path_factory):
     return make(tmp_path_factory.mktemp("adapters"), folder, prompts[:3], LENGTH, hugging_face, wanted)
 
 
-def test_adapters(adapters, tiny_qwen3, run_engines):
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        {},
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"tensor_parallel_size": 2, "fully_sharded_loras": True},
+    ],
+    ids=str,
+)
+def test_adapters(ranks, adapters, tiny_qwen3, run_engines):
     """The tokens of merged weights, of rows of two adapters beside rows of the base model; then of the base model alone, whose steps have graphs of their own; of adapters that
     change places in the slots; and of those that were there before."""
     folder, prompts = tiny_qwen3[0], tiny_qwen3[1][:3]
@@ -123,8 +165,10 @@ def test_adapters(adapters, tiny_qwen3, run_engines):
     runs = [run for run, _ in jobs]
     runs[2] |= {"before": [["drop_adapter", adapters.folders["8"]], ["load_adapter", adapters.folders["64"]]]}
     lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 64, "max_model_len": 256, "skip_tokenizer_init": True}
-    engine = captured(folder, **lora)
-    (result,) = run_engines([{"engine": engine, "runs": runs, "inspect": True}], **INSPECTED, **ONE_PROCESS)
+    engine = captured(folder, **lora, **ranks)
+    (result,) = run_engines(
+        [{"engine": engine, "runs": runs, "inspect": True}], **INSPECTED, **({} if ranks else ONE_PROCESS)
+    )
     assert [tokens(result, run) for run in range(len(jobs))] == [said for _, said in jobs]
     replays = [counts[0]["replays"] for counts in result["launched"]]
     assert all(after - before >= LENGTH - 1 for before, after in pairwise(replays))

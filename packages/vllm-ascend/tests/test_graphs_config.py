@@ -79,14 +79,10 @@ def test_without_optimisations_nothing_is_captured_unless_asked_for(asked, taken
         ({"runner_type": "pooling"}, "pooling models"),
         ({"is_hybrid": True}, "models with a recurrent state"),
         ({"enable_prompt_embeds": True}, "prompt embeddings"),
-        ({"additional_config": {"layer_sharding": ["o_proj"]}}, "steps with layer_sharding"),
-        ({"additional_config": {"weight_prefetch_config": {"enabled": True}}}, "steps with weight_prefetch_config"),
         ({"uses_alibi": True}, "steps of attention with ALiBi position biases (AForCausalLM)"),
         ({"hf_text_config": {"attn_logit_softcapping": 50.0}}, "steps of attention with a soft cap"),
         ({"draft": ("mtp", 16), "use_mla": True}, "steps of latent attention with 16 drafted tokens"),
-        ({"draft": ("ngram", 4), "ranks": 2}, "steps with drafted tokens over 2 ranks"),
-        ({"lora": object(), "ranks": 2}, "LoRA adapters over several ranks or with sleep mode"),
-        ({"lora": object(), "enable_sleep_mode": True}, "LoRA adapters over several ranks or with sleep mode"),
+        ({"lora": object(), "enable_sleep_mode": True}, "LoRA adapters with sleep mode"),
     ],
 )
 def test_what_is_not_captured_is_named(changed, feature):

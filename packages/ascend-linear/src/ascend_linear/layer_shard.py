@@ -35,7 +35,8 @@ class LayerShard:
 
     `add` each layer in the model's order, load the weights, `start`, and then in every step `reach` a layer before its
     weight is needed (which starts a broadcast) and `wait` for it. After the last layer comes the first one of the next
-    step. After an aborted step `start` again, on all ranks.
+    step. After an aborted step `start` again, on all ranks. A step that is captured in a graph streams all its weights itself:
+    `finish` what the step before has begun, `start` for one step alone, and `finish` once more where the graph ends.
 
     Args:
         group: ranks that would hold the same weights (`GroupConfig.layer_sharding` builds it as "shard_weight", with a
@@ -60,6 +61,9 @@ class LayerShard:
         self._next_window = 0
         self._reached = -1
         self._started = False
+        self._once = False
+        self.finished = False
+        """Whether nothing is under way: `start` comes next."""
 
     def __contains__(self, layer: int) -> bool:
         """Whether the layer is in the series."""
@@ -109,10 +113,13 @@ class LayerShard:
         """Device memory of what this rank holds of the series, buffers included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in [*self._weights, *self._windows])
 
-    def start(self) -> None:
+    def start(self, *, once: bool = False) -> None:
         """Free what other ranks keep and start the broadcasts of the first `prefetch_step` layers.
 
-        Collective. Again after an aborted step: the next layer to reach is then the first one.
+        Collective. Again after an aborted step or `finish`: the next layer to reach is then the first one.
+
+        Args:
+            once: for one step, after whose last layer no broadcast for a next one is under way.
 
         Raises:
             ValueError: fewer than two layers, or `prefetch_step` above L - 2.
@@ -125,15 +132,25 @@ class LayerShard:
             )
         if not self._started:
             self._allocate()
-        for pending in self._pending:
-            if pending is not None:
-                pending.wait()
-        self._started = True
+        self.finish()
+        self._started, self._once, self.finished = True, once, False
         self._reached = -1
         self._holds = [None] * len(self._windows)
         self._pending = [None] * len(self._windows)
         for position in range(self.prefetch_step):
             self._broadcast(position)
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Wait for the broadcasts that are under way (on an NPU: what follows on the current stream waits).
+
+        Args:
+            wait: False drops them, for those of a capture that failed never run.
+        """
+        for window, pending in enumerate(self._pending):
+            if pending is not None and wait:
+                pending.wait()
+            self._pending[window] = None
+        self.finished = True
 
     def reach(self, layer: int) -> None:
         """Start the broadcast of the layer `prefetch_step` after this one, beyond the last one of the first ones.
@@ -145,7 +162,7 @@ class LayerShard:
             RuntimeError: not started, or another layer is due.
         """
         position, layers = self._at(layer), len(self._weights)
-        if not self._started:
+        if not self._started or self.finished:
             raise RuntimeError(f"layer {layer} reached before start")
         if position == self._reached:
             return
@@ -155,7 +172,9 @@ class LayerShard:
                 f"layer {layer} reached where layer {due} is due; after an aborted step call start on all ranks"
             )
         self._reached = position
-        self._broadcast((position + self.prefetch_step) % layers)
+        following = position + self.prefetch_step
+        if following < layers or not self._once:
+            self._broadcast(following % layers)
 
     def wait(self, layer: int) -> Tensor:
         """The layer's weight, once its broadcast is done (on an NPU: what follows on the current stream waits).

@@ -167,12 +167,6 @@ def explain(
         typer.echo(json.dumps([row.as_dict() for row in rows], indent=2))
         return
     Console().print(_explained_table(rows, rank, tokens))
-    eager = ", ".join(options.of_no_graph())
-    typer.echo(
-        f"every step runs operator by operator, because of {eager}"
-        if eager
-        else "decoding steps are captured in graphs"
-    )
 
 
 def _explained_table(rows: list[Explained], rank: int, tokens: int) -> Table:

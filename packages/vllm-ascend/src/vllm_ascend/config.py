@@ -159,13 +159,6 @@ class AscendConfig:
             if option.name != "weight_prefetch_config" or value.enabled:
                 yield f"option {option.name!r} ({shown(value)})"
 
-    def of_no_graph(self) -> Iterator[str]:
-        """Options with which a step begins work on another stream that the next step waits for: a graph ends where its step does."""
-        if self.layer_sharding:
-            yield "layer_sharding"
-        if self.weight_prefetch_config.enabled:
-            yield "weight_prefetch_config"
-
 
 def _read(options: type[_Options], given: object, path: str, findings: list[str]) -> _Options:
     """A config class from a JSON object whose keys are its fields or options of `KNOWN`. null leaves a field at its default.

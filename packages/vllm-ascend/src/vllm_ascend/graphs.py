@@ -25,6 +25,8 @@ from vllm.distributed.parallel_state import get_world_group, is_global_first_ran
 from vllm.forward_context import BatchDescriptor, ForwardContext, get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 
+from vllm_ascend import parallel
+
 if TYPE_CHECKING:
     from vllm_ascend.model_runner import AscendModelRunner
 
@@ -101,7 +103,9 @@ class AscendGraphWrapper(CUDAGraphWrapper):
         if context is not None and self.block is not None:
             _number(context.slot_mapping)
         if context is None or context.cudagraph_runtime_mode != self.runtime_mode:
+            parallel.resume()
             return self.runnable(*args, **kwargs)
+        parallel.settle()
         batch = context.batch_descriptor
         assert batch is not None and isinstance(context.attn_metadata, dict)  # noqa: PT018  # so prepared in this mode
         if found := self.captured.get(batch):
@@ -119,9 +123,15 @@ class AscendGraphWrapper(CUDAGraphWrapper):
         graph = torch.npu.NPUGraph()
         layers: list[str] = []
         context.additional_kwargs[_LAYERS] = layers
-        with _capturing(graph, self.graph_pool):
-            context.slot_mapping = _writable(context.slot_mapping, spare)
-            output = self.runnable(*args, **kwargs)
+        try:
+            with _capturing(graph, self.graph_pool):
+                context.slot_mapping = _writable(context.slot_mapping, spare)
+                parallel.stream_once()
+                output = self.runnable(*args, **kwargs)
+                parallel.settle()
+        except RuntimeError:
+            parallel.settle(wait=False)
+            raise
         del context.additional_kwargs[_LAYERS]
         return _Captured(graph, output, layers, spare)
 

@@ -14,7 +14,6 @@ from vllm.config.vllm import OptimizationLevel
 
 from vllm_ascend import features
 from vllm_ascend.attention.limits import LATENT_QUERIES, composed
-from vllm_ascend.config import AscendConfig
 from vllm_ascend.kv_offload import limits as kv_offload
 from vllm_ascend.speculative import support
 
@@ -58,14 +57,9 @@ def uncovered(vllm_config: Any) -> Iterator[str]:
     yield from features.used(vllm_config, *of_models, features.PROMPT_EMBEDS)
     if not kv_offload.chosen(vllm_config):  # which does nothing in a layer
         yield from features.used(vllm_config, features.KV_CONNECTORS)
-    drafted, world = vllm_config.num_speculative_tokens, vllm_config.parallel_config.world_size_across_dp
-    if drafted and world > 1:
-        yield f"steps with drafted tokens over {world} ranks"
-    if vllm_config.lora_config is not None and (world > 1 or vllm_config.model_config.enable_sleep_mode):
-        yield "LoRA adapters over several ranks or with sleep mode"
+    drafted = vllm_config.num_speculative_tokens
+    if vllm_config.lora_config is not None and vllm_config.model_config.enable_sleep_mode:
+        yield "LoRA adapters with sleep mode"
     if vllm_config.model_config.use_mla and drafted >= LATENT_QUERIES:
         yield f"steps of latent attention with {drafted} drafted tokens (at most {LATENT_QUERIES - 1} fit the kernel)"
-    # What is wrong with the options is said later, with everything else.
-    config, _ = AscendConfig.read(vllm_config.additional_config)
-    yield from (f"steps with {option}" for option in config.of_no_graph())
     yield from (f"steps of attention with {what}" for what in composed(vllm_config.model_config))

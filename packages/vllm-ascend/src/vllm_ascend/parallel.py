@@ -23,7 +23,19 @@ from vllm_ascend.deployment import Deployment
 from vllm_ascend.eplb.placement import placement_of
 from vllm_ascend.experts import ExpertGroups, MoeContext
 
-__all__ = ["Parallel", "close", "current", "forward_context", "most_tokens", "start", "step", "without_requests"]
+__all__ = [
+    "Parallel",
+    "close",
+    "current",
+    "forward_context",
+    "most_tokens",
+    "resume",
+    "settle",
+    "start",
+    "step",
+    "stream_once",
+    "without_requests",
+]
 
 _STEP, _MOST_TOKENS = "ascend_step", "ascend_most_tokens"  # keys in the forward context
 _UNSPLIT = StepState()
@@ -156,6 +168,32 @@ def _in_actual_world(deployment: Deployment) -> Deployment:
 def current() -> Parallel | None:
     """What `start` built; None outside a worker."""
     return _current
+
+
+def settle(*, wait: bool = True) -> None:
+    """Let the current stream wait for what the last step began for the one after it: the weights of first layers, streamed or prefetched.
+
+    Args:
+        wait: False forgets it, for what a capture that failed began never runs.
+    """
+    if _current is None:
+        return
+    if _current.prefetcher is not None and wait:
+        _current.prefetcher.finish()
+    if _current.env.o_shard is not None:
+        _current.env.o_shard.finish(wait=wait)
+
+
+def stream_once() -> None:
+    """Begin to stream weights for one step alone, which is captured. Collective, after `settle`."""
+    if _current is not None and _current.env.o_shard is not None:
+        _current.env.o_shard.start(once=True)
+
+
+def resume() -> None:
+    """Before a step that is not captured: stream weights again if that was settled. Collective."""
+    if _current is not None and _current.env.o_shard is not None and _current.env.o_shard.finished:
+        _current.env.o_shard.start()
 
 
 def close() -> None:

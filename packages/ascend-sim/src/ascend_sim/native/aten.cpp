@@ -263,7 +263,7 @@ class AtenKernel : public c10::OperatorKernel {
   std::vector<int> returns_;
 };
 
-// A product with few rows, as in a decoding step; every other one goes the common way.
+// A product with few rows, as in a decoding step, and one that is captured, which computes nothing on hardware and is zero here; every other one goes the common way.
 class MatmulKernel final : public AtenKernel {
  public:
   explicit MatmulKernel(const c10::FunctionSchema& schema) : AtenKernel(schema), adds_(schema.name() == "aten::addmm") {}
@@ -276,14 +276,23 @@ class MatmulKernel final : public AtenKernel {
       if (!plain(args[3]) || !plain(args[4])) return AtenKernel::operator()(op, keys, stack);  // beta, alpha
       bias = args[0].toTensor();
     }
-    auto out = few_rows(args[adds_].toTensor(), args[adds_ + 1].toTensor(), bias);
+    const at::Tensor left = args[adds_].toTensor(), right = args[adds_ + 1].toTensor();
+    auto out = is_captured() ? zeros(left, right) : few_rows(left, right, bias);
     if (!out) return AtenKernel::operator()(op, keys, stack);
-    count(2 * args[adds_].toTensor().size(1) * out->numel());
+    count(2 * left.size(1) * out->numel());
     stack->resize(base);
     stack->emplace_back(std::move(*out));
   }
 
  private:
+  static std::optional<at::Tensor> zeros(const at::Tensor& left, const at::Tensor& right) {
+    const bool fits = left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0) && left.scalar_type() == right.scalar_type() && left.device() == right.device();
+    if (!fits) return std::nullopt;
+    at::Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
+    std::memset(out.data_ptr(), 0, out.nbytes());
+    return out;
+  }
+
   static bool plain(const IValue& factor) { return factor.isScalar() && factor.toScalar().equal(1); }
 
   bool adds_;

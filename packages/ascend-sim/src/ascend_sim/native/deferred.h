@@ -33,6 +33,9 @@ std::vector<int> arguments_of_results(const c10::FunctionSchema& schema);
 // Whether an operator draws random numbers without saying so by an argument `generator`.
 bool draws_without_generator(const std::string& name);
 
+// Whether this thread's operator is captured in a graph: its results get their shapes, and nobody reads their numbers (graph.cpp).
+bool is_captured();
+
 // Put what `make` returns for an operator, of "aten", "npu" or "c10d", in the place of its kernel for npu tensors. Views keep theirs, and the operators `but`.
 using MakeKernel = std::function<torch::CppFunction(const std::string& space, const c10::OperatorHandle& op)>;
 void replace_kernels(const std::set<std::string>& but, const MakeKernel& make);

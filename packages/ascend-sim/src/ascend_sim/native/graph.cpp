@@ -3,7 +3,8 @@
 // What a graph records of the operators (runtime/graph.c keeps the graph itself). When the first capture of the process begins, every kernel for
 // npu tensors is put after one that looks where the call belongs: a call on a stream that is captured runs once, which gives its results their
 // shapes, and is kept with its arguments; a replay runs the kernel again and writes into the very tensors that the capture returned. No kernel
-// knows of this. The graph owns no memory, as on hardware: tensors that are freed during the capture give their memory to later ones.
+// knows of this, but for products, which take their time: in a capture they are zero. The graph owns no memory, as on hardware: tensors that are
+// freed during the capture give their memory to later ones.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <torch_npu/csrc/core/NPUStorageImpl.h>
@@ -19,6 +20,7 @@ using c10::IValue;
 using torch::jit::Stack;
 
 thread_local bool inside = false;  // of an operator that is captured or replayed: what its kernel calls is part of it
+thread_local bool captured = false;  // what this thread runs
 std::atomic<int64_t> replayed{0};
 std::set<std::string> immediate_names;
 
@@ -110,6 +112,10 @@ class Recorder final : public c10::OperatorKernel {
     Inside() { inside = true; }
     ~Inside() { inside = false; }
   };
+  struct Captured {
+    Captured() { captured = true; }
+    ~Captured() { captured = false; }
+  };
 
   [[noreturn]] void refuse(aclrtStream stream, const std::string& why) const {
     const std::string reason = name_ + why;
@@ -163,6 +169,7 @@ class Recorder final : public c10::OperatorKernel {
     check_rules(stream, *stack, base);
     const Stack given(stack->begin() + base, stack->end());
     try {
+      const Captured guard;
       run(op, keys, stack);
     } catch (const c10::Error& error) {
       ascend_sim_graph_invalidate(stream, (name_ + ": " + error.what_without_backtrace()).c_str());
@@ -286,6 +293,8 @@ void reset_counts() {
 }
 
 }  // namespace
+
+bool is_captured() { return captured; }
 
 void record_blank(const at::Tensor& t) {
   if (inside || !ascend_sim_graph_active() || !on_npu(t) || !t.numel()) return;
