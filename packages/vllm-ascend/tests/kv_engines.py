@@ -21,6 +21,7 @@ from kv_prompts import (
 )
 from lora_adapters import ALL, make
 from moe_families import LATENT
+from pooling_models import save_tokenizer
 from prefill_decode import EXAMPLE, apart, computed, nixl_hosts
 
 TEXT = {
@@ -161,36 +162,36 @@ def test_memory_for_no_block(made_qwen3, engine_servers, tmp_path):
     assert "1000 bytes of host memory (kv_offloading_size, or cpu_bytes_to_use of kv_connector_extra_config) hold no chunk of the KV cache, of 524288 bytes" in said  # fmt: skip
 
 
-# Options of the servers, and how many tokens at the end of a prompt of `n` the decode server computes. Of NIXL's all have come, whatever is computed anew for a first logit.
-CONNECTORS = {
-    "ExampleConnector": (EXAMPLE, lambda n: n - (n - 2) // 128 * 128),
-    "NixlConnector": ([], lambda n: 0),
+# Connector, options of the servers, and how many tokens at the end of a prompt of `n` the decode server computes. Of NIXL's all have come, whatever is computed anew for a first
+# logit.
+APART = {
+    "files": ("ExampleConnector", EXAMPLE, lambda n: n - (n - 2) // 128 * 128),
+    "NIXL": ("NixlConnector", [], lambda n: 0),
+    "NIXL over two ranks": ("NixlConnector", ["--tensor-parallel-size", "2"], lambda n: 0),
 }
 
 
-@pytest.mark.parametrize("connector", CONNECTORS)
-def test_prefill_apart_from_decode(connector, smollm2, hugging_face, tmp_path):
+@pytest.mark.parametrize("kind", APART)
+def test_prefill_apart_from_decode(kind, made_qwen3, tmp_path):
     """The tokens of one model, of which the server that decodes computes no more than the last block of each prompt; streamed and not, and an error as it came."""
-    from transformers import AutoModelForCausalLM
-
-    prompts = [[(7 * i * i + 3 * k) % 40_000 + 100 for i in range(n)] for k, n in enumerate((300, 140, 20))]
-    with torch.inference_mode():
-        expected = hugging_face(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), prompts, LENGTH)
-    options, rest = CONNECTORS[connector]
+    connector, options, rest = APART[kind]
     transfer, hosts = {"kv_connector": connector}, (None, None)
     if connector == "NixlConnector":
         pytest.importorskip("nixl")
         hosts = nixl_hosts()
     else:
         transfer["kv_connector_extra_config"] = {"shared_storage_path": str(tmp_path)}
-    small = ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4", "--kv-cache-memory-bytes", str(128 << 20), "--max-num-batched-tokens", "1024"]  # fmt: skip
-    with apart(smollm2, tmp_path, transfer, *small, *options, hosts=hosts) as (client, servers):
-        for prompt, tokens_of_one in zip(prompts, expected, strict=True):
+    folder, expected = made_qwen3
+    save_tokenizer(folder)
+    small = {"dtype": "float32", "max-model-len": 512, "max-num-seqs": 4, "kv-cache-memory-bytes": 64 << 20, "max-num-batched-tokens": 1024}  # fmt: skip
+    given = [str(word) for name, value in small.items() for word in (f"--{name}", value)]
+    with apart(folder, tmp_path, transfer, *given, *options, hosts=hosts) as (client, servers):
+        for prompt, said in zip(PROMPTS, expected, strict=True):
             before = {name: computed(server) for name, server in servers.items()}
             ask = {"model": "model", "prompt": prompt, "max_tokens": LENGTH, "temperature": 0, "ignore_eos": True, "return_token_ids": True}  # fmt: skip
             answer = client.post("/v1/completions", json=ask)
             assert answer.status_code == 200, answer.text
-            assert answer.json()["choices"][0]["token_ids"] == tokens_of_one
+            assert answer.json()["choices"][0]["token_ids"] == said
             after = {name: computed(server) - before[name] for name, server in servers.items()}
             assert after == {"prefill": len(prompt), "decode": rest(len(prompt))}
         streamed = client.post("/v1/completions", json={**ask, "stream": True}).text

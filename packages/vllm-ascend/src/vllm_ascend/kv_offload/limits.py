@@ -35,7 +35,11 @@ def choose(vllm_config: Any) -> None:
         transfer.kv_role = "kv_both"
         transfer.kv_connector_extra_config["cpu_bytes_to_use"] = cache.kv_offloading_size * (1 << 30)
     transfer = vllm_config.kv_transfer_config
-    if transfer is None or transfer.kv_connector != CONNECTOR or transfer.kv_connector_module_path is not None:
+    if (
+        transfer is None
+        or transfer.kv_connector != CONNECTOR
+        or transfer.kv_connector_module_path not in (None, _MODULE)
+    ):
         return
     transfer.kv_connector_module_path = _MODULE
     extra = transfer.kv_connector_extra_config
