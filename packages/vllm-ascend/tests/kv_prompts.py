@@ -8,7 +8,7 @@ from engine_jobs import tokens
 
 __all__ = ["BLOCKS", "CACHED", "LENGTH", "OTHERS", "PROMPTS", "SIZE", "SMALL", "after_eviction", "assert_loaded", "from_host", "offloading", "qwen3"]  # fmt: skip
 
-LENGTH = 16  # of answers
+LENGTH = 8  # of answers
 VOCABULARY = 512
 PROMPTS = [[(7 * i * i + 3 * k) % VOCABULARY for i in range(n)] for k, n in enumerate((300, 150, 260, 129, 40))]
 OTHERS = [[(5 * i * i + 11 * k + 1) % VOCABULARY for i in range(300)] for k in range(4)]
