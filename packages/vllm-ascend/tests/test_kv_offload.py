@@ -8,6 +8,10 @@ import pytest
 import torch
 from engine_jobs import ONE_PROCESS
 from kv_prompts import LENGTH, PROMPTS, SIZE, after_eviction, assert_loaded, offloading, qwen3
+from vllm.config import KVTransferConfig
+from vllm_ascend.kv_offload import limits
+
+OURS = "vllm_ascend.kv_offload.connector"
 
 
 def spec(*groups):
@@ -28,6 +32,31 @@ def naive_pairs(groups, chunks, blocks_per_chunk):
             pairs.append((group, block, chunks[taken] * blocks_per_chunk + (place + number) % blocks_per_chunk))
         chunks = chunks[taken + 1 :] if blocks else chunks
     return pairs
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "module"),
+    [
+        ({}, None, OURS),
+        ({"kv_connector_module_path": OURS}, None, OURS),
+        ({"kv_connector_module_path": "somebody.elses"}, None, "somebody.elses"),
+        (None, 2.0, OURS),
+    ],
+)
+def test_a_connector_is_chosen(given, size, module):
+    """Named, named with its module, another one of that name, and by a size."""
+    transfer = (
+        None if given is None else KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both", **given)
+    )
+    cache = SimpleNamespace(kv_offloading_size=size, kv_offloading_backend="native")
+    config = SimpleNamespace(cache_config=cache, kv_transfer_config=transfer)
+    limits.choose(config)
+    transfer = config.kv_transfer_config
+    assert transfer.kv_connector == "OffloadingConnector"
+    assert transfer.kv_connector_module_path == module
+    assert transfer.kv_connector_extra_config.get("spec_name") == ("AscendOffloadingSpec" if module == OURS else None)
+    assert limits.chosen(config) == (module == OURS)
+    assert transfer.kv_connector_extra_config.get("cpu_bytes_to_use") == (2 << 30 if size else None)
 
 
 @pytest.mark.parametrize(
