@@ -11,6 +11,7 @@ import argparse
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import cycle
+from json import JSONDecodeError
 from typing import Any
 
 import httpx
@@ -37,19 +38,34 @@ def for_prefill(body: dict[str, Any]) -> dict[str, Any]:
     return asked
 
 
+def refused(why: str, status: int) -> Response:
+    """An error in the form of the API's."""
+    return JSONResponse({"error": {"message": why, "code": status}}, status)
+
+
+async def unreadable(request: Request, error: Exception) -> Response:
+    """The request's body is not JSON."""
+    return refused(f"the request is not JSON: {error}", 400)
+
+
+async def unreachable(request: Request, error: Exception) -> Response:
+    """A server does not answer."""
+    assert isinstance(error, httpx.TransportError)
+    return refused(f"no answer from {error.request.url}: {error}", 502)
+
+
 async def complete(request: Request) -> Response:
     """/v1/completions and /v1/chat/completions."""
     state, body = request.app.state, await request.json()
-    try:
-        first = await state.client.post(next(state.prefill) + request.url.path, json=for_prefill(body))
-        if first.status_code != httpx.codes.OK:
-            return Response(first.content, first.status_code, media_type=first.headers.get("content-type"))
-        if found := first.json().get("kv_transfer_params"):
-            body["kv_transfer_params"] = found
-        asked = state.client.build_request("POST", next(state.decode) + request.url.path, json=body)
-        answer = await state.client.send(asked, stream=True)
-    except httpx.TransportError as error:
-        return JSONResponse({"error": {"message": f"no answer from {error.request.url}: {error}"}}, 502)
+    if not isinstance(body, dict):
+        return refused(f"the request is no JSON object but {type(body).__name__}", 400)
+    first = await state.client.post(next(state.prefill) + request.url.path, json=for_prefill(body))
+    if first.status_code != httpx.codes.OK:
+        return Response(first.content, first.status_code, media_type=first.headers.get("content-type"))
+    if found := first.json().get("kv_transfer_params"):
+        body["kv_transfer_params"] = found
+    asked = state.client.build_request("POST", next(state.decode) + request.url.path, json=body)
+    answer = await state.client.send(asked, stream=True)
     return StreamingResponse(
         answer.aiter_bytes(), answer.status_code, media_type=answer.headers.get("content-type"), background=BackgroundTask(answer.aclose)
     )  # fmt: skip
@@ -76,7 +92,12 @@ def application(prefill: list[str], decode: list[str]) -> Starlette:
             yield
 
     routes = [Route(f"/v1/{path}", complete, methods=["POST"]) for path in ("completions", "chat/completions")]
-    return Starlette(routes=[*routes, Route("/v1/models", models), Route("/health", health)], lifespan=lifespan)
+    routes += [Route("/v1/models", models), Route("/health", health)]
+    return Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={JSONDecodeError: unreadable, httpx.TransportError: unreachable},
+    )
 
 
 def main() -> None:
