@@ -110,7 +110,7 @@ def types(session: nox.Session) -> None:
 
 TEST_EXTRA = "test"
 # Two processes of pytest: thousands of small tests, and engines that wait for each other. Files stay whole: their tests share servers.
-TEST_OPTIONS = {"ascend-sim": ("-n", "2"), "vllm-ascend": ("-n", "2", "--dist", "loadfile")}
+TEST_OPTIONS = {"ascend-sim": ("-n", "2"), "vllm-ascend": ("-n", "2", "--dist", "loadfile", "-m", "not long")}
 
 
 def run_tests(session: nox.Session, package: str, *options: str, env: dict[str, str] | None = None) -> None:
@@ -132,6 +132,13 @@ def tests(session: nox.Session, package: str) -> None:
     options = TEST_OPTIONS.get(package, ())
     # Threads of two processes that wait for each other on the same processors would take most of the time.
     run_tests(session, package, *options, env={"OMP_NUM_THREADS": "1"} if options else None)
+
+
+@nox.session(python=PYTHON)
+def long(session: nox.Session) -> None:
+    """Tests of vllm-ascend that take minutes each, which the default ones leave out: real weights in int8 and as experts, bfloat16 of latent attention, and others."""
+    install_in_place(session, "vllm-ascend")
+    run_tests(session, "vllm-ascend", "-m", "long")
 
 
 @nox.session(python=PYTHON)

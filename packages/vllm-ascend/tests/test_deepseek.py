@@ -57,6 +57,7 @@ def test_one_rank(families, run_engines):
         assert "npu::npu_moe_gating_top_k" in result["operators"][0], name
 
 
+@pytest.mark.long
 def test_log_probabilities_in_bfloat16(families, run_engines):
     """The simulator's strict mode, in which kernels take what hardware takes. Latent attention, and routers that send some tokens elsewhere."""
     folder, prompts, _ = families["deepseek_v3"]

@@ -166,6 +166,7 @@ def test_data_parallel_ranks_share_the_experts(families, run_replicas, chip):
             assert ("alltoall_base_" in result["collectives"][0][0]) == (chip == "a3")
 
 
+@pytest.mark.long
 def test_upcycled_smollm2_writes_what_the_dense_model_writes(models, smollm2, prompts, greedy, run_engines):
     """Real text: eight experts that are the dense MLP in other orders, whatever the router says."""
     from ascend_sim.checkpoints import upcycle

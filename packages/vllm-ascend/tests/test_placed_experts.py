@@ -55,6 +55,7 @@ def test_experts_that_move_while_requests_run_change_no_token(tiny, run_engines,
     assert_moved(folder, record, result)
 
 
+@pytest.mark.long
 def test_a_planned_map_of_recorded_load_changes_no_text(models, smollm2, prompts, greedy, run_replicas, tmp_path):
     """Real text of the upcycled model on two data parallel ranks: record, plan with the command line, deploy layer by layer."""
     from ascend_sim.checkpoints import upcycle

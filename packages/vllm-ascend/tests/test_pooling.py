@@ -214,6 +214,7 @@ def test_the_bounds_catch_a_wrong_model(name, prompts):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_prefix_cache_and_chunks_of_causal_embedders(checkpoint, run_pooling):
     """The vectors of a second round, from the prefix cache, and of prompts in chunks of 48 tokens are those of transformers as well."""
     long = texts([20, 130, 200, 257, 300, 400], seed=2)

@@ -133,6 +133,7 @@ def first_choices_lost(model, sequences):
     return (torch.stack(chosen) != wanted).float().flatten()
 
 
+@pytest.mark.long
 def test_one_rank(models, smollm2, w8a8, prompts, greedy, tiny, run_engines):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -141,6 +141,8 @@ def test_memory_does_not_grow(memory):
     cache.zero_()
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_device_that_has_no_room_to_wake_up(memory):
     """Then what sleeps can still be woken later."""
     with memory.pool("weights"):
