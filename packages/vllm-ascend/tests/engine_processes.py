@@ -97,10 +97,15 @@ def until(reached, process, said):
     return found
 
 
-def listening_port(process):
-    """The TCP port that a process listens on, for a server that was told to take any (0); None before it listens."""
-    connections = psutil.Process(process.pid).net_connections("tcp")
-    return next((entry.laddr.port for entry in connections if entry.status == psutil.CONN_LISTEN), None)
+def listening_port(process, said):
+    """The TCP port on which a server listens that was told to take any (0); waits until it does, and fails if the process ends before."""
+
+    def reached():
+        assert process.poll() is None, what_it_said(said)
+        connections = psutil.Process(process.pid).net_connections("tcp")
+        return next((entry.laddr.port for entry in connections if entry.status == psutil.CONN_LISTEN), None)
+
+    return until(reached, process, said)
 
 
 def wait(processes, said, limit=LIMIT):

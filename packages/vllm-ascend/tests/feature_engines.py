@@ -11,7 +11,7 @@ import openai
 import pytest
 import torch
 from engine_jobs import GREEDY, ONE_PROCESS, captured, tokens
-from engine_processes import LIMIT, end, listening_port, start, until, what_it_said
+from engine_processes import LIMIT, end, listening_port, start
 from int8_models import PROMPTS, quantise_statically
 from lora_adapters import ALL, make, side_by_side
 from vllm_ascend.quantization.linear import float_scale
@@ -197,12 +197,8 @@ def server(tiny_qwen3, tmp_path):
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE": "1", "ASCEND_SIM_STRICT": "0"}
     process = start([*command, *options, *features], log, environment)
 
-    def reached():
-        assert process.poll() is None, what_it_said(log)
-        return listening_port(process)
-
     try:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{until(reached, process, log)}/v1", api_key="none", timeout=LIMIT)  # fmt: skip
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{listening_port(process, log)}/v1", api_key="none", timeout=LIMIT)  # fmt: skip
         yield client
         client.close()
     finally:

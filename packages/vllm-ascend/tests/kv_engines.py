@@ -11,6 +11,7 @@ from kv_prompts import (
     LENGTH,
     OTHERS,
     PROMPTS,
+    SAMPLING,
     SIZE,
     VOCABULARY,
     after_eviction,
@@ -19,7 +20,7 @@ from kv_prompts import (
     offloading,
     qwen3,
 )
-from lora_adapters import ALL, make
+from lora_adapters import ALL, make, side_by_side
 from moe_families import LATENT
 from pooling_models import save_tokenizer
 from prefill_decode import EXAMPLE, apart, computed, nixl_hosts
@@ -64,11 +65,7 @@ def made(tmp_path, hugging_face):
 @pytest.fixture
 def made_qwen3(tmp_path, hugging_face):
     """Folder of the model of `kv_prompts.py`, and transformers' tokens of PROMPTS."""
-    from transformers import AutoModelForCausalLM
-
-    folder = qwen3(tmp_path / "qwen3")
-    with torch.inference_mode():
-        return folder, hugging_face(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), PROMPTS, LENGTH)
+    return qwen3(tmp_path / "qwen3", hugging_face)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -106,8 +103,7 @@ def test_options(name, made_qwen3, run_engines):
 def test_preempted_requests(made_qwen3, run_engines):
     """Requests that lose their blocks while they answer: their stores are complete before others write there, and they go on from host memory."""
     folder, _ = made_qwen3
-    sampling = {"temperature": 0, "max_tokens": 140, "ignore_eos": True, "detokenize": False}
-    runs = [{"prompts": [*PROMPTS, *OTHERS], "sampling": sampling}] * 2
+    runs = [{"prompts": [*PROMPTS, *OTHERS], "sampling": SAMPLING | {"max_tokens": 140}}] * 2
     engine = after_eviction(folder, max_num_seqs=8, max_num_batched_tokens=256)["engine"]
     plain, offloaded = run_engines([{"engine": engine | more, "runs": runs} for more in ({"num_gpu_blocks_override": 64}, {"kv_offloading_size": SIZE})])  # fmt: skip
     assert plain["preemptions"] == 0 < offloaded["preemptions"]
@@ -132,12 +128,12 @@ def test_adapters(made_qwen3, hugging_face, tmp_path, run_engines):
     """The same prompts by the model and by an adapter, whose keys and values differ: each finds its own."""
     folder, expected = made_qwen3
     adapters = make(tmp_path / "adapters", folder, PROMPTS, LENGTH, hugging_face, {"one": (8, ALL)})
-    names = [adapters.folders["one"], None]
+    names = ["one", "base"]
+    assert adapters.tokens["base"] == expected
+    asked, said = side_by_side(adapters, PROMPTS, names, SAMPLING)
     job = after_eviction(folder, kv_offloading_size=SIZE, enable_lora=True, max_lora_rank=8)
-    asked = {**job["runs"][0], "prompts": [ids for ids in PROMPTS for _ in names], "adapters": names * len(PROMPTS)}
     job["runs"] = [asked, {**job["runs"][1], "adapters": [None] * len(OTHERS)}, asked]
     (result,) = run_engines([job])
-    said = [answer for pair in zip(adapters.tokens["one"], expected, strict=True) for answer in pair]
     assert_loaded(result, said, [count for count in CACHED for _ in names])
 
 

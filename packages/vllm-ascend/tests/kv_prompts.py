@@ -4,9 +4,9 @@
 import json
 
 import torch
-from engine_jobs import tokens
+from engine_jobs import GREEDY, tokens
 
-__all__ = ["BLOCKS", "CACHED", "LENGTH", "OTHERS", "PROMPTS", "SIZE", "SMALL", "after_eviction", "assert_loaded", "from_host", "offloading", "qwen3"]  # fmt: skip
+__all__ = ["CACHED", "LENGTH", "OTHERS", "PROMPTS", "SAMPLING", "SIZE", "after_eviction", "assert_loaded", "from_host", "offloading", "qwen3"]  # fmt: skip
 
 LENGTH = 8  # of answers
 VOCABULARY = 512
@@ -18,20 +18,23 @@ SMALL = {
     "dtype": "float32", "max_model_len": 512, "max_num_seqs": 2, "max_num_batched_tokens": 512, "num_gpu_blocks_override": BLOCKS,
     "kv_cache_memory_bytes": 64 << 20, "skip_tokenizer_init": True, "enforce_eager": True,
 }  # fmt: skip
+SAMPLING = GREEDY | {"max_tokens": LENGTH, "detokenize": False}
 SIZE = 1 / 16  # GiB, room for all that the prompts here have
 
 
-def qwen3(folder, **changed):
-    """A random Qwen3 for which prompts may be long; returns its folder."""
+def qwen3(folder, generate):
+    """A random Qwen3 for which prompts may be long: its folder, and transformers' tokens of PROMPTS. `generate` is `hugging_face_greedy`."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, max_position_embeddings=1024, tie_word_embeddings=False, initializer_range=0.2, **changed,
+        head_dim=64, max_position_embeddings=1024, tie_word_embeddings=False, initializer_range=0.2,
     )  # fmt: skip
-    Qwen3ForCausalLM(config).float().eval().save_pretrained(folder)
-    return folder
+    model = Qwen3ForCausalLM(config).float().eval()
+    model.save_pretrained(folder)
+    with torch.inference_mode():
+        return folder, generate(model, PROMPTS, LENGTH)
 
 
 def offloading(**extra):
@@ -40,10 +43,9 @@ def offloading(**extra):
     return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
-def after_eviction(folder, *, prompts=PROMPTS, others=OTHERS, inspect=False, **engine):
+def after_eviction(folder, *, others=OTHERS, inspect=False, **engine):
     """A job: prompts, others that take their blocks, and the same prompts again."""
-    sampling = {"temperature": 0, "max_tokens": LENGTH, "ignore_eos": True, "detokenize": False}
-    runs = [{"prompts": asked, "sampling": sampling} for asked in (prompts, others, prompts)]
+    runs = [{"prompts": asked, "sampling": SAMPLING} for asked in (PROMPTS, others, PROMPTS)]
     return {"engine": {"model": str(folder), **SMALL, **engine}, "runs": runs, "inspect": inspect}
 
 

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 from ascend_eplb import load_placement
-from engine_processes import end, listening_port, start, until, what_it_said
+from engine_processes import end, listening_port, start, until
 from moe_families import made_families
 from openai import APIConnectionError, OpenAI
 from placed_engines import (
@@ -191,12 +191,8 @@ def served(models, smollm2, tmp_path):
     ]  # fmt: skip
     process = start(command, log, {"OMP_NUM_THREADS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"})
 
-    def reached():
-        assert process.poll() is None, what_it_said(log)
-        return listening_port(process)
-
     try:
-        url = f"http://127.0.0.1:{until(reached, process, log)}"
+        url = f"http://127.0.0.1:{listening_port(process, log)}"
         client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1800, max_retries=0)
         until(lambda: is_answered(client), process, log)
         yield process, client, url, log, record

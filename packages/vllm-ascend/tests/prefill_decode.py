@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from engine_processes import LIMIT, end, listening_port, start, until, what_it_said
+from engine_processes import LIMIT, end, listening_port, start
 from served import Server, running
 
-__all__ = ["EXAMPLE", "apart", "computed", "nixl_hosts"]
+__all__ = ["EXAMPLE", "PROXY", "apart", "computed", "nixl_hosts"]
 
 PROXY = Path(__file__).parents[3] / "examples" / "prefill_decode" / "proxy.py"
 # Whole prompts, each found again in a folder by its tokens: vLLM's example has no more.
@@ -46,13 +46,8 @@ def apart(model, folder, transfer, *options, hosts=(None, None)):
         addresses = {name: str(server.http.base_url).rstrip("/") for name, server in servers.items()}
         command = [sys.executable, str(PROXY), "--prefill", addresses["prefill"], "--decode", addresses["decode"], "--port", "0"]  # fmt: skip
         proxy = start(command, said, {})
-
-        def port():
-            assert proxy.poll() is None, what_it_said(said)
-            return listening_port(proxy)
-
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{until(port, proxy, said)}", timeout=LIMIT) as client:
+            with httpx.Client(base_url=f"http://127.0.0.1:{listening_port(proxy, said)}", timeout=LIMIT) as client:
                 yield client, servers
         finally:
             end(proxy)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import httpx
 import openai
-from engine_processes import LIMIT, end, listening_port, start, until, what_it_said
+from engine_processes import LIMIT, end, listening_port, start, until
 
 __all__ = ["Server", "running"]
 
@@ -28,13 +28,9 @@ class Server:
         self.log, self.clients = log, []
         self.process = start(command, log, env or {})
 
-    def _port(self):
-        assert self.process.poll() is None, what_it_said(self.log)
-        return listening_port(self.process)
-
     def wait(self):
         """Until it answers."""
-        address = f"http://127.0.0.1:{until(self._port, self.process, self.log)}"
+        address = f"http://127.0.0.1:{listening_port(self.process, self.log)}"
         self.http = httpx.Client(base_url=address, timeout=LIMIT)
         self.openai = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=LIMIT, max_retries=0)
         self.clients = [self.http, self.openai]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from engine_jobs import ONE_PROCESS
-from kv_prompts import LENGTH, PROMPTS, SIZE, after_eviction, assert_loaded, offloading, qwen3
+from kv_prompts import LENGTH, SIZE, after_eviction, assert_loaded, offloading, qwen3
 from vllm.config import KVTransferConfig
 from vllm_ascend.kv_offload import limits
 
@@ -139,12 +139,7 @@ def test_copies(cache, late_stream):
 @pytest.mark.slow
 def test_prompts_that_were_evicted(tmp_path, hugging_face, run_engines):
     """By either way to ask for it; the second with decoding steps in graphs, larger chunks and the other policy."""
-    from transformers import AutoModelForCausalLM
-
-    folder = qwen3(tmp_path / "qwen3")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.inference_mode():
-        expected = hugging_face(model, PROMPTS, LENGTH)
+    folder, expected = qwen3(tmp_path / "qwen3", hugging_face)
     graphs = {
         "enforce_eager": False,
         "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2]},

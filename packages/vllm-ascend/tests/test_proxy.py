@@ -3,12 +3,10 @@
 
 import importlib.util
 import socket
-from pathlib import Path
 
 import pytest
+from prefill_decode import PROXY
 from starlette.testclient import TestClient
-
-PROXY = Path(__file__).parents[3] / "examples" / "prefill_decode" / "proxy.py"
 
 
 @pytest.fixture(scope="module")

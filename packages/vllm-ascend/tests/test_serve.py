@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from engine_processes import LIMIT, end, listening_port, start, until, what_it_said
+from engine_processes import LIMIT, end, listening_port, start, until
 
 pytestmark = pytest.mark.slow
 # The embedding and the LM head in a group of one rank: what the front end refuses is the same for more.
@@ -34,12 +34,8 @@ def server(smollm2, tmp_path_factory):
     ]  # fmt: skip
     process = start(command, log, {})
 
-    def reached():
-        assert process.poll() is None, what_it_said(log)
-        return listening_port(process)
-
     try:
-        port = until(reached, process, log)
+        port = listening_port(process, log)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=LIMIT, max_retries=0)
         until(lambda: is_answered(client), process, log)
         yield process, client, log

@@ -62,7 +62,7 @@ class LayerShard:
         self._reached = -1
         self._started = False
         self._once = False
-        self.finished = False
+        self.finished = True
         """Whether nothing is under way: `start` comes next."""
 
     def __contains__(self, layer: int) -> bool:
@@ -136,7 +136,6 @@ class LayerShard:
         self._started, self._once, self.finished = True, once, False
         self._reached = -1
         self._holds = [None] * len(self._windows)
-        self._pending = [None] * len(self._windows)
         for position in range(self.prefetch_step):
             self._broadcast(position)
 
@@ -146,10 +145,10 @@ class LayerShard:
         Args:
             wait: False drops them, for those of a capture that failed never run.
         """
-        for window, pending in enumerate(self._pending):
+        for pending in self._pending:
             if pending is not None and wait:
                 pending.wait()
-            self._pending[window] = None
+        self._pending = [None] * len(self._windows)
         self.finished = True
 
     def reach(self, layer: int) -> None:
@@ -162,7 +161,7 @@ class LayerShard:
             RuntimeError: not started, or another layer is due.
         """
         position, layers = self._at(layer), len(self._weights)
-        if not self._started or self.finished:
+        if self.finished:
             raise RuntimeError(f"layer {layer} reached before start")
         if position == self._reached:
             return

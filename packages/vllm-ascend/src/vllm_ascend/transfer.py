@@ -12,7 +12,6 @@ from vllm_ascend.kv_offload import limits
 
 __all__ = ["broken", "choose"]
 
-_SIMPLE = "SimpleCPUOffloadConnector"
 _WHY = "cannot be used on an NPU: its copies between the KV cache and host memory are CUDA's; give OffloadingConnector"
 _EXAMPLE = "ExampleConnector"
 _NIXL = "NixlConnector"
@@ -43,8 +42,8 @@ def broken(vllm_config: Any) -> Iterator[str]:
     extra = transfer.kv_connector_extra_config or {}
     inner = [one.get("kv_connector") for one in extra.get("connectors", ()) if isinstance(one, dict)]
     names = {transfer.kv_connector, *inner}
-    if _SIMPLE in names:
-        yield f"kv_transfer_config (connector {_SIMPLE!r}) {_WHY}"
+    if limits.SIMPLE in names:
+        yield f"kv_transfer_config (connector {limits.SIMPLE!r}) {_WHY}"
     if limits.CONNECTOR in inner:
         yield f"kv_transfer_config (connector {limits.CONNECTOR!r}) cannot be used within a MultiConnector: vLLM takes it with CUDA's copies there; give it alone"
     if limits.chosen(vllm_config):

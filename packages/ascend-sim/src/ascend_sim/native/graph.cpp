@@ -100,7 +100,7 @@ class Recorder final : public c10::OperatorKernel {
   void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) const {
     const AtOnce at_once;
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Inside guard;
+    const While guard(inside);
     inner_.callBoxed(op, keys, stack);
     if (collective_ && !stack->empty() && stack->back().isCustomClass()) stack->back().toCustomClass<c10d::Work>()->wait();
   }
@@ -108,13 +108,11 @@ class Recorder final : public c10::OperatorKernel {
   const std::string& name() const { return name_; }
 
  private:
-  struct Inside {
-    Inside() { inside = true; }
-    ~Inside() { inside = false; }
-  };
-  struct Captured {
-    Captured() { captured = true; }
-    ~Captured() { captured = false; }
+  // A flag that is set as long as this lives.
+  struct While {
+    explicit While(bool& flag) : flag(flag) { flag = true; }
+    ~While() { flag = false; }
+    bool& flag;
   };
 
   [[noreturn]] void refuse(aclrtStream stream, const std::string& why) const {
@@ -169,7 +167,7 @@ class Recorder final : public c10::OperatorKernel {
     check_rules(stream, *stack, base);
     const Stack given(stack->begin() + base, stack->end());
     try {
-      const Captured guard;
+      const While guard(captured);
       run(op, keys, stack);
     } catch (const c10::Error& error) {
       ascend_sim_graph_invalidate(stream, (name_ + ": " + error.what_without_backtrace()).c_str());

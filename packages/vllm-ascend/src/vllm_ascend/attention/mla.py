@@ -123,16 +123,12 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         self.kv_b_proj = kv_b_proj
         self.kv_cache_dtype = kv_cache_dtype
 
-    def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+    def pieces(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's memory, `[blocks, block_size, 512 + 64]` to vLLM, as latents `[blocks, block_size, 512]` and, after all of them, rotated
-        keys `[blocks, block_size, 64]`: the kernel wants each of them contiguous."""
+        keys `[blocks, block_size, 64]`: the kernel wants each of them contiguous, and a copy of a block is made of both."""
         blocks, block_size, _ = kv_cache.shape
         memory, cut = kv_cache.view(-1), blocks * block_size * self.kv_lora_rank
         return memory[:cut].view(blocks, block_size, -1), memory[cut:].view(blocks, block_size, -1)
-
-    def pieces(self, kv_cache: Tensor) -> tuple[Tensor, ...]:
-        """The layer's cache as contiguous tensors, of which the first dimension counts blocks: what a copy of a block is made of."""
-        return self._caches(kv_cache)
 
     def do_kv_cache_update(
         self,
@@ -148,7 +144,7 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         tokens = tokens_of_step()
         if not tokens:
             return
-        latents, keys = (cache.unsqueeze(2) for cache in self._caches(kv_cache))
+        latents, keys = (cache.unsqueeze(2) for cache in self.pieces(kv_cache))
         kernels.scatter_kv(kv_c_normed[:tokens].unsqueeze(1), k_pe[:tokens], latents, keys, slot_mapping[:tokens])
 
     def forward_mqa(
@@ -161,7 +157,7 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
         """Absorbed query `[T, N, 512]` and rotated query `[T, N, 64]` -> latent output `[T, N, 512]`."""
         assert isinstance(q, tuple)  # one tensor is for quantised caches and context parallelism
         query, query_rope = q
-        latents, keys = self._caches(kv_c_and_k_pe_cache)
+        latents, keys = self.pieces(kv_c_and_k_pe_cache)
         step = attn_metadata.decode
         assert step is not None
         graphs.note_attention(layer)
@@ -218,7 +214,7 @@ class AscendMLAImpl(MLAAttentionImpl[AscendMLAMetadata]):
 
     def _context(self, chunk: ContextChunk, queries: tuple[Tensor, Tensor], kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Attention of a chunk's query tokens to its cached tokens, and the log-sum-exp."""
-        latent_cache, key_cache = (cache.unsqueeze(2) for cache in self._caches(kv_cache))
+        latent_cache, key_cache = (cache.unsqueeze(2) for cache in self.pieces(kv_cache))
         latents, key_rope = kernels.gather_kv(
             latent_cache, key_cache, chunk.block_table, chunk.lengths, chunk.starts, chunk.kv_ends[-1]
         )

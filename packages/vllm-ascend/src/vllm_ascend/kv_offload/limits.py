@@ -9,10 +9,10 @@ from typing import Any
 
 from vllm_ascend import envs
 
-__all__ = ["CONNECTOR", "broken", "choose", "chosen", "named"]
+__all__ = ["CONNECTOR", "SIMPLE", "broken", "choose", "chosen", "named"]
 
 CONNECTOR = "OffloadingConnector"
-_SIMPLE = "SimpleCPUOffloadConnector"
+SIMPLE = "SimpleCPUOffloadConnector"
 _MODULE = "vllm_ascend.kv_offload.connector"
 _SPEC = {"spec_name": "AscendOffloadingSpec", "spec_module_path": "vllm_ascend.kv_offload.spec"}
 _OF_VLLM = "CPUOffloadingSpec"  # vLLM's default, which `_SPEC` takes the place of
@@ -31,7 +31,7 @@ def choose(vllm_config: Any) -> None:
 
         cache = vllm_config.cache_config
         transfer = vllm_config.kv_transfer_config = vllm_config.kv_transfer_config or KVTransferConfig()
-        transfer.kv_connector = _SIMPLE if envs.wants_simple_kv_offload() else CONNECTOR
+        transfer.kv_connector = SIMPLE if envs.wants_simple_kv_offload() else CONNECTOR
         transfer.kv_role = "kv_both"
         transfer.kv_connector_extra_config["cpu_bytes_to_use"] = cache.kv_offloading_size * (1 << 30)
     transfer = vllm_config.kv_transfer_config
@@ -57,7 +57,7 @@ def _other(vllm_config: Any) -> str | None:
     """The connector that a user has named, if it is none that offloads."""
     transfer = vllm_config.kv_transfer_config
     named = None if transfer is None else transfer.kv_connector
-    return None if named in (None, CONNECTOR, _SIMPLE) else named
+    return None if named in (None, CONNECTOR, SIMPLE) else named
 
 
 def chosen(vllm_config: Any) -> bool:
