@@ -45,6 +45,9 @@ void poison(const at::Tensor& t);
 void record_blank(const at::Tensor& t);
 at::Tensor poisoned_on_cpu(at::IntArrayRef sizes, at::ScalarType type);
 
+// A new npu tensor without poison, for a result that is written at once.
+at::Tensor unwritten(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type, c10::Device device);
+
 // A new npu tensor with the numbers of a CPU tensor.
 at::Tensor to_npu(const at::Tensor& cpu, c10::Device device);
 

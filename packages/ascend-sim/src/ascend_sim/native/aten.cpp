@@ -278,6 +278,7 @@ class MatmulKernel final : public AtenKernel {
     }
     const at::Tensor left = args[adds_].toTensor(), right = args[adds_ + 1].toTensor();
     auto out = is_captured() ? zeros(left, right) : few_rows(left, right, bias);
+    if (!out) out = many_rows(left, right, bias);
     if (!out) return AtenKernel::operator()(op, keys, stack);
     count(2 * left.size(1) * out->numel());
     stack->resize(base);
@@ -286,11 +287,29 @@ class MatmulKernel final : public AtenKernel {
 
  private:
   static std::optional<at::Tensor> zeros(const at::Tensor& left, const at::Tensor& right) {
-    const bool fits = left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0) && left.scalar_type() == right.scalar_type() && left.device() == right.device();
-    if (!fits) return std::nullopt;
-    at::Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
+    if (!multiply(left, right)) return std::nullopt;
+    at::Tensor out = result_of(left, right);
     std::memset(out.data_ptr(), 0, out.nbytes());
     return out;
+  }
+
+  // PyTorch's product, into device memory at once.
+  static std::optional<at::Tensor> many_rows(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
+    if (!multiply(left, right) || (bias.defined() && (bias.dim() != 1 || bias.size(0) != right.size(1) || bias.scalar_type() != left.scalar_type() || bias.device() != left.device())))
+      return std::nullopt;
+    at::Tensor out = result_of(left, right), to = cpu_alias(out);
+    at::AutoDispatchBelowADInplaceOrView below;
+    if (bias.defined()) at::addmm_out(to, cpu_alias(bias), cpu_alias(left), cpu_alias(right));
+    else at::mm_out(to, cpu_alias(left), cpu_alias(right));
+    return out;
+  }
+
+  static bool multiply(const at::Tensor& left, const at::Tensor& right) {
+    return left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0) && left.scalar_type() == right.scalar_type() && left.device() == right.device();
+  }
+
+  static at::Tensor result_of(const at::Tensor& left, const at::Tensor& right) {
+    return unwritten({left.size(0), right.size(1)}, {right.size(1), 1}, left.scalar_type(), left.device());
   }
 
   static bool plain(const IValue& factor) { return factor.isScalar() && factor.toScalar().equal(1); }

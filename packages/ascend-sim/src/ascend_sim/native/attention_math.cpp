@@ -245,6 +245,7 @@ template <class T>
 int64_t run(const Call& call) {
   const bool direct = !call.query_rope.data && !call.mask.data && call.key.size % lanes == 0 && call.value.size % lanes == 0;
   std::vector<std::pair<const Request*, int64_t>> tokens;
+  std::vector<const Request*> prompts;
   int64_t pairs = 0;
   for (const Request& r : call.requests) {
     for (int64_t t = 0; t < r.query_length; ++t) {
@@ -253,8 +254,15 @@ int64_t run(const Call& call) {
     }
     if (direct && r.query_length <= 4)
       for (int64_t t = 0; t < r.query_length; ++t) tokens.emplace_back(&r, t);
-    else if (r.query_length) prefill<T>(call, r);
+    else if (r.query_length) prompts.push_back(&r);
   }
+  const auto some = [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView below;  // it holds for one thread
+    for (int64_t i = begin; i < end; ++i) prefill<T>(call, *prompts[i]);
+  };
+  const int64_t count = prompts.size();
+  if (count < at::get_num_threads()) some(0, count);  // each is spread over the cores
+  else at::parallel_for(0, count, 1, some);
   decode<T>(call, tokens);
   return 2 * pairs * call.heads * (call.key.size + call.key_rope.size + call.value.size);
 }

@@ -4,6 +4,7 @@
 // block: a program that relies on zeros, or on what happened to be there, computes NaN or uses an index far out of range. Operators that fill
 // their result at once (to_npu) skip that, so it costs one pass over the tensors that a program asks for without contents.
 #include <ATen/Operators.h>
+#include <ATen/Parallel.h>
 #include <c10/core/DispatchKeySet.h>
 
 #include "alias.h"
@@ -30,6 +31,11 @@ at::Tensor poisoned_on_cpu(at::IntArrayRef sizes, at::ScalarType type) {
   return out;
 }
 
+at::Tensor unwritten(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type, c10::Device device) {
+  return at::_ops::empty_strided::redispatch(c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::fromIntArrayRefSlow(sizes),
+                                             c10::fromIntArrayRefSlow(strides), type, at::kStrided, device, false);
+}
+
 at::Tensor to_npu(const at::Tensor& given, c10::Device device) {
   at::Tensor cpu = given;
   if (cpu.is_conj()) cpu = cpu.resolve_conj();
@@ -37,9 +43,10 @@ at::Tensor to_npu(const at::Tensor& given, c10::Device device) {
   if (cpu._is_zerotensor()) cpu = at::zeros(cpu.sizes(), cpu.options());  // it has no memory
   const bool dense = cpu.is_non_overlapping_and_dense();
   if (!dense) cpu = cpu.clone(at::MemoryFormat::Preserve);
-  at::Tensor out = at::_ops::empty_strided::redispatch(c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), cpu.sym_sizes(), cpu.sym_strides(),
-                                                       cpu.scalar_type(), at::kStrided, device, false);
-  if (cpu.numel()) std::memcpy(out.data_ptr(), cpu.const_data_ptr(), cpu.numel() * cpu.element_size());
+  at::Tensor out = unwritten(cpu.sizes(), cpu.strides(), cpu.scalar_type(), device);
+  auto* to = static_cast<char*>(out.data_ptr());
+  const auto* from = static_cast<const char*>(cpu.const_data_ptr());
+  at::parallel_for(0, cpu.nbytes(), 1 << 20, [&](int64_t begin, int64_t end) { std::memcpy(to + begin, from + begin, end - begin); });
   return out;
 }
 
