@@ -100,6 +100,34 @@ def test_an_engine_with_graphs_sleeps(smollm2, prompts, greedy, run_engines):
     assert result["graphs"][0]["replays"] > 60
 
 
+@pytest.fixture(scope="module")
+def gemma4(hugging_face, tmp_path_factory):
+    """A Gemma 4 whose layers have heads of two sizes: folder, prompts, and an adapter for it."""
+    from zoo import ENTRIES, reference
+
+    folder = tmp_path_factory.mktemp("gemma4")
+    with torch.inference_mode():
+        _, requests, _ = reference.checkpoint(ENTRIES["Gemma4"], folder)
+    prompts = [request["ids"] for request in requests]
+    return folder, prompts, make(folder / "adapters", folder, prompts, LENGTH, hugging_face, {"8": (8, ALL)})
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_layers_whose_heads_differ(ranks, gemma4, run_engines):
+    """Adapters side by side, and again after either level of sleep."""
+    folder, prompts, made = gemma4
+    job, said = side_by_side(made, prompts, ["base", "8"], SAMPLING)
+    assert made.tokens["8"] == made.merged["8"] != made.tokens["base"]
+    sleeps = (
+        [["sleep", 1], ["wake_up"]],
+        [["sleep", 2], ["wake_up", ["weights"]], ["reload"], ["wake_up", ["kv_cache"]]],
+    )
+    runs = [job, *(job | {"before": actions} for actions in sleeps)]
+    engine = {"model": str(folder), **TINY, "enable_sleep_mode": True, "tensor_parallel_size": ranks}
+    (result,) = run_engines([{"engine": engine, "runs": runs}])
+    assert [tokens(result, number) for number in range(3)] == [said] * 3
+
+
 def as_compressed(modelslim, folder, *, static):
     """A ModelSlim checkpoint as compressed-tensors would have it: the same int8 weights and scales."""
     from safetensors.torch import load_file, save_file

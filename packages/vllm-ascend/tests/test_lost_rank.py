@@ -79,6 +79,21 @@ def test_a_killed_worker_ends_its_engine(engine_servers, folder, tmp_path, soc):
         end(run.process)
 
 
+@pytest.mark.parametrize("sizes", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["tp2", "pp2"])
+@pytest.mark.parametrize("when", ["start", "step"])
+def test_a_rank_that_raises_ends_its_engine(engine_servers, folder, tmp_path, when, sizes):
+    """The last rank, of whose answer vLLM's executor hears only after the first one's: or never, where it wants the first one's alone."""
+    worker = {"worker_cls": "failing_worker.FailingWorker"}
+    run = Run(engine_servers, folder, tmp_path / "said.txt", {"FAILS_IN": when}, **worker, **sizes)
+    try:
+        assert run.until(lambda: run.process.poll() is not None)
+        assert run.process.returncode != 0
+        assert "ValueError: this rank has no luck" in run.said.read_text()
+        assert run.until(lambda: not processes_of_session(run.process.pid))
+    finally:
+        end(run.process)
+
+
 def test_a_killed_replica_ends_the_others(engine_servers, folder, tmp_path):
     store = rendezvous()
     runs = [

@@ -34,6 +34,10 @@ GEMMA4 = {
     "head_dim": 64, "global_head_dim": 128, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "intermediate_size": 64,
     "hidden_size_per_layer_input": 16, "vocab_size": 512, "vocab_size_per_layer_input": 512, "max_position_embeddings": 256, "torch_dtype": "bfloat16",
 }  # fmt: skip
+ERNIE = {
+    "architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe", "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "num_hidden_layers": 2, "moe_layer_interval": 1,
+    "moe_layer_start_index": 0, "moe_layer_end_index": 1, "use_bias": False, "tie_word_embeddings": False,
+}  # fmt: skip
 HYBRID = {
     "architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
     "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512, "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "torch_dtype": "bfloat16",
@@ -118,6 +122,12 @@ ALONE = {
     "head size": ({"head_dim": 520}, {}, {}, "the model's heads are 520 wide: the kernel takes at most 512"),
     "MLA pieces": ({**LATENT, "num_attention_heads": 16, "v_head_dim": 256}, {"max_num_batched_tokens": 65536, "max_num_seqs": 96}, {}, "max_num_batched_tokens (65536) must be at most 64000 with max_num_seqs (96)"),
     "stages of a Granite with experts": (GRANITE, {"pipeline_parallel_size": 2}, {}, "pipeline_parallel_size (2) must be 1 with GraniteMoeHybridForCausalLM that has experts"),
+    "stages of a Gemma 4": (GEMMA4, {"pipeline_parallel_size": 2}, {}, "pipeline_parallel_size (2) must be 1 with Gemma4ForCausalLM that has embeddings for each layer (hidden_size_per_layer_input 16)"),
+    "stages of keys that layers share": ({**GEMMA4, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 1}, {"pipeline_parallel_size": 2}, {}, "Gemma4ForCausalLM whose last layers read the keys of earlier ones (num_kv_shared_layers 1)"),
+    "stages of a MiniCPM": ({**LATENT, "architectures": ["MiniCPM3ForCausalLM"], "model_type": "minicpm3", "num_attention_heads": 16, "num_key_value_heads": 16, "scale_emb": 1, "scale_depth": 1.0, "dim_model_base": 64}, {"pipeline_parallel_size": 2}, {}, "MiniCPM3ForCausalLM: vLLM 0.32.0 hands on a residual"),
+    "stages of an Ernie whose embedding is tied": ({**ERNIE, "tie_word_embeddings": True}, {"pipeline_parallel_size": 2}, {}, "Ernie4_5_MoeForCausalLM whose embedding is its LM head (tie_word_embeddings)"),
+    "stages without a plan": ({"architectures": ["GPTBigCodeForCausalLM"], "model_type": "gpt_bigcode", "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 256, "n_inner": 64}, {"pipeline_parallel_size": 2}, {}, "GPTBigCodeForCausalLM of the Transformers backend, for which transformers has no plan of stages"),
+    "a stage without experts": ({**ERNIE, "moe_layer_start_index": 1}, {"pipeline_parallel_size": 2}, {}, "Ernie4_5_MoeForCausalLM: stage 0 would have layers 0 to 0, none of them with experts"),
     "decode context": ({"num_key_value_heads": 1}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, {}, "decode_context_parallel_size (2) must be 1"),
     "offloaded cache beyond the host's memory": ({}, {"kv_offloading_size": 1 << 20}, {}, "kv_offloading_size (1048576.0) asks for 1048576.0 GiB of this host's memory, for 1 data parallel replicas on it, and it has "),
     "offloaded cache without a size": ({}, {"kv_transfer_config": OFFLOADING | {"kv_connector_extra_config": {}}}, {}, "kv_transfer_config (connector 'OffloadingConnector') needs the bytes of host memory that it may take: kv_connector_extra_config.cpu_bytes_to_use (None)"),
@@ -192,6 +202,8 @@ ALONE = {
 }  # fmt: skip
 GOOD = {
     "as it is": ({}, {}, {}),
+    "stages of an Ernie": (ERNIE, {"pipeline_parallel_size": 2}, {}),
+    "stages of a Gemma 4 without what they lack": ({**GEMMA4, "hidden_size_per_layer_input": 0}, {"pipeline_parallel_size": 2}, {}),
     "heads of two sizes": (GEMMA4, {}, {}),
     "heads of two sizes with a cap": ({**GEMMA4, "attn_logit_softcapping": 50.0}, {}, {}),
     "heads of 512": ({"head_dim": 512}, {}, {}),

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from zoo import ENTRIES, page, run, towers, verdict
+from zoo import ENTRIES, page, run, towers, trial, verdict
 
 DOCS = Path(__file__).parents[3] / "docs"
 RESULTS = json.loads((DOCS / "models.json").read_text())
@@ -18,7 +18,10 @@ def test_one_of_each_kind(engine_servers, tmp_path):
     """A dense text model, one with experts, one of images, and one with a recurrent state in some layers."""
     entries = [ENTRIES[name] for name in ("Llama, rope YaRN", "Qwen3Moe", "Qwen2VL", "Qwen3Next, small state")]
     results = {}
-    run.visit_all(entries, tmp_path, engine_servers, lambda entry, visit: results.update({entry.name: visit.result()}))
+    kinds = [kind for kind in trial.KINDS if kind != "pp"]  # of which other tests have some
+    run.visit_all(
+        entries, tmp_path, engine_servers, lambda entry, visit: results.update({entry.name: visit.result()}), kinds
+    )
     assert {name: result["cells"] for name, result in results.items() if not verdict.is_good(result)} == {}
     assert len(results) == 4
 
@@ -91,7 +94,7 @@ def folder(tmp_path):
         "replays": 9,
     }
     runs = {
-        "reference": reference, "one": {"one": said, "chunked": said}, "tp": {"tp": said}, "ep": {"ep": said},
+        "reference": reference, "one": {"one": said, "chunked": said}, "tp": {"tp": said}, "pp": {"pp": said}, "ep": {"ep": said},
         "bfloat16": {"bfloat16": {"logprobs": [-1.01] * 400}},
     }  # fmt: skip
     for name, what in runs.items():
@@ -114,6 +117,7 @@ GOOD = {
     "cache": "equal",
     "chunked": "equal",
     "tp": "equal",
+    "pp": "equal",
     "ep": "equal",
     "bfloat16": "as near",
     "graphs": "captured",
@@ -125,7 +129,10 @@ def test_equal_is_said_of_what_is_equal(folder):
     assert words(folder, "Qwen3Moe") == GOOD
     assert words(folder, "Llama") == GOOD | {"ep": "-"}
     assert words(folder, "Qwen2VL") == GOOD | {"ep": "-", "tower": "kernel"}
-    assert verdict.is_good({"cells": {column: [word, ""] for column, word in words(folder, "Llama").items()}})
+    cells = {column: [word, ""] for column, word in words(folder, "Llama").items()}
+    assert verdict.is_good({"cells": cells})
+    assert verdict.is_good({"cells": cells | {"pp": ["refused", ""]}})
+    assert not verdict.is_good({"cells": cells | {"tp": ["refused", ""]}})
 
 
 @pytest.mark.parametrize(
@@ -190,7 +197,7 @@ def test_what_is_refused_on_one_rank_is_refused(folder):
 def test_what_was_not_run_is_said(folder):
     found = verdict.cells(ENTRIES["Qwen3Moe"], folder, {}, ["one"])
     assert {column: word for column, (word, _) in found.items()} == GOOD | dict.fromkeys(
-        ("tp", "ep", "bfloat16"), "not run"
+        ("tp", "pp", "ep", "bfloat16"), "not run"
     )
     assert page.counts({"a": {"cells": found}}) == {"all": 1, "refused": 0, "partly": 1, "good": 0, "other": 0}
 
@@ -214,7 +221,7 @@ def test_the_page_names_reasons(folder):
         {"versions": dict.fromkeys(("vllm", "torch", "torch-npu", "transformers"), "1"), "models": {entry.name: result}}
     )
     assert (
-        "| Qwen3Moe | Qwen3MoeForCausalLM | text | equal | equal | equal | failed | equal | as near | captured |  |"
+        "| Qwen3Moe | Qwen3MoeForCausalLM | text | equal | equal | equal | failed | equal | equal | as near | captured |  |"
         in said
     )
     assert "* **Qwen3Moe**: TP 2: failed, RuntimeError: a \\| b c" in said

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_ascend import envs, experts, ray_cluster, rules, states, transfer
+from vllm_ascend import envs, experts, ray_cluster, rules, stages, states, transfer
 from vllm_ascend.attention import BACKENDS, kinds
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
@@ -65,6 +65,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         deployment = Deployment.of(vllm_config)
         found += _absent_for_the_model(vllm_config)
         found += states.broken(vllm_config, config)
+        found += stages.broken(vllm_config, deployment)
         found += speculation.broken(vllm_config)
         found += kinds.broken(vllm_config)
         found += adapters.broken(vllm_config, config)

@@ -54,16 +54,6 @@ def broken(vllm_config: Any, config: AscendConfig) -> Iterator[str]:
             f"{', '.join(_SERVED)}"
         )
         return
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    if (
-        architecture == "GraniteMoeHybridForCausalLM"
-        and getattr(model.hf_text_config, "num_local_experts", 0)
-        and stages > 1
-    ):
-        yield (
-            f"pipeline_parallel_size ({stages}) must be 1 with {architecture} that has experts: vLLM 0.32.0 loads the router of every layer on every stage; "
-            "give tensor_parallel_size"
-        )
     if transfer is not None:
         yield (
             f"{named(vllm_config)} cannot be used with {architecture}, whose layers have states beside keys and values; "

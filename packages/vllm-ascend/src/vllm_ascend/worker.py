@@ -20,6 +20,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_ascend import compat, graphs, layers, loader, parallel, states, warmup
 from vllm_ascend.attention import kinds, probe
+from vllm_ascend.failing import ends_the_engine
 from vllm_ascend.layers import linear, mamba, moving
 from vllm_ascend.model_runner import AscendModelRunner
 from vllm_ascend.profiler import NpuProfiler
@@ -34,6 +35,10 @@ class AscendWorker(Worker):
     """One process, one NPU."""
 
     model_runner: AscendModelRunner
+
+    execute_model = ends_the_engine(Worker.execute_model)
+    sample_tokens = ends_the_engine(Worker.sample_tokens)
+    execute_dummy_batch = ends_the_engine(Worker.execute_dummy_batch)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Replace vLLM's layers and loader by ours before a model is built."""
@@ -104,6 +109,7 @@ class AscendWorker(Worker):
         moving.refuse_to_reload()
         super().start_weight_update()
 
+    @ends_the_engine
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: what vLLM finds, less what graphs will take. Where the user has set the bytes, that."""
         available = super().determine_available_memory()
@@ -119,6 +125,7 @@ class AscendWorker(Worker):
     def _captures(self) -> bool:
         return self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
 
+    @ends_the_engine
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Nothing is compiled. Kernels were warmed up where memory was profiled (`warmup.py`), which vLLM does for a KV cache alone, so those of an encoder
         are now. Graphs are captured."""

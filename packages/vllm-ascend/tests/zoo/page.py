@@ -5,7 +5,7 @@ from zoo import ENTRIES, towers
 from zoo.verdict import COLUMNS, is_good
 
 HEADINGS = {
-    "float32": "float32", "cache": "prefix cache", "chunked": "chunks", "tp": "TP 2", "ep": "EP 2", "bfloat16": "strict bfloat16", "graphs": "graphs", "tower": "tower",
+    "float32": "float32", "cache": "prefix cache", "chunked": "chunks", "tp": "TP 2", "pp": "PP 2", "ep": "EP 2", "bfloat16": "strict bfloat16", "graphs": "graphs", "tower": "tower",
 }  # fmt: skip
 SHOWN = {"-": ""}
 INTRODUCTION = """# Models
@@ -21,7 +21,7 @@ of a whole forward pass of transformers for every token.
 | float32 | whole prompts, then decoding | `equal`: every token is. Else how many tokens are the most likely one after transformers' own tokens, of how many |
 | prefix cache | the same requests again; those beyond a block of 128 tokens must come from the cache. Two of them differ in their picture alone | `equal` |
 | chunks | prompts in chunks of 32 tokens | `equal`, or how many tokens are, up to the first that is not |
-| TP 2, EP 2 | tensor parallelism over two ranks; with expert parallelism as well | likewise |
+| TP 2, PP 2, EP 2 | tensor parallelism over two ranks; two pipeline stages; tensor and expert parallelism over two ranks | likewise; `refused` at the start where vLLM has no right stages for a model |
 | strict bfloat16 | log-probabilities of the prompts' tokens where kernels refuse what their documentation does | `as near`: as near to float32 as transformers' bfloat16 is, by the bound of `tests/rounding.py` |
 | graphs | the first column's run | `captured`: decoding steps were replays of captured graphs; else every step ran operator by operator |
 | tower | attention of what reads pictures, videos or sounds | `kernel`: all of it is the NPU's kernel; `torch`: some is torch's |

@@ -14,8 +14,8 @@ from pathlib import Path
 from zoo import media
 
 SMALL = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 32 << 20}
-KINDS = ("one", "tp", "ep", "bfloat16")
-"""float32 on one rank (whole prompts, then from the prefix cache, then in chunks), over ranks, with expert parallelism; strict bfloat16."""
+KINDS = ("one", "tp", "pp", "ep", "bfloat16")
+"""float32 on one rank (whole prompts, then from the prefix cache, then in chunks), over ranks, over pipeline stages, with expert parallelism; strict bfloat16."""
 
 
 def sampling(**more):
@@ -125,6 +125,7 @@ def engines(kind, entry):
     return {
         "one": [("one", plain, run_one), *([] if entry.encodes else [chunked])],
         "tp": [("tp", over_ranks, run_generate)],
+        "pp": [("pp", {**plain, "pipeline_parallel_size": 2}, run_generate)],
         "ep": [("ep", {**over_ranks, "enable_expert_parallel": True}, run_generate)],
         "bfloat16": [("bfloat16", {**plain, "dtype": "bfloat16"}, run_bfloat16)],
     }[kind]
@@ -141,7 +142,7 @@ def outcome(folder, task, arguments, run, reference):
         EngineArgs(**arguments).create_engine_config()
     except ValidationError as error:
         return {"refused": " ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())}
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         return {"refused": str(error)}
     try:
         llm = LLM(**arguments)
