@@ -60,6 +60,19 @@ COMPRESSED = {
 }  # fmt: skip
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+W4A16 = {
+    "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"], "input_activations": None,
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128, "dynamic": False},
+        },
+    },
+}  # fmt: skip
+
+
 def compressed(**changes):
     """COMPRESSED with other weights or activations."""
     (group,) = COMPRESSED["config_groups"].values()
@@ -171,18 +184,23 @@ ALONE = {
     "sleep of NCCL": ({}, {"enable_sleep_mode": True, "enable_nccl_comm_suspend": True}, {}, "enable_nccl_comm_suspend (True) is for NCCL"),
     "vLLM's balancing": ({**MOE}, {"eplb_config": {"step_interval": 100, "window_size": 250}}, {}, "--eplb-config.window_size (250), --eplb-config.step_interval (100): vLLM's own balancing of experts does not run on this platform; give its counterpart, --additional-config '{\"eplb_config\": {\"dynamic_eplb\": true, \"expert_heat_collection_interval\": 100, \"load_window\": 2, \"load_weighting\": \"mean\"}}'"),
     "float8 weights": ({}, {"quantization": "fp8"}, {}, "quantization ('fp8') has no kernels in vllm-ascend, which serves ModelSlim's W8A8"),
-    "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}}, {"dtype": "bfloat16"}, {}, "quantization ('auto_gptq') has no kernels"),
+    "GPTQ in odd groups": ({"quantization_config": GPTQ | {"group_size": 48}}, {"dtype": "bfloat16"}, {}, "quantization ('auto_gptq') with groups of 48 has no kernels in vllm-ascend"),
+    "GPTQ of some layers in odd groups": ({"quantization_config": GPTQ | {"dynamic": {"+:.*down.*": {"group_size": 16}}}}, {"dtype": "bfloat16"}, {}, "quantization ('auto_gptq') with groups of 16 has no kernels"),
+    "GPTQ's LM head": ({"quantization_config": GPTQ | {"lm_head": True}}, {"dtype": "bfloat16"}, {}, "quantization ('auto_gptq') with a quantised LM head (lm_head) has no kernels"),
+    "GPTQ and an option": ({"quantization_config": GPTQ, "num_key_value_heads": 12}, {"dtype": "bfloat16", "tensor_parallel_size": 2, "additional_config": {"enable_matmul_allreduce": True}}, {}, "option 'enable_matmul_allreduce' (True) cannot be used with quantization ('auto_gptq')"),
+    "compressed 3 bits": ({"quantization_config": W4A16 | {"config_groups": {"group_0": {**W4A16["config_groups"]["group_0"], "weights": {**W4A16["config_groups"]["group_0"]["weights"], "num_bits": 3}}}}}, {"dtype": "bfloat16"}, {}, "with int3 weights and unquantised activations (target 'Linear') has no kernels"),
     "int8 experts": (MOE, {"quantization": "experts_int8"}, {}, "quantization ('experts_int8') has no kernels"),
     "int8 experts of a dense model": ({}, {"quantization": "experts_int8"}, {}, "quantization ('experts_int8') has no kernels"),
     "int8 weights": ({}, {"quantization": "int8_per_channel_weight_only"}, {}, "quantization ('int8_per_channel_weight_only') has no kernels"),
     "mxfp8": ({}, {"quantization": "mxfp8"}, {}, "quantization ('mxfp8') has no kernels"),
     "compressed experts": ({**MOE, "quantization_config": COMPRESSED}, {"dtype": "bfloat16"}, {}, "quantization ('compressed-tensors') with routed experts has no kernels in vllm-ascend"),
-    "compressed weights alone": ({"quantization_config": compressed(weights={"num_bits": 4, "strategy": "group", "group_size": 128})}, {"dtype": "bfloat16"}, {}, "quantization ('compressed-tensors') with int4 weights and int8 activations (target 'Linear') has no kernels"),
+    "compressed int4 weights": ({"quantization_config": compressed(weights={"num_bits": 4, "strategy": "group", "group_size": 128})}, {"dtype": "bfloat16"}, {}, "quantization ('compressed-tensors') with int4 weights and int8 activations (target 'Linear') has no kernels"),
     "compressed activations with a zero point": ({"quantization_config": compressed(input_activations={"symmetric": False})}, {"dtype": "bfloat16"}, {}, "activations static for each tensor, or dynamic and symmetric for each token"),
     "compressed in float8": ({"quantization_config": compressed(weights={"type": "float"}, input_activations={"type": "float"})}, {"dtype": "bfloat16"}, {}, "with float8 weights and float8 activations (target 'Linear') has no kernels"),
     "compressed and an option": ({"quantization_config": COMPRESSED, "num_key_value_heads": 12}, {"dtype": "bfloat16", "tensor_parallel_size": 2, "additional_config": {"enable_matmul_allreduce": True}}, {}, "option 'enable_matmul_allreduce' (True) cannot be used with quantization ('compressed-tensors')"),
     "GPT-OSS as it is published": ({**GPT_OSS, "quantization_config": {"quant_method": "mxfp4"}}, {"dtype": "bfloat16"}, {}, "mxfp4') has no kernels"),
-    "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}}, {"dtype": "bfloat16"}, {}, "awq') has no kernels"),
+    "AWQ of experts": ({**MOE, "quantization_config": AWQ}, {"dtype": "bfloat16"}, {}, "quantization ('auto_awq') with routed experts has no kernels in vllm-ascend"),
+    "AWQ without zero points": ({"quantization_config": AWQ | {"zero_point": False}}, {"dtype": "bfloat16"}, {}, "quantization ('auto_awq') with symmetric weights of AWQ (zero_point False) has no kernels"),
     "offload": ({}, {"cpu_offload_gb": 1}, {}, "cpu_offload_gb (1.0) needs a view of host memory"),
     "devices": ({"num_key_value_heads": 12}, {"tensor_parallel_size": 4, "data_parallel_size": 3}, {}, "12 NPUs are needed on this host, for 3 data parallel replicas of 4 ranks, and 8 are visible"),
     "V2 runner": ({}, {}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}, "VLLM_USE_V2_MODEL_RUNNER=1: vllm-ascend serves vLLM's V1 model runner only"),
@@ -202,6 +220,9 @@ ALONE = {
 }  # fmt: skip
 GOOD = {
     "as it is": ({}, {}, {}),
+    "GPTQ": ({"quantization_config": GPTQ}, {"dtype": "bfloat16"}, {}),
+    "AWQ": ({"quantization_config": AWQ}, {"dtype": "bfloat16"}, {}),
+    "W4A16": ({"quantization_config": W4A16}, {"dtype": "bfloat16"}, {}),
     "stages of an Ernie": (ERNIE, {"pipeline_parallel_size": 2}, {}),
     "stages of a Gemma 4 without what they lack": ({**GEMMA4, "hidden_size_per_layer_input": 0}, {"pipeline_parallel_size": 2}, {}),
     "heads of two sizes": (GEMMA4, {}, {}),

@@ -26,6 +26,7 @@ __all__ = [
     "name_missing_libraries",
     "replace_fused_topk",
     "replace_gemma4_routing",
+    "replace_gptq_and_awq_methods",
     "replace_grouped_topk",
     "replace_model_loader",
     "replace_triton_kernels",
@@ -108,6 +109,18 @@ def replace_gemma4_routing(routing: Callable[..., tuple[torch.Tensor, torch.Tens
     from vllm.model_executor.models import gemma4
 
     gemma4.gemma4_routing_function_torch = routing
+
+
+def replace_gptq_and_awq_methods(gptq_linear_method: type, awq_method: Callable[..., Any]) -> None:
+    """Let linear layers of GPTQ and AWQ checkpoints take the methods that are given.
+
+    Reason: GPTQ's own method asks CUDA's Marlin kernel whether it takes the type of the weights, and AWQ's chooses a Triton kernel wherever the device is
+    not CUDA, XPU or CPU, before either asks for a kernel of the platform. Retired by: both asking `choose_mp_linear_kernel` alone, as compressed-tensors does.
+    """
+    from vllm.model_executor.layers.quantization import auto_awq, auto_gptq
+
+    auto_gptq.AutoGPTQLinearMethod = gptq_linear_method  # type: ignore[assignment,misc]
+    auto_awq.AutoAWQConfig.get_quant_method = awq_method  # type: ignore[method-assign]
 
 
 def replace_model_loader(in_tree: type, ours: type) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "latent_attention",
     "merge_attention",
     "npu",
+    "packed_int4",
     "prompt_latent_attention",
     "rms_norm",
     "rotary_mul",
@@ -34,6 +35,7 @@ __all__ = [
     "split_columns",
     "swiglu",
     "top_k_top_p",
+    "weight_only_product",
     "widened",
 ]
 
@@ -123,6 +125,31 @@ _FRACTAL_NZ = 29  # CANN's number of the format
 def in_fractal_nz(weight: Tensor) -> Tensor:
     """A copy of a weight in the format in which W8A8 products read it fastest; its numbers and its shape are the same."""
     return npu().npu_format_cast(weight, _FRACTAL_NZ)  # type: ignore[no-any-return]
+
+
+def packed_int4(values: Tensor) -> Tensor:
+    """int32 `[K, N]`, -8 to 7, as int32 `[K, N / 8]` with eight values in each, in the order of `weight_only_product`."""
+    return npu().npu_convert_weight_to_int4pack(values)  # type: ignore[no-any-return]
+
+
+def weight_only_product(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`x @ ((weight + offset) * scale) + bias`, summed in float32.
+
+    Args:
+        x: `[T, K]`.
+        weight: int8 `[K, N]`, or `packed_int4` of it.
+        scale, offset: `[G, N]` in x's type, for G groups of K / G input features each, a multiple of 32.
+        bias: `[N]`; in float32 where x is bfloat16.
+    """
+    groups = len(scale)
+    return npu().npu_weight_quant_batchmatmul(  # type: ignore[no-any-return]
+        x,
+        weight,
+        antiquant_scale=scale,
+        antiquant_offset=offset,
+        bias=bias,
+        antiquant_group_size=0 if groups == 1 else x.shape[1] // groups,
+    )
 
 
 def gather_kv(

@@ -24,7 +24,7 @@ from vllm_ascend.failing import ends_the_engine
 from vllm_ascend.layers import linear, mamba, moving
 from vllm_ascend.model_runner import AscendModelRunner
 from vllm_ascend.profiler import NpuProfiler
-from vllm_ascend.quantization import compressed
+from vllm_ascend.quantization import compressed, weight_only
 from vllm_ascend.sleep import backend as sleep_backend
 from vllm_ascend.sleep.backend import AscendSleepBackend
 
@@ -50,6 +50,7 @@ class AscendWorker(Worker):
         loader.register()
         sleep_backend.register()
         compressed.register()
+        weight_only.register()
 
     def init_device(self) -> None:
         """Take the device, join vLLM's process groups and ours, measure free memory."""

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints whose weights alone are quantised, in engines, beside the model that their numbers stand for in transformers."""
+
+import pytest
+import weight_only_models as forms
+from engine_jobs import ONE_PROCESS, tokens
+from weight_only_models import make
+
+pytestmark = pytest.mark.slow
+LENGTH = 12
+PROMPTS = [[3, 10, 31], [5, 74, 157, 254, 361], list(range(40, 140))]
+ENGINE = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 32 << 20, "skip_tokenizer_init": True}  # fmt: skip
+RUN = {"prompts": PROMPTS, "sampling": {"temperature": 0, "max_tokens": LENGTH, "ignore_eos": True, "detokenize": False, "logprobs": 3}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "other"), [(4, True, forms.gptq), (4, False, forms.awq), (8, True, forms.gptq)], ids=["4", "4-zeros", "8"]
+)  # fmt: skip
+def test_tokens(bits, symmetric, other, tmp_path, hugging_face, run_engines):
+    """compressed-tensors, which vLLM takes in float32 too, answers as transformers does, on one rank and on two; and in bfloat16 another form of the same weights as it does."""
+    folder = tmp_path / "compressed"
+    model = make(folder, forms.compressed_tensors, bits, symmetric=symmetric)
+    make(tmp_path / "other", other, bits, symmetric=symmetric)
+    exact = {"model": str(folder), **ENGINE, "dtype": "float32"}
+    jobs = [exact, exact | {"dtype": "bfloat16"}, exact | {"model": str(tmp_path / "other"), "dtype": "bfloat16"}]
+    whole, half, same = run_engines([{"engine": engine, "runs": [RUN]} for engine in jobs], **ONE_PROCESS)
+    assert tokens(whole) == hugging_face(model, PROMPTS, LENGTH)
+    assert same["runs"] == half["runs"]
+    (two,) = run_engines([{"engine": exact | {"tensor_parallel_size": 2}, "runs": [RUN]}])
+    assert tokens(two) == tokens(whole)
