@@ -22,6 +22,7 @@ void install_moe_dispatch(torch::Library& npu);
 void install_moe_combine(torch::Library& npu);
 void install_latent(torch::Library& npu);
 void install_quant(torch::Library& npu);
+void install_weight_quant(torch::Library& npu);
 void install_matmul_comm(torch::Library& npu);
 
 void install_kernels() {
@@ -42,6 +43,7 @@ void install_kernels() {
   install_moe_combine(npu);
   install_latent(npu);
   install_quant(npu);
+  install_weight_quant(npu);
   install_matmul_comm(npu);
 }
 
