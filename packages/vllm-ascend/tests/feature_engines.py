@@ -194,23 +194,24 @@ LAUNCHED = """
 import json, os, sys
 from vllm import LLM, SamplingParams
 folder, prompts = sys.argv[1], json.loads(sys.argv[2])
-llm = LLM(folder, distributed_executor_backend="external_launcher", tensor_parallel_size=2, dtype="float32", max_model_len=256, max_num_seqs=8,
+llm = LLM(folder, distributed_executor_backend="external_launcher", tensor_parallel_size=int(os.environ["WORLD_SIZE"]), dtype="float32", max_model_len=256, max_num_seqs=8,
     max_num_batched_tokens=64, kv_cache_memory_bytes=64 << 20, skip_tokenizer_init=True, enforce_eager=True, seed=0)
 outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False))
 print("RANK" + os.environ["RANK"] + json.dumps([list(output.outputs[0].token_ids) for output in outputs]), flush=True)
 """
 
 
-def test_external_launcher(tiny_qwen3, tmp_path):
-    """torchrun starts two ranks, each with an engine of its own, that share the model."""
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_external_launcher(ranks, tiny_qwen3, tmp_path):
+    """torchrun starts the ranks, each with an engine of its own, that share the model; four of them share two heads of keys and values."""
     folder, prompts, expected = tiny_qwen3
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(folder), json.dumps(prompts[:3])]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(script), str(folder), json.dumps(prompts[:3])]  # fmt: skip
     environment = os.environ | {"ASCEND_SIM_STRICT": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    for rank in range(2):
+    for rank in range(ranks):
         (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"RANK{rank}"))
         assert json.loads(line.removeprefix(f"RANK{rank}")) == [answer[:16] for answer in expected[:3]]
 

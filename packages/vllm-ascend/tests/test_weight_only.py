@@ -28,3 +28,12 @@ def test_tokens(bits, symmetric, other, tmp_path, hugging_face, run_engines):
     assert same["runs"] == half["runs"]
     (two,) = run_engines([{"engine": exact | {"tensor_parallel_size": 2}, "runs": [RUN]}])
     assert tokens(two) == tokens(whole)
+
+
+def test_a_scale_for_each_output_feature(tmp_path, hugging_face, run_engines):
+    """Two ranks share the input features of some layers, and each has all scales of these."""
+    model = make(tmp_path / "model", forms.compressed_tensors, 4, symmetric=False, channels=True)
+    engine = {"model": str(tmp_path / "model"), **ENGINE, "dtype": "float32"}
+    (one,) = run_engines([{"engine": engine, "runs": [RUN]}], **ONE_PROCESS)
+    (two,) = run_engines([{"engine": engine | {"tensor_parallel_size": 2}, "runs": [RUN]}])
+    assert tokens(one) == tokens(two) == hugging_face(model, PROMPTS, LENGTH)

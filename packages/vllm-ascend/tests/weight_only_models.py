@@ -10,7 +10,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight output features lies at each place of an int32, from the lowest bits on."""
 
 
-def quantised(weight, bits, *, symmetric, group=GROUP):
+def quantised(weight, bits, *, symmetric, group):
     """Of a weight `[N, K]`: whole numbers without a sign `[N, K]`, scales `[N, G]` that bfloat16 holds, zero points `[N, G]`, and what they stand for."""
     outputs, inputs = weight.shape
     parts = weight.reshape(outputs, inputs // group, group)
@@ -60,13 +60,14 @@ def awq(name, numbers, scale, zero, bits, *, symmetric):
     return {f"{name}.qweight": in_order(numbers.T), f"{name}.scales": scale.T.contiguous(), f"{name}.qzeros": in_order(zero.T)}  # fmt: skip
 
 
-def config_of(form, bits, *, symmetric):
+def config_of(form, bits, *, symmetric, channels):
     """`quantization_config` of a checkpoint's config.json."""
     if form is gptq:
         return {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": False, "sym": symmetric}
     if form is awq:
         return {"quant_method": "awq", "bits": bits, "group_size": GROUP, "zero_point": not symmetric, "version": "gemm"}  # fmt: skip
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": GROUP, "dynamic": False}  # fmt: skip
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False}  # fmt: skip
+    weights |= {"strategy": "channel"} if channels else {"strategy": "group", "group_size": GROUP}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
@@ -74,8 +75,12 @@ def config_of(form, bits, *, symmetric):
     }  # fmt: skip
 
 
-def make(folder, form, bits, *, symmetric):
-    """Write a small Qwen2, whose projections of queries, keys and values have a bias, with quantised projections. Returns the model that it stands for, in float32."""
+def make(folder, form, bits, *, symmetric, channels=False):
+    """Write a small Qwen2, whose projections of queries, keys and values have a bias, with quantised projections: in groups, or with one scale for each output feature.
+
+    Returns:
+        The model that it stands for, in float32.
+    """
     from safetensors.torch import save_file
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -93,14 +98,16 @@ def make(folder, form, bits, *, symmetric):
                 tensor.copy_(tensor.bfloat16())
                 tensors[name] = tensor.bfloat16().contiguous()
                 continue
-            numbers, scale, zero, stands_for = quantised(tensor, bits, symmetric=symmetric)
+            numbers, scale, zero, stands_for = quantised(
+                tensor, bits, symmetric=symmetric, group=tensor.shape[1] if channels else GROUP
+            )
             tensor.copy_(stands_for)
             tensors |= form(name.removesuffix(".weight"), numbers, scale.bfloat16(), zero, bits, symmetric=symmetric)
     model.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = config_of(form, bits, symmetric=symmetric)
+    config["quantization_config"] = config_of(form, bits, symmetric=symmetric, channels=channels)
     config["dtype"] = config["torch_dtype"] = "bfloat16"
     (folder / "config.json").write_text(json.dumps(config))
     return model
