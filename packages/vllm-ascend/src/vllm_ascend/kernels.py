@@ -27,6 +27,7 @@ __all__ = [
     "latent_attention",
     "merge_attention",
     "npu",
+    "packed_int4",
     "prompt_latent_attention",
     "rms_norm",
     "rotary_mul",
@@ -34,6 +35,7 @@ __all__ = [
     "split_columns",
     "swiglu",
     "top_k_top_p",
+    "weight_quantised_product",
     "widened",
 ]
 
@@ -123,6 +125,29 @@ _FRACTAL_NZ = 29  # CANN's number of the format
 def in_fractal_nz(weight: Tensor) -> Tensor:
     """A copy of a weight in the format in which W8A8 products read it fastest; its numbers and its shape are the same."""
     return npu().npu_format_cast(weight, _FRACTAL_NZ)  # type: ignore[no-any-return]
+
+
+def packed_int4(values: Tensor) -> Tensor:
+    """int4 values, int32 `[rows, columns]` from -8 to 7, as int32 `[rows, columns / 8]`, in an order that only `weight_quantised_product` knows."""
+    return npu().npu_convert_weight_to_int4pack(values)  # type: ignore[no-any-return]
+
+
+def weight_quantised_product(
+    x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None, bias: Tensor | None, group: int
+) -> Tensor:
+    """`x @ ((weight + offset) * scale) + bias`, `[M, N]`.
+
+    Args:
+        x: float16 or bfloat16 `[M, K]`, not empty.
+        weight: int8 `[K, N]`, or int4 that `packed_int4` has packed, `[K, N / 8]`; or the transpose of a contiguous tensor: `[K / 8, N]` where it is packed.
+        scale: of x's type: `[1]`, `[N]`, or `[K / group, rounded up, N]`.
+        offset: of the shape and type of `scale`.
+        bias: `[N]`, float32 with x of bfloat16, else of x's type.
+        group: rows of the weight that have a scale in common, a multiple of 32 below K; 0 where `scale` has one number or one for each column.
+    """
+    return npu().npu_weight_quant_batchmatmul(  # type: ignore[no-any-return]
+        x, weight, scale, antiquant_offset=offset, bias=bias, antiquant_group_size=group
+    )
 
 
 def gather_kv(
