@@ -49,6 +49,11 @@ def int8(x, w):
     return torch_npu.npu_quant_matmul(quantised, weight, w[0].float(), pertoken_scale=scale, output_dtype=DTYPE)
 
 
+def int4(x, w):
+    weight = torch_npu.npu_convert_weight_to_int4pack((w * 20).round().clamp(-8, 7).int())
+    return torch_npu.npu_weight_quant_batchmatmul(x, weight, w[:2].contiguous(), antiquant_group_size=32)
+
+
 def cache(x, w):
     pages = [torch.zeros(4, 128, 1, 64, dtype=DTYPE, device="npu") for _ in range(2)]
     torch_npu.npu_scatter_pa_kv_cache(x.view(4, 1, 64), (x @ w).view(4, 1, 64), *pages, SLOTS, cache_mode="Norm")
@@ -73,6 +78,7 @@ KINDS = {
     "activation": lambda x, w: torch_npu.npu_swiglu(x @ w),
     "experts": experts,
     "int8": int8,
+    "int4": int4,
     "cache": cache,
 }  # fmt: skip
 

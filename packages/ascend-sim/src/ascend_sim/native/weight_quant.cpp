@@ -78,7 +78,7 @@ struct Weight {
 };
 
 // Beyond, a weight that is dequantised as a whole and multiplied by the CPU's library is faster.
-constexpr int64_t few = 8;  // rows of x
+constexpr int64_t few = 4;  // rows of x
 
 // Few rows: each column is dequantised into the cache and used at once.
 void by_columns(const float* x, int64_t m, const Weight& w, float* out) {
@@ -99,7 +99,7 @@ void by_columns(const float* x, int64_t m, const Weight& w, float* out) {
 
 // Few rows: each row of the weight is dequantised in stretches, whose sums stay in the cache.
 void by_rows(const float* x, int64_t m, const Weight& w, float* out) {
-  constexpr int64_t stretch = 256;
+  constexpr int64_t stretch = 512;
   parallel((w.n + stretch - 1) / stretch, (2 + m) * w.k * stretch, [&](int64_t begin, int64_t end) {
     float row[stretch];
     for (int64_t first = begin * stretch; first < std::min(end * stretch, w.n); first += stretch) {
