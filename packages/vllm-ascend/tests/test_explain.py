@@ -153,7 +153,7 @@ def test_command_line(tmp_path):
     done = run(model, "--tensor-parallel-size", "2", "--additional-config", '{"flashcomm2_parallel_size": 1}')
     assert done.exit_code == 0, done.output
     assert "Flashcomm2OProjRowParallelOp" in done.stdout
-    assert "decoding steps are captured in graphs" in done.stdout
+    assert "decoding steps of this model are captured in graphs" in done.stdout
     done = run(model, "--tensor-parallel-size", "4", "--json")
     paths = [row["path"] for row in json.loads(done.stdout)]
     assert paths[:2] == ["model.embed_tokens", "model.layers.0.self_attn.qkv_proj"]

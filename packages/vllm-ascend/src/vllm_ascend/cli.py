@@ -168,7 +168,7 @@ def explain(
         return
     Console().print(_explained_table(rows, rank, tokens))
     typer.echo(
-        "decoding steps are captured in graphs with all options for linear layers; docs/graphs.md names the models whose steps are not"
+        "decoding steps of this model are captured in graphs, with all options for linear layers; docs/graphs.md names what else switches that off"
     )
 
 
