@@ -52,26 +52,34 @@ struct Weight {
   // Numbers [first, first + width) of a line, dequantised; `first` and `width` are multiples of 8 where the data are int4.
   void dequantise(int64_t line, int64_t first, int64_t width, float* to) const {
     const int64_t start = line * length() + first;
-    if (data.scalar_type() == at::kInt) unpack(data.const_data_ptr<int32_t>() + start / per_word, to, width / per_word);
-    else std::copy_n(data.const_data_ptr<int8_t>() + start, width, to);
-    if (transposed) scale_column(line, first, width, to);
-    else scale_row(line, first, width, to);
+    if (data.scalar_type() == at::kChar) return scaled(data.const_data_ptr<int8_t>() + start, line, first, width, to);
+    unpack(data.const_data_ptr<int32_t>() + start / per_word, to, width / per_word);
+    scaled(to, line, first, width, to);
   }
 
  private:
-  void scale_row(int64_t row, int64_t first, int64_t width, float* to) const {
+  // `from` may be `to`.
+  template <class T>
+  void scaled(const T* from, int64_t line, int64_t first, int64_t width, float* to) const {
+    if (transposed) scaled_column(from, line, first, width, to);
+    else scaled_row(from, line, first, width, to);
+  }
+
+  template <class T>
+  void scaled_row(const T* from, int64_t row, int64_t first, int64_t width, float* to) const {
     const int64_t at = row / group * n + first;
     const float *s = scale.const_data_ptr<float>() + at, *o = offset.const_data_ptr<float>() + at;
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) to[i] = (to[i] + o[i]) * s[i];
+    for (int64_t i = 0; i < width; ++i) to[i] = (static_cast<float>(from[i]) + o[i]) * s[i];
   }
 
-  void scale_column(int64_t column, int64_t first, int64_t width, float* to) const {
+  template <class T>
+  void scaled_column(const T* from, int64_t column, int64_t first, int64_t width, float* to) const {
     for (int64_t i = 0; i < width;) {
       const int64_t index = (first + i) / group, end = std::min(width, (index + 1) * group - first);
       const float s = scale.const_data_ptr<float>()[index * n + column], o = offset.const_data_ptr<float>()[index * n + column];
 #pragma omp simd
-      for (int64_t j = i; j < end; ++j) to[j] = (to[j] + o) * s;
+      for (int64_t j = i; j < end; ++j) to[j] = (static_cast<float>(from[j]) + o) * s;
       i = end;
     }
   }
