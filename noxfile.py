@@ -336,9 +336,12 @@ def models(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON)
 def pooling(session: nox.Session) -> None:
-    """All kinds of models that embed, classify and give rewards, in either precision; the default tests have one of each kind."""
+    """All kinds of models that embed, classify and give rewards, in either precision, and their table in docs/models.md; the default tests have one of each kind."""
     install_in_place(session, "vllm-ascend")
-    run_tests(session, "vllm-ascend", "-k", "test_pooling", env={"ASCEND_TEST_ALL": "1"})
+    if not session.posargs:
+        run_tests(session, "vllm-ascend", "-k", "test_pooling", env={"ASCEND_TEST_ALL": "1"})
+    script = "packages/vllm-ascend/tests/zoo/pooling.py"
+    session.run("python", script, "--folder", str(ROOT / ".cache" / "pooling"), *session.posargs, env={"HF_HUB_OFFLINE": "1"})  # fmt: skip
 
 
 @nox.session(python=PYTHON)

@@ -9,6 +9,9 @@ import json
 import sys
 from pathlib import Path
 
+SMALL = {"max_model_len": 512, "max_num_seqs": 64, "max_num_batched_tokens": 1024, "kv_cache_memory_bytes": 64 << 20}
+"""Options of an engine."""
+
 
 def pool(llm, task, prompts):
     """What the model says of each text (token ids, or words), and how many of its tokens came from the cache."""

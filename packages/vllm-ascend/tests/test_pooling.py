@@ -1,12 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that embed, classify and score on the simulated NPU against Hugging Face transformers and sentence-transformers.
-
-Of every text the answer is a vector, or one for each of its tokens. Its error is its distance from the answer that transformers computes in
-float64, in parts of that answer's length. In bfloat16 (strict mode) errors must be those of transformers' bfloat16, as `rounding.py` says. In
-float32 (relaxed mode) they must be within what follows from transformers' errors in bfloat16: to the first order an answer's error is linear in
-the roundings. Where bfloat16 rounds the result of an operation once, to 8 bits, float32 rounds to 24 bits each of the at most `TERMS` sums
-that the result is made of: so it errs at most TERMS * 2**-16 times as much.
-"""
+"""Models that embed, classify and score on the simulated NPU against Hugging Face transformers and sentence-transformers; `pooling_errors.py` has what is admissible."""
 
 import json
 import os
@@ -16,18 +9,13 @@ import pytest
 import torch
 from engine_jobs import ONE_PROCESS
 from engine_processes import wait
-from pooling_models import CASES, FIRST_WORD, LONGEST, VOCABULARY, WINDOW, answers, build, texts
-from rounding import OtherOrder, excess
+from pooling_errors import TERMS, float32_bound, in_bfloat16, in_blocks, relative_errors
+from pooling_models import CASES, FIRST_WORD, VOCABULARY, WINDOW, answers, build, texts
+from rounding import excess
+from run_pooling import SMALL
 
-TERMS = 512  # the longest sum of products: over the keys of a text, the inner width of an MLP, the vocabulary
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 18, 31, 33, 48, 63, 64, 65, 90, 100, 127, 128, 129, 200]
 MANY = [1 + 511 * number // 63 for number in range(64)]  # 1 to 512 tokens, 64 texts
-SMALL = {
-    "max_model_len": LONGEST,
-    "max_num_seqs": 64,
-    "max_num_batched_tokens": 1024,
-    "kv_cache_memory_bytes": 64 << 20,
-}
 # One of each kind, in either precision; `nox -s pooling` runs all of them.
 if os.environ.get("ASCEND_TEST_ALL"):
     IN_FLOAT32 = IN_BFLOAT16 = list(CASES)
@@ -73,36 +61,6 @@ def pool(task, prompts):
 
 def engine(folder, case=None, **options):
     return {"model": str(folder), **SMALL, **(case.engine if case else {}), **options}
-
-
-def relative_errors(found, exact):
-    """Distances from the exact answers, in parts of these, `[texts]` or `[tokens of all texts]`."""
-    parts = [
-        (answer.reshape(truth.shape) - truth).norm(dim=-1) / truth.norm(dim=-1)
-        for answer, truth in zip(found, exact, strict=True)
-    ]
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
-def in_bfloat16(case, prompts):
-    """The exact answers of a model whose weights are in bfloat16, and the errors of transformers in bfloat16, `[members, texts or tokens]`."""
-    model = build(case).bfloat16()
-    exact = answers(case, model.double(), prompts)
-    model = model.bfloat16()
-    errors = []
-    for seed in range(3):
-        with OtherOrder(seed):
-            errors.append(relative_errors(answers(case, model, prompts), exact))
-    return exact, torch.stack(errors)
-
-
-def float32_bound(case, prompts):
-    return TERMS * 2**-16 * in_bfloat16(case, prompts)[1].max()
-
-
-def in_blocks(case):
-    """Errors of a text's tokens have something in common, those of texts do not."""
-    return 4 if case.task.startswith("token") else 1
 
 
 def assert_float32(name, found, prompts, some=None):

@@ -23,17 +23,21 @@ def test_tokens(bits, symmetric, other, tmp_path, hugging_face, run_engines):
     make(tmp_path / "other", other, bits, symmetric=symmetric)
     exact = {"model": str(folder), **ENGINE, "dtype": "float32"}
     jobs = [exact, exact | {"dtype": "bfloat16"}, exact | {"model": str(tmp_path / "other"), "dtype": "bfloat16"}]
-    whole, half, same = run_engines([{"engine": engine, "runs": [RUN]} for engine in jobs], **ONE_PROCESS)
+    runs = [RUN, RUN | {"before": [["reload"]]}]
+    whole, half, same = run_engines([{"engine": engine, "runs": runs} for engine in jobs], **ONE_PROCESS)
     assert tokens(whole) == hugging_face(model, PROMPTS, LENGTH)
-    assert same["runs"] == half["runs"]
+    assert [result["actions"][1][0]["said"] for result in (whole, half, same)] == [None] * 3
+    assert same["runs"] == half["runs"] == [half["runs"][0]] * 2
     (two,) = run_engines([{"engine": exact | {"tensor_parallel_size": 2}, "runs": [RUN]}])
     assert tokens(two) == tokens(whole)
 
 
 def test_a_scale_for_each_output_feature(tmp_path, hugging_face, run_engines):
-    """Two ranks share the input features of some layers, and each has all scales of these."""
+    """Two ranks share the input features of some layers, and each has all scales of these. Weights may be loaded anew."""
     model = make(tmp_path / "model", forms.compressed_tensors, 4, symmetric=False, channels=True)
     engine = {"model": str(tmp_path / "model"), **ENGINE, "dtype": "float32"}
-    (one,) = run_engines([{"engine": engine, "runs": [RUN]}], **ONE_PROCESS)
+    runs = [RUN, RUN | {"before": [["reload"]]}]
+    (one,) = run_engines([{"engine": engine, "runs": runs}], **ONE_PROCESS)
     (two,) = run_engines([{"engine": engine | {"tensor_parallel_size": 2}, "runs": [RUN]}])
-    assert tokens(one) == tokens(two) == hugging_face(model, PROMPTS, LENGTH)
+    assert one["actions"][1][0]["said"] is None
+    assert tokens(one) == tokens(one, 1) == tokens(two) == hugging_face(model, PROMPTS, LENGTH)

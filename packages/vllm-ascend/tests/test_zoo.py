@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from zoo import ENTRIES, page, run, towers, trial, verdict
+from zoo import ENTRIES, page, pooling, run, towers, trial, verdict
 
 DOCS = Path(__file__).parents[3] / "docs"
 RESULTS = json.loads((DOCS / "models.json").read_text())
@@ -54,6 +54,28 @@ def test_what_is_not_equal_is_refused_or_explained():
         name for name, result in RESULTS["models"].items() if not verdict.is_good(result) and not ENTRIES[name].known
     ]
     assert bad == []
+
+
+def test_all_models_that_pool_are_equal_or_refused():
+    found = json.loads((DOCS / "pooling.json").read_text())["pooling"]
+    assert list(found) == list(pooling.CASES)
+    assert [name for name, result in found.items() if not pooling.is_good(result)] == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "good"),
+    [
+        ({}, True),
+        ({"tp": ["refused", "why"]}, True),
+        ({"tp": ["failed", "why"]}, False),
+        ({"bfloat16": ["off", ""]}, False),
+        ({"float32": ["refused", "why"], "tp": ["refused", "why"]}, False),
+    ],
+    ids=str,
+)
+def test_what_of_a_model_that_pools_is_good(changed, good):
+    cells = {"float32": ["equal", ""], "cache": ["-", ""], "chunked": ["-", ""], "tp": ["equal", ""], "bfloat16": ["as near", ""]}  # fmt: skip
+    assert pooling.is_good({"cells": cells | changed}) == good
 
 
 def test_what_was_raised_is_found():

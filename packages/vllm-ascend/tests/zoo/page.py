@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/models.md, from the results of runs."""
 
-from zoo import ENTRIES, towers
+from zoo import ENTRIES, pooling, towers
 from zoo.verdict import COLUMNS, is_good
 
 HEADINGS = {
@@ -79,5 +79,5 @@ def render(results):
     lines += [row(name, result) for name, result in models.items()]
     if left := [name for name in ENTRIES if name not in models]:
         lines += ["", f"Not run yet: {'; '.join(left)}."]
-    lines += ["", "## Reasons", "", *notes(models), "", *towers.section()]
+    lines += ["", "## Reasons", "", *notes(models), "", *pooling.section(), *towers.section()]
     return "\n".join(lines)

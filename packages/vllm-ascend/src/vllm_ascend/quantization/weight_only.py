@@ -83,7 +83,16 @@ class AscendWeightOnlyKernel(MPLinearKernel):
         self._replace(layer, self.w_s_name, scale.data)
         if self.w_zp_name is not None and hasattr(layer, self.w_zp_name):
             self._replace(layer, self.w_zp_name, None if offset is None else offset.to(scale.dtype))
-        self._bias = None
+        self._take_bias(getattr(layer, "bias", None))
+
+    def _take_bias(self, bias: Tensor | None) -> None:
+        """Of a product of bfloat16 the kernel takes a bias in float32 alone. It stays where it is when weights are loaded anew, for graphs read it there."""
+        if bias is None or bias.dtype != torch.bfloat16:
+            return
+        if self._bias is None:
+            self._bias = bias.data.float()
+        else:
+            self._bias.copy_(bias.data)
 
     @staticmethod
     def _replace(layer: Any, name: str, value: Tensor | None) -> None:
@@ -93,11 +102,9 @@ class AscendWeightOnlyKernel(MPLinearKernel):
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product on this rank: `[..., in] -> [..., out]`."""
         weight, scale, offset = self._get_weight_params(layer)
-        if bias is not None and self._bias is None:  # of a product of bfloat16 the kernel takes a bias in float32 alone
-            self._bias = bias.float() if x.dtype == torch.bfloat16 else bias
-        rows = kernels.weight_only_product(
-            x.reshape(-1, x.shape[-1]), weight, scale, offset, None if bias is None else self._bias
-        )
+        if bias is not None and self._bias is not None:
+            bias = self._bias
+        rows = kernels.weight_only_product(x.reshape(-1, x.shape[-1]), weight, scale, offset, bias)
         return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
