@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from vllm_ascend.probe import cases_attention, cases_dense, cases_linear, cases_moe
+from vllm_ascend.probe import cases_attention, cases_dense, cases_linear, cases_moe, cases_weight_only
 from vllm_ascend.probe.expected import Case, Result, compare
 
 __all__ = ["FAMILIES", "all_cases", "main", "run"]
 
-FAMILIES = (cases_dense, cases_attention, cases_linear, cases_moe)
+FAMILIES = (cases_dense, cases_attention, cases_linear, cases_moe, cases_weight_only)
 
 
 def all_cases() -> list[Callable[[], Case]]:
