@@ -208,6 +208,7 @@ ALONE = {
     "buffer size": ({}, {}, {"HCCL_BUFFSIZE": "lots"}, "environment variable HCCL_BUFFSIZE='lots': must be a whole number of MB above 0"),
     "option": ({}, {"additional_config": {"enable_flashcomm1": True}}, {}, "option 'enable_flashcomm1' (True) needs tensor_parallel_size > 1, got 1"),
     "encoder's head size": ({**ENCODER, "hidden_size": 12 * 264, "head_dim": 264}, {}, {}, "the model's heads are 264 wide: the kernel takes at most 256"),
+    "embedding that is not split": ({**ENCODER, "architectures": ["BertForMaskedLM"], "tie_word_embeddings": True}, {"tensor_parallel_size": 2}, {}, "tensor_parallel_size (2) must be 1 for BertForMaskedLM whose embedding is its last layer"),
     "encoder that is not split": (MODERN, {"tensor_parallel_size": 2}, {}, "tensor_parallel_size (2) must be 1 for ModernBertModel"),
     "MLA heads": (LATENT, {}, {}, "multi-head latent attention with 20 heads over tensor_parallel_size 1: the NPU's kernel takes 1, 2, 4,"),
     "MLA rank": ({**LATENT, "num_attention_heads": 16, "kv_lora_rank": 256}, {}, {}, "kv_lora_rank of this model is 256: the NPU's kernel for multi-head latent attention takes 512 only"),

@@ -186,6 +186,15 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
     yield from _beyond_the_rotary_table(model)
     yield from too_short_for_pictures(model, vllm_config.scheduler_config)
     ranks = vllm_config.parallel_config.tensor_parallel_size
+    if (
+        model.architectures[0] == "BertForMaskedLM"
+        and getattr(model.hf_config, "tie_word_embeddings", False)
+        and ranks > 1
+    ):
+        yield (
+            f"tensor_parallel_size ({ranks}) must be 1 for BertForMaskedLM whose embedding is its last layer (tie_word_embeddings): vLLM's implementation "
+            "copies a rank's part of the one into the whole of the other"
+        )
     if model.hf_text_config.model_type == "modernbert" and ranks > 1:
         yield (
             f"tensor_parallel_size ({ranks}) must be 1 for {model.architectures[0]}: vLLM's implementation of ModernBERT takes its queries, keys and "
