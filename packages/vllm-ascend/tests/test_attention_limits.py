@@ -8,8 +8,7 @@ import torch
 from ascend_sim.contracts import rules
 from latent_requests import LatentRequests
 from paged_steps import Step
-from vllm_ascend import kernels
-from vllm_ascend.attention import limits, probe
+from vllm_ascend.attention import kernels, limits, probe
 from vllm_ascend.attention.limits import Attention, broken
 
 RULES = rules()

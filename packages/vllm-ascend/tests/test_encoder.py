@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention_bounds import attend
-from vllm_ascend import kernels
+from vllm_ascend.attention import kernels
 from vllm_ascend.attention.encoder import AscendEncoderAttentionBackend, AscendEncoderAttentionImpl
 
 LENGTHS = [1, 5, 1, 40]

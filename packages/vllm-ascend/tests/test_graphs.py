@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from vllm_ascend import graphs, kernels
+from vllm_ascend import graphs
+from vllm_ascend.attention import kernels
 
 BLOCK, HEADS, SIZE, REQUESTS = 128, 2, 64, 3
 

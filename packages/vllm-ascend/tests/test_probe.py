@@ -14,6 +14,7 @@ from ascend_linear import kernels as linear
 from ascend_moe import kernels as moe
 from typer.testing import CliRunner
 from vllm_ascend import cann, cli, doctor_report, envs, kernels
+from vllm_ascend.attention import kernels as attention
 from vllm_ascend.probe import child
 from vllm_ascend.probe.expected import Result, compare
 from vllm_ascend.probe.run import NEED_RANKS, run_all
@@ -32,7 +33,12 @@ def numbered():
 def test_every_kernel_has_a_case():
     wanted = {
         f"{package}.{name}"
-        for package, module in (("vllm_ascend", kernels), ("ascend_linear", linear), ("ascend_moe", moe))
+        for package, module in (
+            ("vllm_ascend", kernels),
+            ("vllm_ascend", attention),
+            ("ascend_linear", linear),
+            ("ascend_moe", moe),
+        )
         for name, member in vars(module).items()
         if isfunction(member)
         and member.__module__ == module.__name__

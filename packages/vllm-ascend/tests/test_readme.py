@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 from vllm_ascend import kernels
+from vllm_ascend.attention import kernels as attention
 from vllm_ascend.cli import app
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -56,7 +57,7 @@ def test_a_new_op_is_explained(tmp_path):
 
 
 def test_the_table_of_kernels_is_complete():
-    source = Path(kernels.__file__).read_text(encoding="utf-8")
+    source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (kernels, attention))
     assert set(re.findall(r"`(npu_\w+)`", README)) == set(re.findall(r"\bnpu\(\)\.(npu_\w+)", source))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import vllm
 from ascend_comm import Topology
-from vllm_ascend import kernels
+from vllm_ascend.attention import kernels
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment, Model
 from vllm_ascend.layers import linear, tower

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionLayer, AttentionType
 
-from vllm_ascend import kernels
+from vllm_ascend.attention import kernels
 from vllm_ascend.attention.gqa import AscendAttentionBackend, AscendAttentionImpl
 from vllm_ascend.attention.step import AscendAttentionMetadata
 

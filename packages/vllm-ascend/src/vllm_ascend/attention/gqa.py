@@ -23,8 +23,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, EncoderOnlyAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ascend import graphs, kernels
-from vllm_ascend.attention import wide
+from vllm_ascend import graphs
+from vllm_ascend.attention import kernels, wide
 from vllm_ascend.attention.limits import BLOCK_SIZES, HEAD_SIZES, cached_head_size, check_cache
 from vllm_ascend.attention.step import AscendAttentionMetadata, describe, tokens_of_step
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ascend.kernels import HEAD_SIZES, SINK_HEAD_SIZE, WIDE_HEAD_SIZE, cached_head_size, kernel_head_size
+from vllm_ascend.attention.kernels import HEAD_SIZES, SINK_HEAD_SIZE, WIDE_HEAD_SIZE, cached_head_size, kernel_head_size
 from vllm_ascend.moe_layers import ConfigReader
 
 __all__ = [

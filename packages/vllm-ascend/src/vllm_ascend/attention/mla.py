@@ -21,7 +21,8 @@ from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ascend import graphs, kernels
+from vllm_ascend import graphs
+from vllm_ascend.attention import kernels
 from vllm_ascend.attention.limits import LATENT_BLOCK_SIZE, PLAIN_SIZE
 from vllm_ascend.attention.mla_step import AscendMLAMetadata, AscendMLAMetadataBuilder, ContextChunk
 from vllm_ascend.attention.step import tokens_of_step

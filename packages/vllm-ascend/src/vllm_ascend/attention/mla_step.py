@@ -25,7 +25,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_ascend import kernels
+from vllm_ascend.attention import kernels
 from vllm_ascend.attention.limits import LATENT_PIECES, LATENT_QUERIES, PLAIN_SIZE, check_cache, has_plain_form
 from vllm_ascend.attention.step import AscendAttentionMetadata, describe
 

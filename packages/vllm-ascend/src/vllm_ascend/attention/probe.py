@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_ascend import kernels
+from vllm_ascend.attention import kernels
 from vllm_ascend.attention.limits import BLOCK_SIZES, LATENT_BLOCK_SIZE, PLAIN_SIZE, Attention
 
 __all__ = ["check"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vllm_ascend import kernels
+from vllm_ascend.attention import kernels
 from vllm_ascend.attention.gqa import AscendAttentionBackend, AscendAttentionImpl
 
 __all__ = ["AscendSinkAttentionBackend", "AscendSinkAttentionImpl"]

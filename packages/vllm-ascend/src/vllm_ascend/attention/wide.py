@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_ascend import kernels
+from vllm_ascend.attention import kernels
 from vllm_ascend.attention.step import AscendAttentionMetadata, groups
 
 __all__ = ["attend"]

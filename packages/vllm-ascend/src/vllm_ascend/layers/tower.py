@@ -10,7 +10,7 @@ from vllm.model_executor.layers.attention.mm_encoder_attention import MMEncoderA
 from vllm.model_executor.models.whisper import WhisperEncoderAttention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_ascend import kernels
+from vllm_ascend.attention import kernels
 
 __all__ = ["AscendTowerAttention", "AscendWhisperAttention", "register"]
 

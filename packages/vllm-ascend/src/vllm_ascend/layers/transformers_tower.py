@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vllm_ascend import kernels
+from vllm_ascend.attention import kernels
 
 __all__ = ["attend", "register"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention kernels of `vllm_ascend.kernels`, as the backends call them: paged decoding and prompts, a window, encoders, latents."""
+"""The kernels of `vllm_ascend.attention.kernels`, as the backends call them: paged decoding and prompts, a window, encoders, latents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_ascend import kernels
+from vllm_ascend.attention import kernels
 from vllm_ascend.probe.expected import FLOAT32, Case, Expected, exactly, random, unit
 
 __all__ = ["cases"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_ascend import kernels
+from vllm_ascend.attention.kernels import scatter_kv
 from vllm_ascend.probe.expected import FLOAT32, Case, Expected, exactly, random, unit
 
 __all__ = ["cases"]
@@ -131,7 +132,7 @@ def _scatter_kv() -> Case:
     slots = torch.tensor([130, 5, 257, 0, 511, 131, 300, 4])
 
     def call(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> list[Tensor]:
-        kernels.scatter_kv(key, value, keys, values, slots)
+        scatter_kv(key, value, keys, values, slots)
         return [keys, values]
 
     def expected(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> list[Expected]:
