@@ -340,7 +340,7 @@ def pooling(session: nox.Session) -> None:
     install_in_place(session, "vllm-ascend")
     if not session.posargs:
         run_tests(session, "vllm-ascend", "-k", "test_pooling", env={"ASCEND_TEST_ALL": "1"})
-    script = "packages/vllm-ascend/tests/zoo/pooling.py"
+    script = "packages/vllm-ascend/tests/zoo/pooling_runs.py"
     session.run("python", script, "--folder", str(ROOT / ".cache" / "pooling"), *session.posargs, env={"HF_HUB_OFFLINE": "1"})  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine_jobs import ONE_PROCESS
 from engine_processes import wait
-from pooling_errors import TERMS, float32_bound, in_bfloat16, in_blocks, relative_errors
+from pooling_errors import float32_bound, in_bfloat16, in_blocks, relative_errors
 from pooling_models import CASES, FIRST_WORD, VOCABULARY, WINDOW, answers, build, texts
 from rounding import excess
 from run_pooling import SMALL
@@ -67,7 +67,7 @@ def assert_float32(name, found, prompts, some=None):
     """The bound is found with some of the prompts, or with all."""
     case = CASES[name]
     errors = relative_errors(found, answers(case, build(case).double(), prompts))
-    bound = float32_bound(case, some or prompts)
+    bound = float32_bound(in_bfloat16(case, some or prompts)[1])
     print(f"{name}: largest error {errors.max():.1e}, bound {bound:.1e}")
     assert errors.max() <= bound, f"{name}: largest error {errors.max():.1e}, bound {bound:.1e}"
 
@@ -165,9 +165,9 @@ def test_the_bounds_catch_a_wrong_model(name, prompts):
     model = build(case)
     exact = answers(case, model.double(), prompts)
     SPOILT[name](model.float())
-    assert relative_errors(answers(case, model, prompts), exact).max() > float32_bound(case, prompts)
-    exact, reference = in_bfloat16(case, prompts)
-    errors = relative_errors(answers(case, model.bfloat16(), prompts), exact)
+    exact_of_bfloat16, reference = in_bfloat16(case, prompts)
+    assert relative_errors(answers(case, model, prompts), exact).max() > float32_bound(reference)
+    errors = relative_errors(answers(case, model.bfloat16(), prompts), exact_of_bfloat16)
     assert excess(errors, reference, in_blocks(case)) > 1
 
 
@@ -240,7 +240,7 @@ def test_scores_of_pairs(checkpoint, run_pooling):
     for name, found, reference in zip(cases, (crossed, compared), (cross, compare), strict=True):
         exact, rounded = reference(build(CASES[name]).double()), reference(build(CASES[name]).bfloat16())
         errors = (torch.tensor(found).double() - exact).abs()
-        assert errors.max() <= TERMS * 2**-16 * (rounded - exact).abs().max(), (found, exact)
+        assert errors.max() <= float32_bound((rounded - exact).abs()), (found, exact)
     with torch.inference_mode():  # and the types do matter
         one = torch.stack(
             [

@@ -73,10 +73,10 @@ W4A16 = {
 }  # fmt: skip
 
 
-def compressed(**changes):
-    """COMPRESSED with other weights or activations."""
-    (group,) = COMPRESSED["config_groups"].values()
-    return COMPRESSED | {
+def compressed(base=COMPRESSED, **changes):
+    """COMPRESSED, or another, with other weights or activations."""
+    (group,) = base["config_groups"].values()
+    return base | {
         "config_groups": {"group_0": group | {name: group[name] | changed for name, changed in changes.items()}}
     }
 
@@ -188,7 +188,7 @@ ALONE = {
     "GPTQ of some layers in odd groups": ({"quantization_config": GPTQ | {"dynamic": {"+:.*down.*": {"group_size": 16}}}}, {"dtype": "bfloat16"}, {}, "quantization ('auto_gptq') with groups of 16 has no kernels"),
     "GPTQ's LM head": ({"quantization_config": GPTQ | {"lm_head": True}}, {"dtype": "bfloat16"}, {}, "quantization ('auto_gptq') with a quantised LM head (lm_head) has no kernels"),
     "GPTQ and an option": ({"quantization_config": GPTQ, "num_key_value_heads": 12}, {"dtype": "bfloat16", "tensor_parallel_size": 2, "additional_config": {"enable_matmul_allreduce": True}}, {}, "option 'enable_matmul_allreduce' (True) cannot be used with quantization ('auto_gptq')"),
-    "compressed 3 bits": ({"quantization_config": W4A16 | {"config_groups": {"group_0": {**W4A16["config_groups"]["group_0"], "weights": {**W4A16["config_groups"]["group_0"]["weights"], "num_bits": 3}}}}}, {"dtype": "bfloat16"}, {}, "with int3 weights and unquantised activations (target 'Linear') has no kernels"),
+    "compressed 3 bits": ({"quantization_config": compressed(W4A16, weights={"num_bits": 3})}, {"dtype": "bfloat16"}, {}, "with int3 weights and unquantised activations (target 'Linear') has no kernels"),
     "int8 experts": (MOE, {"quantization": "experts_int8"}, {}, "quantization ('experts_int8') has no kernels"),
     "int8 experts of a dense model": ({}, {"quantization": "experts_int8"}, {}, "quantization ('experts_int8') has no kernels"),
     "int8 weights": ({}, {"quantization": "int8_per_channel_weight_only"}, {}, "quantization ('int8_per_channel_weight_only') has no kernels"),

@@ -3,14 +3,13 @@
 
 import pytest
 import weight_only_models as forms
-from engine_jobs import ONE_PROCESS, tokens
-from weight_only_models import make
+from engine_jobs import GREEDY, ONE_PROCESS, tokens
 
 pytestmark = pytest.mark.slow
 LENGTH = 12
 PROMPTS = [[3, 10, 31], [5, 74, 157, 254, 361], list(range(40, 140))]
 ENGINE = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 32 << 20, "skip_tokenizer_init": True}  # fmt: skip
-RUN = {"prompts": PROMPTS, "sampling": {"temperature": 0, "max_tokens": LENGTH, "ignore_eos": True, "detokenize": False, "logprobs": 3}}  # fmt: skip
+RUN = {"prompts": PROMPTS, "sampling": GREEDY | {"max_tokens": LENGTH, "detokenize": False, "logprobs": 3}}
 
 
 @pytest.mark.parametrize(
@@ -19,8 +18,8 @@ RUN = {"prompts": PROMPTS, "sampling": {"temperature": 0, "max_tokens": LENGTH, 
 def test_tokens(bits, symmetric, other, tmp_path, hugging_face, run_engines):
     """compressed-tensors, which vLLM takes in float32 too, answers as transformers does, on one rank and on two; and in bfloat16 another form of the same weights as it does."""
     folder = tmp_path / "compressed"
-    model = make(folder, forms.compressed_tensors, bits, symmetric=symmetric)
-    make(tmp_path / "other", other, bits, symmetric=symmetric)
+    model = forms.make(folder, forms.compressed_tensors, bits, symmetric=symmetric)
+    forms.make(tmp_path / "other", other, bits, symmetric=symmetric)
     exact = {"model": str(folder), **ENGINE, "dtype": "float32"}
     jobs = [exact, exact | {"dtype": "bfloat16"}, exact | {"model": str(tmp_path / "other"), "dtype": "bfloat16"}]
     runs = [RUN, RUN | {"before": [["reload"]]}]
@@ -34,7 +33,7 @@ def test_tokens(bits, symmetric, other, tmp_path, hugging_face, run_engines):
 
 def test_a_scale_for_each_output_feature(tmp_path, hugging_face, run_engines):
     """Two ranks share the input features of some layers, and each has all scales of these. Weights may be loaded anew."""
-    model = make(tmp_path / "model", forms.compressed_tensors, 4, symmetric=False, channels=True)
+    model = forms.make(tmp_path / "model", forms.compressed_tensors, 4, symmetric=False, channels=True)
     engine = {"model": str(tmp_path / "model"), **ENGINE, "dtype": "float32"}
     runs = [RUN, RUN | {"before": [["reload"]]}]
     (one,) = run_engines([{"engine": engine, "runs": runs}], **ONE_PROCESS)

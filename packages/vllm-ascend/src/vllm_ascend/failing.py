@@ -15,9 +15,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vllm.logger import init_logger
 
-__all__ = ["GRACE", "ends_the_engine"]
+__all__ = ["ends_the_engine"]
 
-GRACE = 5.0
+_GRACE = 5.0
 """Seconds in which an executor that does hear of the error ends this process itself, after it has passed the error on."""
 
 Arguments = ParamSpec("Arguments")
@@ -37,7 +37,7 @@ def ends_the_engine(
         except Exception as error:
             parallel = worker.parallel_config
             if parallel.world_size > 1 and parallel.distributed_executor_backend == "mp":
-                timer = Timer(GRACE, _end, (worker.rank, method.__name__, f"{type(error).__name__}: {error}"))
+                timer = Timer(_GRACE, _end, (worker.rank, method.__name__, f"{type(error).__name__}: {error}"))
                 timer.daemon = True
                 timer.start()
             raise

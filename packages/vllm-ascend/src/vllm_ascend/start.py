@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_ascend import envs, experts, ray_cluster, rules, stages, states, transfer
+from vllm_ascend import envs, experts, ray_cluster, rules, splitting, states, transfer
 from vllm_ascend.attention import BACKENDS, kinds
 from vllm_ascend.config import AscendConfig
 from vllm_ascend.deployment import Deployment
@@ -65,7 +65,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         deployment = Deployment.of(vllm_config)
         found += _absent_for_the_model(vllm_config)
         found += states.broken(vllm_config, config)
-        found += stages.broken(vllm_config, deployment)
+        found += splitting.broken(vllm_config, deployment)
         found += speculation.broken(vllm_config)
         found += kinds.broken(vllm_config)
         found += adapters.broken(vllm_config, config)
@@ -185,21 +185,6 @@ def _absent_for_the_model(vllm_config: Any) -> Iterator[str]:
             yield f"{option} ({backend.name!r}) is not a backend of vllm-ascend for this model; leave it out, or give {name!r}"
     yield from _beyond_the_rotary_table(model)
     yield from too_short_for_pictures(model, vllm_config.scheduler_config)
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    if (
-        model.architectures[0] == "BertForMaskedLM"
-        and getattr(model.hf_config, "tie_word_embeddings", False)
-        and ranks > 1
-    ):
-        yield (
-            f"tensor_parallel_size ({ranks}) must be 1 for BertForMaskedLM whose embedding is its last layer (tie_word_embeddings): vLLM's implementation "
-            "copies a rank's part of the one into the whole of the other"
-        )
-    if model.hf_text_config.model_type == "modernbert" and ranks > 1:
-        yield (
-            f"tensor_parallel_size ({ranks}) must be 1 for {model.architectures[0]}: vLLM's implementation of ModernBERT takes its queries, keys and "
-            "values apart as one rank has them"
-        )
 
 
 def too_short_for_pictures(model: Any, scheduler: Any) -> Iterator[str]:

@@ -19,12 +19,10 @@ from engine_processes import EngineServers, end, end_with_stacks
 from results import write
 
 from zoo import ENTRIES, page, verdict
-from zoo.trial import KINDS
+from zoo.trial import KINDS, ONE_PROCESS, STRICT
 
 SIDE_BY_SIDE = 2
 LIMIT = 400  # seconds for one run: a safety net against hangs
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-STRICT = {"ASCEND_SIM_STRICT": "1"}
 
 
 class Visit:

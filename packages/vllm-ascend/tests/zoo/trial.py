@@ -14,6 +14,8 @@ from pathlib import Path
 from zoo import media
 
 SMALL = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 32 << 20}
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+STRICT = {"ASCEND_SIM_STRICT": "1"}
 KINDS = ("one", "tp", "pp", "ep", "bfloat16")
 """float32 on one rank (whole prompts, then from the prefix cache, then in chunks), over ranks, over pipeline stages, with expert parallelism; strict bfloat16."""
 

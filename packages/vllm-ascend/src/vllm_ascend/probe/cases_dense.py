@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of `vllm_ascend.kernels` but attention: norms, activation, rotary embedding, the split of a projection, the write to the cache."""
+"""The kernels of `vllm_ascend.kernels`: norms, activation, rotary embedding, the split of a projection, top-k; and the write to the cache."""
 
 from __future__ import annotations
 

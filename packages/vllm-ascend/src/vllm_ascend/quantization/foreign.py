@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_ascend.config import AscendConfig
 
-__all__ = ["broken"]
+__all__ = ["broken", "takes_groups"]
 
 _SERVED = (
     "which serves ModelSlim's W8A8 checkpoints ('ascend'), of dense models W8A8 in int8, W4A16 and W8A16 of compressed-tensors, GPTQ and AWQ, and those without "
@@ -71,17 +71,21 @@ def _absent_of_compressed(method: Any) -> Iterator[tuple[str, str]]:
             )
 
 
+def takes_groups(size: int | None) -> bool:
+    """Whether the product with weights that are quantised alone takes groups of so many input features; None and -1 stand for all of them."""
+    return size in (None, -1) or size % 32 == 0
+
+
 def _is_weight_only(method: Any, scheme: Any) -> bool:
     """Whether a scheme quantises weights alone, as the product takes them."""
     weights, form = scheme["weights"], scheme.get("format") or method.quant_format
     ordered = _value(weights.actorder) in ("group", "dynamic")
-    whole_groups = weights.group_size in (None, -1) or weights.group_size % 32 == 0
     return (
         _type(weights) == "int"
         and weights.num_bits in (4, 8)
         and method._is_wNa16_group_channel(weights, scheme["input_activations"])
         and _value(form) == "pack-quantized"
-        and whole_groups
+        and takes_groups(weights.group_size)
         and not ordered
     )
 
@@ -89,7 +93,7 @@ def _is_weight_only(method: Any, scheme: Any) -> bool:
 def _absent_of_gptq_and_awq(method: Any) -> Iterator[tuple[str, str]]:
     sizes = {method.group_size, *(rule["group_size"] for rule in getattr(method, "dynamic", {}).values() if "group_size" in rule)}  # fmt: skip
     for size in sorted(sizes):
-        if size != -1 and size % 32:
+        if not takes_groups(size):
             yield f"groups of {size}", f"; {_GROUPS}"
     if method.lm_head_quantized:
         yield "a quantised LM head (lm_head)", ""

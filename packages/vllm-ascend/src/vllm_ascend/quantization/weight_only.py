@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from vllm.model_executor.kernels.linear import register_linear_kernel
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel, MPLinearLayerConfig
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig, AutoAWQMarlinLinearMethod
-from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     is_layer_skipped,
     unpack_quantized_values_into_int32,
@@ -25,8 +25,9 @@ from vllm.scalar_type import scalar_types
 
 from vllm_ascend import compat, kernels
 from vllm_ascend.quantization.checks import check_finite
+from vllm_ascend.quantization.foreign import takes_groups
 
-__all__ = ["AscendAWQLinearMethod", "AscendGPTQLinearMethod", "AscendWeightOnlyKernel", "register"]
+__all__ = ["AscendWeightOnlyKernel", "register"]
 
 _WITH_ZERO_POINTS = (scalar_types.uint4, scalar_types.uint8)
 _SYMMETRIC = (scalar_types.uint4b8, scalar_types.uint8b128)
@@ -52,7 +53,7 @@ class AscendWeightOnlyKernel(MPLinearKernel):
                 False,
                 f"weights of type {c.weight_type} {zeros} zero points have no kernel on an NPU; 4 or 8 bits have",
             )
-        if c.group_size != -1 and (c.group_size % 32 or inputs % c.group_size):
+        if not takes_groups(c.group_size) or (c.group_size != -1 and inputs % c.group_size):
             return False, f"groups of {c.group_size} of {inputs} input features of a rank: a multiple of 32 must divide them"  # fmt: skip
         if c.weight_type.size_bits == 4 and (outputs % 8 or inputs % 8):
             return (
@@ -79,10 +80,12 @@ class AscendWeightOnlyKernel(MPLinearKernel):
             permute_param_layout_(zeros, input_dim=0, output_dim=1, packed_dim=1)
             offset = half - unpack_quantized_values_into_int32(zeros.data, kind, packed_dim=1)
         packed = kernels.packed_int4(values.contiguous()) if kind.size_bits == 4 else values.to(torch.int8)
-        self._replace(layer, self.w_q_name, packed)
-        self._replace(layer, self.w_s_name, scale.data)
-        if self.w_zp_name is not None and hasattr(layer, self.w_zp_name):
-            self._replace(layer, self.w_zp_name, None if offset is None else offset.to(scale.dtype))
+        replace_parameter(layer, self.w_q_name, packed.contiguous())
+        replace_parameter(layer, self.w_s_name, scale.data.contiguous())
+        if (name := self.w_zp_name) is not None and offset is not None:
+            replace_parameter(layer, name, offset.to(scale.dtype).contiguous())
+        elif name is not None:  # of GPTQ, which writes zero points of symmetric weights as well
+            layer.register_parameter(name, None)
         self._take_bias(getattr(layer, "bias", None))
 
     def _take_bias(self, bias: Tensor | None) -> None:
@@ -94,11 +97,6 @@ class AscendWeightOnlyKernel(MPLinearKernel):
         else:
             self._bias.copy_(bias.data)
 
-    @staticmethod
-    def _replace(layer: Any, name: str, value: Tensor | None) -> None:
-        delattr(layer, name)
-        layer.register_parameter(name, None if value is None else Parameter(value.contiguous(), requires_grad=False))
-
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product on this rank: `[..., in] -> [..., out]`."""
         weight, scale, offset = self._get_weight_params(layer)
@@ -108,24 +106,21 @@ class AscendWeightOnlyKernel(MPLinearKernel):
         return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
-class AscendGPTQLinearMethod(AutoGPTQLinearMethod):
-    """vLLM's, which asks CUDA's kernel whether it takes the type before it asks for the platform's."""
+class _AsksThePlatform:
+    """The constructor of vLLM's methods below, without its question whether CUDA's kernel takes the type of the weights."""
 
-    def __init__(self, quant_config: AutoGPTQConfig) -> None:
-        """Store the argument."""
+    def __init__(self, quant_config: Any) -> None:
         self.quant_config = quant_config
         self.quant_type = quant_config.quant_type
         self.input_dtype = None
 
 
-class AscendAWQLinearMethod(AutoAWQMarlinLinearMethod):
-    """vLLM's, which asks for the platform's kernel, without the question to CUDA's before."""
+class _GPTQLinearMethod(_AsksThePlatform, AutoGPTQLinearMethod):
+    pass
 
-    def __init__(self, quant_config: AutoAWQConfig) -> None:
-        """Store the argument."""
-        self.quant_config = quant_config
-        self.quant_type = quant_config.quant_type
-        self.input_dtype = None
+
+class _AWQLinearMethod(_AsksThePlatform, AutoAWQMarlinLinearMethod):
+    pass
 
 
 def _awq_method(config: AutoAWQConfig, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -135,11 +130,11 @@ def _awq_method(config: AutoAWQConfig, layer: torch.nn.Module, prefix: str) -> Q
     left = is_layer_skipped(
         prefix, config.modules_to_not_convert, config.packed_modules_mapping, match_mode="substring"
     )
-    return UnquantizedLinearMethod() if left else AscendAWQLinearMethod(config)
+    return UnquantizedLinearMethod() if left else _AWQLinearMethod(config)
 
 
 @cache
 def register() -> None:
     """Offer the kernel to vLLM, once a process."""
     register_linear_kernel(AscendWeightOnlyKernel, PlatformEnum.OOT, "mp")
-    compat.replace_gptq_and_awq_methods(AscendGPTQLinearMethod, _awq_method)
+    compat.replace_gptq_and_awq_methods(_GPTQLinearMethod, _awq_method)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that vLLM 0.32.0 computes wrongly over pipeline stages, or fails to build there. Those without stages (`SupportsPP`) it refuses itself."""
+"""Models that vLLM 0.32.0 computes wrongly over tensor parallel ranks or pipeline stages, or fails to build there. Those without stages (`SupportsPP`) it refuses itself."""
 
 from __future__ import annotations
 
@@ -33,19 +33,31 @@ _EXPERTS_ON_EVERY_STAGE = (
 
 
 def broken(vllm_config: Any, deployment: Deployment) -> Iterator[str]:
-    """A finding for each reason why the model at hand cannot be cut into stages.
+    """A finding for each reason why the model at hand cannot be split as it is asked to be.
 
     Args:
         vllm_config: vLLM's `VllmConfig`, whose `model_config` is there.
         deployment: the same, as this plugin reads it.
     """
-    model, count = vllm_config.model_config, deployment.topology.pipeline_parallel
-    if count > 1:
-        for reason in (*_of_vllm(model, deployment), *_without_experts(model, deployment)):
-            yield f"pipeline_parallel_size ({count}) must be 1 with {model.architecture}{reason}; give tensor_parallel_size"
+    model, top = vllm_config.model_config, deployment.topology
+    if top.tensor_parallel > 1:
+        for reason in _over_ranks(model):
+            yield f"tensor_parallel_size ({top.tensor_parallel}) must be 1 for {model.architectures[0]}{reason}"
+    if top.pipeline_parallel > 1:
+        for reason in (*_over_stages(model, deployment), *_without_experts(model, deployment)):
+            yield f"pipeline_parallel_size ({top.pipeline_parallel}) must be 1 with {model.architecture}{reason}; give tensor_parallel_size"
 
 
-def _of_vllm(model: Any, deployment: Deployment) -> Iterator[str]:
+def _over_ranks(model: Any) -> Iterator[str]:
+    if model.architectures[0] == "BertForMaskedLM" and getattr(model.hf_config, "tie_word_embeddings", False):
+        yield (
+            " whose embedding is its last layer (tie_word_embeddings): vLLM's implementation copies a rank's part of the one into the whole of the other"
+        )
+    if model.hf_text_config.model_type == "modernbert":
+        yield ": vLLM's implementation of ModernBERT takes its queries, keys and values apart as one rank has them"
+
+
+def _over_stages(model: Any, deployment: Deployment) -> Iterator[str]:
     """What the model has that vLLM's code for its stages gets wrong."""
     text, architecture = model.hf_text_config, model.architecture
     if architecture == "GraniteMoeHybridForCausalLM" and deployment.model.moe.routed_experts:
