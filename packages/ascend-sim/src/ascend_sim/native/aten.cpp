@@ -287,29 +287,10 @@ class MatmulKernel final : public AtenKernel {
 
  private:
   static std::optional<at::Tensor> zeros(const at::Tensor& left, const at::Tensor& right) {
-    if (!multiply(left, right)) return std::nullopt;
-    at::Tensor out = result_of(left, right);
+    if (!is_product(left, right)) return std::nullopt;
+    at::Tensor out = unwritten({left.size(0), right.size(1)}, {right.size(1), 1}, left.scalar_type(), left.device());
     std::memset(out.data_ptr(), 0, out.nbytes());
     return out;
-  }
-
-  // PyTorch's product, into device memory at once.
-  static std::optional<at::Tensor> many_rows(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
-    if (!multiply(left, right) || (bias.defined() && (bias.dim() != 1 || bias.size(0) != right.size(1) || bias.scalar_type() != left.scalar_type() || bias.device() != left.device())))
-      return std::nullopt;
-    at::Tensor out = result_of(left, right), to = cpu_alias(out);
-    at::AutoDispatchBelowADInplaceOrView below;
-    if (bias.defined()) at::addmm_out(to, cpu_alias(bias), cpu_alias(left), cpu_alias(right));
-    else at::mm_out(to, cpu_alias(left), cpu_alias(right));
-    return out;
-  }
-
-  static bool multiply(const at::Tensor& left, const at::Tensor& right) {
-    return left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0) && left.scalar_type() == right.scalar_type() && left.device() == right.device();
-  }
-
-  static at::Tensor result_of(const at::Tensor& left, const at::Tensor& right) {
-    return unwritten({left.size(0), right.size(1)}, {right.size(1), 1}, left.scalar_type(), left.device());
   }
 
   static bool plain(const IValue& factor) { return factor.isScalar() && factor.toScalar().equal(1); }

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "matmul.h"
 
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 
 #include "kernels.h"
 #include "lanes.h"
@@ -78,15 +80,19 @@ void multiply(const Product<T>& p) {
 
 }  // namespace
 
+bool is_product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
+  const auto like = [&](const at::Tensor& t) { return t.scalar_type() == left.scalar_type() && t.device() == left.device(); };
+  return left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0) && like(right) &&
+         (!bias.defined() || (bias.dim() == 1 && bias.size(0) == right.size(1) && like(bias)));
+}
+
 std::optional<at::Tensor> few_rows(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
-  if (left.dim() != 2 || right.dim() != 2 || left.is_conj() || right.is_conj()) return std::nullopt;
+  if (!is_product(left, right, bias) || left.is_conj() || right.is_conj()) return std::nullopt;
   const int64_t rows = left.size(0), depth = left.size(1), columns = right.size(1);
   const auto type = left.scalar_type();
-  const bool fits = right.scalar_type() == type && right.size(0) == depth && left.device() == right.device() && rows > 0 &&
-                    rows <= most_rows(type) && depth > 0 && depth % lanes == 0 && columns > 0 && left.stride(1) == 1 && right.stride(0) == 1;
+  const bool fits = rows > 0 && rows <= most_rows(type) && depth > 0 && depth % lanes == 0 && columns > 0 && left.stride(1) == 1 && right.stride(0) == 1 &&
+                    (!bias.defined() || bias.is_contiguous());
   if (!fits) return std::nullopt;
-  if (bias.defined() && (bias.device() != left.device() || bias.dim() != 1 || bias.size(0) != columns || bias.scalar_type() != type || !bias.is_contiguous()))
-    return std::nullopt;
   at::Tensor out = at::empty({rows, columns}, left.options());
   by_type("matmul", type, [&](auto tag) {
     using T = decltype(tag);
@@ -94,6 +100,15 @@ std::optional<at::Tensor> few_rows(const at::Tensor& left, const at::Tensor& rig
       multiply(Product<T>{left.const_data_ptr<T>(), right.const_data_ptr<T>(), bias.defined() ? bias.const_data_ptr<T>() : nullptr,
                           static_cast<T*>(out.data_ptr()), rows, columns, depth, left.stride(0), right.stride(1)});
   });
+  return out;
+}
+
+std::optional<at::Tensor> many_rows(const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
+  if (!is_product(left, right, bias)) return std::nullopt;
+  at::Tensor out = unwritten({left.size(0), right.size(1)}, {right.size(1), 1}, left.scalar_type(), left.device()), to = cpu_alias(out);
+  at::AutoDispatchBelowADInplaceOrView below;
+  if (bias.defined()) at::addmm_out(to, cpu_alias(bias), cpu_alias(left), cpu_alias(right));
+  else at::mm_out(to, cpu_alias(left), cpu_alias(right));
   return out;
 }
 
