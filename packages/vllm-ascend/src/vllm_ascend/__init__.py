@@ -30,11 +30,13 @@ def register_general() -> None:
         return
     from vllm.v1.attention.backends.registry import register_backend
 
-    from vllm_ascend import compat, multimodal, quantization
+    from vllm_ascend import compat, multimodal, quantization, weight_transfer
     from vllm_ascend.attention import BACKENDS
 
     for name, path in BACKENDS.values():
         register_backend(name, path)
+    compat.drop_late_answers()
     quantization.register()
+    weight_transfer.register()
     if multimodal.missing():
         compat.name_missing_libraries()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -23,6 +25,7 @@ __all__ = [
     "alias_cuda_streams",
     "copy_states_of_blocks",
     "declare_torchvision_operators",
+    "drop_late_answers",
     "name_missing_libraries",
     "replace_fused_topk",
     "replace_gemma4_routing",
@@ -121,6 +124,55 @@ def replace_gptq_and_awq_methods(gptq_linear_method: type, awq_method: Callable[
 
     auto_gptq.AutoGPTQLinearMethod = gptq_linear_method  # type: ignore[assignment,misc]
     auto_awq.AutoAWQConfig.get_quant_method = awq_method  # type: ignore[method-assign]
+
+
+def drop_late_answers() -> None:
+    """Let a call of all workers get none of an earlier call's answers.
+
+    Reason: where one worker fails, `MultiprocExecutor.collective_rpc` raises and leaves the answers of the workers after it in their queues. From then on
+    each call of all workers gets those of the call before: a failure is reported for the next call, and a step may be answered by an older one.
+    Retired by: vLLM reading all answers, or telling them apart (its pull request 57846).
+    """
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
+
+    call = MultiprocExecutor.collective_rpc
+    late: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # answers of calls that have failed, by queue
+
+    def collective_rpc(self: Any, method: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
+        waits = not kwargs.get("non_block", False)
+        future = call(self, method, timeout, *args, **kwargs | {"non_block": True})
+        aggregates = kwargs.get("kv_output_aggregator") or kwargs.get("ec_output_aggregator")
+        rank = None if aggregates else kwargs.get("unique_reply_rank")
+        queues = list(self.response_mqs) if rank is None else [self.response_mqs[rank]]
+        ends = None if timeout is None else time.monotonic() + timeout
+
+        def answers() -> Any:
+            found = []
+            unread = list(queues)
+            try:
+                while unread:
+                    queue = unread[0]
+                    for before in range(late.get(queue, 0), -1, -1):
+                        left = None if ends is None else max(0.0, ends - time.monotonic())
+                        status, answer = queue.dequeue(timeout=left)
+                        late[queue] = max(before - 1, 0)
+                    unread.pop(0)
+                    if status != WorkerProc.ResponseStatus.SUCCESS:
+                        raise RuntimeError(
+                            f"Worker failed with error '{answer}', please check the stack trace above for the root cause"
+                        )
+                    found.append(answer)
+            except TimeoutError as error:
+                raise TimeoutError(f"RPC call to {method} timed out.") from error
+            finally:
+                for queue in unread:
+                    late[queue] = late.get(queue, 0) + 1
+            return found if rank is None else found[0]
+
+        future.get_response = answers
+        return future.result() if waits else future
+
+    MultiprocExecutor.collective_rpc = collective_rpc  # type: ignore[method-assign]
 
 
 def replace_model_loader(in_tree: type, ours: type) -> None:

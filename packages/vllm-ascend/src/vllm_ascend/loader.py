@@ -25,7 +25,7 @@ from vllm_ascend.loaded import LoadRecord, Region, region_of
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-__all__ = ["AscendModelLoader", "register", "reloading"]
+__all__ = ["AscendModelLoader", "WeightsAnew", "register", "reloading"]
 
 _NAMED = 5  # tensors that an error names at most
 # ModelSlim keeps here, beside a model that it has rotated, the matrix for draft models of another basis. The model does without.
@@ -79,11 +79,54 @@ def _shared_parts(model: nn.Module, model_config: ModelConfig) -> list[str]:
     return [*([] if own[0] else embedding), *([] if own[1] else head)]
 
 
-def reloading(model: nn.Module, model_config: ModelConfig, *, partial: bool) -> Callable[..., Any]:
-    """The model's `load_weights`, checked, for use while vLLM loads weights anew into a model that already runs.
+class WeightsAnew:
+    """What has come of weights that vLLM loads anew into a model that runs, and what has not.
 
     vLLM lays parameters out anew layer by layer and copies a layer over the old one when all of it has come. A layer of which only a part comes would be
     filled up with whatever the memory held.
+
+    Args:
+        model: a model that runs, as it is before vLLM lays it out.
+        model_config: its config.
+        source: what the weights come from, for errors.
+
+    Attributes:
+        record: notes, while it is entered, what is written.
+    """
+
+    record: LoadRecord
+
+    def __init__(self, model: nn.Module, model_config: ModelConfig, source: str) -> None:
+        """Find parameters of two names."""
+        self._model, self._model_config, self._source = model, model_config, source
+        # A tied parameter is two once vLLM has laid the layers out anew; the second name stays without weights, and keeps the first one's memory.
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._tied = names - {name for name, _ in model.named_parameters()}
+
+    def expect(self) -> None:
+        """Begin the record. vLLM has laid the layers out."""
+        expected = {name: one for name, one in _expected(self._model) if name not in self._tied}
+        self.record = LoadRecord(expected)
+
+    def refuse_missing(self, *, partial: bool) -> None:
+        """Raise ValueError that names the tensors that have not come. With `partial`, layers of which nothing came may keep their weights."""
+        _refuse(
+            list(_missing(self._model, self.record, partial=partial)),
+            self._source,
+            "Layers that were complete have the new weights, all others the old ones; load a complete checkpoint",
+        )
+
+    def keep_incomplete_layers(self) -> None:
+        """Give layers whose weights have not all come the ones back that they had, and let the model run again."""
+        for layer in self._model.modules():
+            info = get_layerwise_info(layer)
+            info.load_numel = 0
+            info.loaded_weights.clear()
+        finalize_layerwise_reload(self._model, self._model_config)  # type: ignore[no-untyped-call]
+
+
+def reloading(model: nn.Module, model_config: ModelConfig, *, partial: bool) -> Callable[..., Any]:
+    """The model's `load_weights`, checked, for use while vLLM loads weights anew into it.
 
     Args:
         model: a model that runs.
@@ -93,35 +136,21 @@ def reloading(model: nn.Module, model_config: ModelConfig, *, partial: bool) -> 
     Raises, when called:
         ValueError: tensors that were not given. Layers of which all has come have the new weights, all others keep the old ones.
     """
-    # A tied parameter is two once vLLM has laid the layers out anew; the second name stays without weights, and keeps the first one's memory.
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied = names - {name for name, _ in model.named_parameters()}
+    anew = WeightsAnew(model, model_config, "what was given to reload_weights")
     load: Callable[..., Any] = model.load_weights  # type: ignore[assignment]  # a method, which nn.Module's type does not know
 
     def load_weights(weights: Iterable[tuple[str, Tensor]]) -> Any:
         try:
-            with LoadRecord({name: one for name, one in _expected(model) if name not in tied}) as record:
+            anew.expect()
+            with anew.record:
                 loaded = load(weights)
-            _refuse(
-                list(_missing(model, record, partial=partial)),
-                "what was given to reload_weights",
-                "Layers that were complete have the new weights, all others the old ones; reload a complete checkpoint",
-            )
+            anew.refuse_missing(partial=partial)
         except BaseException:
-            _keep_incomplete_layers(model, model_config)
+            anew.keep_incomplete_layers()
             raise
         return loaded
 
     return load_weights
-
-
-def _keep_incomplete_layers(model: nn.Module, model_config: ModelConfig) -> None:
-    """Give layers whose weights have not all come the ones back that they had."""
-    for layer in model.modules():
-        info = get_layerwise_info(layer)
-        info.load_numel = 0
-        info.loaded_weights.clear()
-    finalize_layerwise_reload(model, model_config)  # type: ignore[no-untyped-call]
 
 
 def _expected(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

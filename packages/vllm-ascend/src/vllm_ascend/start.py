@@ -23,6 +23,7 @@ from vllm_ascend.moe_layers import ConfigReader
 from vllm_ascend.quantization import foreign
 from vllm_ascend.sleep import limits as sleep
 from vllm_ascend.speculative import support as speculation
+from vllm_ascend.weight_transfer import limits as weight_transfer
 
 __all__ = ["Host", "check", "notices", "too_short_for_pictures"]
 
@@ -70,6 +71,7 @@ def check(vllm_config: Any, host: Host) -> AscendConfig:
         found += kinds.broken(vllm_config)
         found += adapters.broken(vllm_config, config)
         found += sleep.broken(vllm_config, config)
+        found += weight_transfer.broken(vllm_config, config)
         found += transfer.broken(vllm_config)
         found += foreign.broken(vllm_config, config)
         found += rules.broken(config, deployment)

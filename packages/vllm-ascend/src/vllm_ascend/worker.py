@@ -110,6 +110,16 @@ class AscendWorker(Worker):
         moving.refuse_to_reload()
         super().start_weight_update()
 
+    def finish_weight_update(self) -> None:
+        """Compute with what a trainer has sent. After a failure another update may begin, which vLLM prevents. ValueError as of the transfer's engine."""
+        try:
+            super().finish_weight_update()
+        except BaseException:
+            self._weight_update_active = False
+            if self.weight_transfer_engine is not None:
+                self.weight_transfer_engine.reset_weight_update_target()
+            raise
+
     @ends_the_engine
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: what vLLM finds, less what graphs will take. Where the user has set the bytes, that."""
