@@ -13,8 +13,7 @@ namespace {
 
 // Beyond, the CPU's libraries are faster: they pack their operands, and multiply bfloat16 as it is.
 constexpr int64_t most_rows(at::ScalarType type) { return type == at::kFloat ? 128 : type == at::kBFloat16 ? 8 : 0; }
-constexpr int tile_columns = 8;     // rows of the weight in a tile: with three rows of `left`, 24 of the 32 AVX-512 registers hold sums
-constexpr int tile_rows = 3;
+constexpr int tile_columns = 8;  // rows of the weight in a tile: with three rows of `left`, 24 of the 32 AVX-512 registers hold sums
 
 template <class T>
 struct Product {
@@ -53,29 +52,36 @@ void tile(const Product<T>& p, int64_t row, int64_t column) {
     }
 }
 
-// All rows of `left` against R rows of the weight, which stay in the first cache meanwhile.
-template <class T, int R>
+// All rows of `left`, C at a time, against R rows of the weight, which stay in the first cache meanwhile.
+template <class T, int R, int C>
 void strip(const Product<T>& p, int64_t column) {
   if (p.rows == 1) return tile<T, R, 1, true>(p, 0, column);
   if (p.rows == 2) return tile<T, R, 2, true>(p, 0, column);
-  tile<T, R, tile_rows, true>(p, 0, column);
-  int64_t row = tile_rows;
-  for (; row + tile_rows <= p.rows; row += tile_rows) tile<T, R, tile_rows, false>(p, row, column);
+  tile<T, R, C, true>(p, 0, column);
+  int64_t row = C;
+  for (; row + C <= p.rows; row += C) tile<T, R, C, false>(p, row, column);
   if (p.rows - row == 2) tile<T, R, 2, false>(p, row, column);
   else if (p.rows - row == 1) tile<T, R, 1, false>(p, row, column);
 }
 
-template <class T>
-void multiply(const Product<T>& p) {
+template <class T, int C>
+void in_tiles(const Product<T>& p) {
   const int64_t strips = (p.columns + tile_columns - 1) / tile_columns;
   parallel(strips, p.rows * p.depth * tile_columns, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       int64_t column = s * tile_columns;
-      if (column + tile_columns <= p.columns) strip<T, tile_columns>(p, column);
+      if (column + tile_columns <= p.columns) strip<T, tile_columns, C>(p, column);
       else
-        for (; column < p.columns; ++column) strip<T, 1>(p, column);
+        for (; column < p.columns; ++column) strip<T, 1, C>(p, column);
     }
   });
+}
+
+// Three rows at a time, or four where that leaves no rest and the passes over a strip are few.
+template <class T>
+void multiply(const Product<T>& p) {
+  if (p.rows % 4 == 0 && p.rows <= 16) in_tiles<T, 4>(p);
+  else in_tiles<T, 3>(p);
 }
 
 }  // namespace
