@@ -23,7 +23,7 @@ def close(got, x, weight, dtype, bias=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 8, 9, 127, 128, 129])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 8, 9, 12, 16, 17, 127, 128, 129])
 @pytest.mark.parametrize(("depth", "columns"), [(16, 1), (48, 7), (576, 64), (64, 1001), (50, 24)])
 def test_linear(dtype, rows, depth, columns):
     x, weight, bias = (numbers(*shape, dtype=dtype) for shape in ((rows, depth), (columns, depth), (columns,)))
