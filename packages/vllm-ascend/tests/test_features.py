@@ -27,7 +27,7 @@ def test_nothing_is_wrong_and_nothing_crashes():
 
 def test_each_pair_has_one_cell():
     count = len(FEATURES)
-    assert len(CELLS) == count + count * (count - 1) // 2
+    assert len(CELLS) == count + count * (count - 1) // 2 - 1  # W8A8 and W4A16
     assert all(set(names) <= set(FEATURES) for names in CELLS.values())
 
 

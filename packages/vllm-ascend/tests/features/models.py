@@ -14,8 +14,8 @@ from int8_models import Int8Linear, int8_model
 from lora_adapters import ALL
 from pooling_models import save_tokenizer
 from rounding import OtherOrder
+from weight_only_models import GROUP, compressed_tensors, config_of, quantised
 
-KINDS = ("dense", "experts", "int8", "experts, int8", "pictures", "int8, pictures", "experts, pictures")
 TOKENS = 8
 LENGTHS = (5, 40, 129, 150)  # within a block of the cache (128), one token more, and beyond
 CANDIDATES, VOCABULARY = 32, 500
@@ -132,6 +132,45 @@ def of_int8(folder, experts):
     write(folder, [{"ids": ids} for ids in prompts], tokens, exact, bound)
 
 
+def in_int4(model, folder, kept):
+    """Give a model the numbers that four bits hold, and write its checkpoint anew with them.
+
+    Args:
+        model: in float32.
+        folder: of its checkpoint, in one file.
+        kept: modules that stay as they are, as compressed-tensors names them. All others of the checkpoint that end in "_proj" change.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    layers = {path: layer for path, layer in model.named_modules() if path.endswith("_proj") and ".layers." in path}
+    for path, layer in layers.items():
+        stored = path if f"{path}.weight" in tensors else path.replace("model.language_model.", "model.")
+        numbers, scale, zero, stands_for = quantised(layer.weight, 4, symmetric=False, group=GROUP)
+        layer.weight.copy_(stands_for)
+        del tensors[f"{stored}.weight"]
+        tensors |= compressed_tensors(stored, numbers, scale, zero, 4, symmetric=False)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = config_of(compressed_tensors, 4, symmetric=False, channels=False) | {
+        "ignore": list(kept)
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def of_int4(folder, experts):
+    """A model of text with weights of 4 bits. Experts of 4 bits are refused by their config, so theirs stay as they are."""
+    model = random_model(experts)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    in_int4(model, folder, ["lm_head"])
+    prompts, (tokens,) = prompts_for([[model]])
+    inputs = [{"input_ids": torch.tensor([ids])} for ids in prompts]
+    exact = vectors(model, inputs)
+    bound = IN_FLOAT32 * error_in_bfloat16([model.bfloat16()], exact, inputs)
+    write(folder, [{"ids": ids} for ids in prompts], tokens, exact, bound)
+
+
 def with_pictures(experts):
     """The zoo's Qwen2-VL; with experts a Qwen3-VL-MoE."""
     from zoo import ENTRIES
@@ -147,7 +186,7 @@ def with_pictures(experts):
     return replace(entry("Qwen3VLMoe", sparse, QWEN_IMAGE), turned_experts=True)
 
 
-def of_pictures(folder, experts, int8):
+def of_pictures(folder, experts, int8, int4):
     from zoo import reference
 
     source = folder / "float" if int8 else folder
@@ -155,6 +194,8 @@ def of_pictures(folder, experts, int8):
     model, requests, more = reference.checkpoint(with_pictures(experts), source)
     if int8:
         model = int8_language_model(source, folder, model)
+    if int4:
+        in_int4(model, folder, ["lm_head", "re:.*visual.*"])
     ids = [request["expanded"] for request in requests]
     tokens = [reference.greedy(model, *both)[0][:TOKENS] for both in zip(ids, more, strict=True)]
     inputs = [reference.inputs_of(model, *both) for both in zip(ids, more, strict=True)]
@@ -217,7 +258,9 @@ def main(kind, folder):
     folder, needs = Path(folder), kind.split(", ")
     with torch.inference_mode():
         if "pictures" in needs:
-            of_pictures(folder, "experts" in needs, "int8" in needs)
+            of_pictures(folder, "experts" in needs, "int8" in needs, "int4" in needs)
+        elif "int4" in needs:
+            of_int4(folder, "experts" in needs)
         elif "int8" in needs:
             of_int8(folder, "experts" in needs)
         else:

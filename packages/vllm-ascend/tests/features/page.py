@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/features.md, from the results of runs."""
 
-from features.table import CELLS, FEATURES, PLAIN, engine, kind_of_model
+from features.table import APART, CELLS, FEATURES, PLAIN, engine, kind_of_model
 
 NOT_RUN = ["not run", ""]
 INTRODUCTION = """# Features
@@ -11,7 +11,7 @@ Written by `nox -s features` from its runs; do not edit.
 What users switch on, each alone and each pair together, on tiny models with random weights (`packages/vllm-ascend/tests/features/`), served by vLLM {vllm} on the
 simulated NPU in float32, W8A8 in bfloat16. Four prompts of 5 to 150 tokens (five with up to two pictures each for multimodal models) are answered with 8 greedy tokens, or with
 a vector each by pooling models. The reference is Hugging Face transformers {transformers}, without any of the features. A pair is run on the model that both need: Qwen3, with
-experts Qwen3-MoE, either in int8, Qwen2-VL, with experts Qwen3-VL-MoE. It has the options of both; expert parallelism is over two ranks of tensor parallelism where it is not beside DP.
+experts Qwen3-MoE, either in int8 or int4, Qwen2-VL, with experts Qwen3-VL-MoE. It has the options of both; expert parallelism is over two ranks of tensor parallelism where it is not beside DP.
 
 | a cell says | that |
 |---|---|
@@ -19,6 +19,7 @@ experts Qwen3-MoE, either in int8, Qwen2-VL, with experts Qwen3-VL-MoE. It has t
 | refused | vLLM or vllm-ascend refuses the configuration before workers start; the number is that of the refusal below |
 | eager | as works, but that steps run operator by operator and not in graphs; the number is that of the line that says so |
 | not run | nobody has looked yet |
+| – | two forms of a checkpoint, of which a model has one |
 
 **Of {all} cells, {works} work, {eager} work without graphs, {refused} are refused, {left} have not been run{other}.**
 
@@ -28,7 +29,7 @@ experts Qwen3-MoE, either in int8, Qwen2-VL, with experts Qwen3-VL-MoE. It has t
 |---|---|---|---|---|
 """
 MODELS = {
-    "dense": "Qwen3", "experts": "Qwen3-MoE", "int8": "Qwen3 in int8", "pictures": "Qwen2-VL",
+    "dense": "Qwen3", "experts": "Qwen3-MoE", "int8": "Qwen3 in int8", "int4": "Qwen3 in int4", "pictures": "Qwen2-VL",
 }  # fmt: skip
 
 
@@ -92,6 +93,9 @@ def render(results):
     for row in FEATURES:
         cells = []
         for column in FEATURES:
+            if {row, column} == APART:
+                cells.append("–")
+                continue
             name = row if row == column else next(name for name, pair in CELLS.items() if set(pair) == {row, column})
             cells.append(notes.shown(cell_of(results, name)))
         text += f"| {row} | {' | '.join(cells)} |\n"

@@ -29,7 +29,7 @@ class Feature:
         name: how it is called there.
         heading: the same in a column's heading.
         engine: what it changes in `PLAIN`.
-        model: the kind of model that it needs: "experts", "int8", "pictures"; "": any.
+        model: the kind of model that it needs: "experts", "int8", "int4", "pictures"; "": any.
         shown: what a run must show beside the right tokens.
     """
 
@@ -81,6 +81,10 @@ _ALL = [
         shown="ModelSlim's dynamic int8 checkpoint, in bfloat16; the reference computes its products in whole numbers",
     ),
     Feature(
+        name="W4A16", heading="W4A16", model="int4",
+        shown="a checkpoint of compressed-tensors with weights alone in 4 bits, in groups of 32; the reference computes with what they stand for",
+    ),
+    Feature(
         name="sleep", heading="sleep", engine={"enable_sleep_mode": True}, shown="the same prompts again, after a sleep of level 1",
     ),
     Feature(
@@ -104,7 +108,11 @@ _ALL = [
     ),
 ]  # fmt: skip
 FEATURES = {feature.name: feature for feature in _ALL}
-CELLS = {name: (name,) for name in FEATURES} | {" x ".join(pair): pair for pair in combinations(FEATURES, 2)}
+APART = {"W8A8", "W4A16"}
+"""Forms of a checkpoint, of which a model has one."""
+CELLS = {name: (name,) for name in FEATURES} | {
+    " x ".join(pair): pair for pair in combinations(FEATURES, 2) if set(pair) != APART
+}
 """Name of each cell -> its features."""
 
 
