@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import openai
+import peft
 import pytest
 import torch
+import weight_only_models
 from engine_jobs import GREEDY, ONE_PROCESS, captured, tokens
 from engine_processes import LIMIT, end, listening_port, start
 from int8_models import PROMPTS, quantise_statically
@@ -188,6 +190,30 @@ def test_int8_of_compressed_tensors(ranks, static, tmp_path, run_engines):
     assert [one["said"] for one in result["actions"][1]] == [None] * 4
     assert tokens(result) == tokens(expected)
     assert tokens(result, 1) == tokens(expected)
+
+
+@pytest.mark.parametrize("form", ["modelslim", "compressed-tensors", "gptq", "awq"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_adapters_of_quantised_layers(ranks, form, tmp_path, run_engines):
+    """vLLM's LoRA layers call the product of a quantised layer themselves: without an adapter it is what it is in an engine that has none. (What adapters add to it is in docs/features.md.)"""
+    folder = tmp_path / form
+    if form in ("gptq", "awq"):
+        model = weight_only_models.make(folder, getattr(weight_only_models, form), 4, symmetric=form == "gptq")
+    else:
+        model = small_qwen3(tmp_path / "float")
+        modelslim = quantise_statically(model, tmp_path / "float", tmp_path / "modelslim", PROMPTS[:1])
+        folder = modelslim if form == "modelslim" else as_compressed(modelslim, folder, static=True)
+    torch.manual_seed(8)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(ALL), init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    asked = {"prompts": PROMPTS[:4], "sampling": SAMPLING}
+    runs = [asked | {"adapters": [each] * 4} for each in (None, str(tmp_path / "adapter"))]
+    engine = TINY | {"model": str(folder), "dtype": "bfloat16", "tensor_parallel_size": ranks}
+    without = {name: value for name, value in engine.items() if "lora" not in name}
+    jobs = [{"engine": without, "runs": [asked]}, {"engine": engine, "runs": runs}]
+    expected, result = run_engines(jobs, **(ONE_PROCESS if ranks == 1 else {}))
+    assert tokens(result) == tokens(expected)
+    assert all(one != other for one, other in zip(tokens(result), tokens(result, 1), strict=True))
 
 
 LAUNCHED = """

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nox -s speculation`: greedy tokens of every method of speculative decoding against Hugging Face transformers, over more arrangements than the default tests have."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from engine_jobs import GREEDY, ONE_PROCESS, SMALL, tokens
+from features import models
 from moe_families import models_of_each_family
 from speculative_models import PROMPTS, llama_with_drafts, with_next_token_layer
 
@@ -100,6 +106,35 @@ def test_drafts_of_the_text(llama, run_engines):
     for result in run_engines([job(folder, draft, max_num_batched_tokens=64) for draft in drafts], **ALONE):
         assert tokens(result) == expected
         assert sum(kept(result)) > 0
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_models(kind, tmp_path, run_engines):
+    """Drafts of a float model or of the model itself, and n-grams, on prompts to which rounding makes no difference."""
+    make = "import sys; from features import models; models.main(*sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", make, kind, str(tmp_path)], cwd=Path(__file__).parent, check=True)
+    reference = json.loads((tmp_path / "reference.json").read_text())
+    prompts = [request["ids"] for request in reference["requests"]]
+    run = {"prompts": prompts, "sampling": SAMPLING | {"max_tokens": models.TOKENS}}
+    draft = {
+        "method": "draft_model",
+        "model": str(tmp_path / "float" if kind == "int8" else tmp_path),
+        "num_speculative_tokens": 3,
+    }
+    dtype = "bfloat16" if kind == "int8" else "float32"
+    engine = TINY | {"model": str(models.checkpoint(kind, tmp_path)), "dtype": dtype, "max_num_batched_tokens": 512}
+    for ranks, env in ((1, ALONE), (2, INSPECTED)):
+        jobs = [
+            {
+                "engine": engine | {"speculative_config": how, "tensor_parallel_size": ranks},
+                "runs": [run],
+                "inspect": True,
+            }
+            for how in (draft, NGRAM)
+        ]
+        by_model, by_text = run_engines(jobs, **env)
+        assert tokens(by_model) == tokens(by_text) == reference["tokens"]
+        assert sum(kept(by_model)) > 0
 
 
 def test_two_ranks(llama, next_token_models, run_engines):

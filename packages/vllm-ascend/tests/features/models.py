@@ -6,6 +6,7 @@ most certain, so that another order of summation, or another rank's int8 scales,
 """
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,15 +100,15 @@ def write(folder, requests, tokens, exact, bound, **more):
 
 def of_text(folder, experts):
     """A model of text, and an adapter for it."""
-    from peft import LoraConfig, get_peft_model
-
     model = random_model(experts)
     model.save_pretrained(folder)
     save_tokenizer(folder)
-    torch.manual_seed(SEED + 1)
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=list(ALL[:4]), init_lora_weights=False)
-    adapted = get_peft_model(random_model(experts), config).eval()
-    adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    answered(model, folder)
+
+
+def answered(model, folder):
+    """Write an adapter for a model in float32, and what is said with and without it."""
+    adapted = with_adapter(model, folder)
     prompts, (base, changed) = prompts_for([[model], [adapted]])
     inputs = [{"input_ids": torch.tensor([ids])} for ids in prompts]
     exact = vectors(model, inputs)
@@ -115,21 +116,60 @@ def of_text(folder, experts):
     write(folder, [{"ids": ids} for ids in prompts], base, exact, bound, adapter={"tokens": changed})
 
 
+def with_adapter(model, folder):
+    """A copy of a model with an adapter, which is written into the model's folder."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(SEED + 1)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=list(ALL[:4]), init_lora_weights=False)
+    adapted = get_peft_model(deepcopy(model), config).eval()
+    adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return adapted
+
+
 def of_int8(folder, experts):
     """The same in int8. Over two ranks a part of each layer's inputs has scales of its own. Prompts are those to which rounding to bfloat16 makes no difference."""
     from ascend_sim.checkpoints import quantise
 
-    source = folder / "float"
-    random_model(experts).save_pretrained(source)
+    source, model = folder / "float", random_model(experts)
+    model.save_pretrained(source)
     quantise(source, folder / "int8", keep_float=("lm_head",))
     save_tokenizer(folder / "int8")
-    one, two = (int8_model(source, folder / "int8", parts).float().eval() for parts in (1, 2))
-    rounded = [int8_model(source, folder / "int8", parts).eval() for parts in (1, 2)]
-    prompts, (tokens,) = prompts_for([[one, two, *rounded]])
+    adapter = with_adapter(model, folder)
+
+    def as_served(*, adapted):
+        made = [int8_model(source, folder / "int8", parts).eval() for parts in (1, 2)]
+        if adapted:
+            for one in made:
+                add_adapter(one, adapter)
+        return [*(deepcopy(one).float() for one in made), *made]
+
+    plain = as_served(adapted=False)
+    prompts, (tokens, changed) = prompts_for([plain, as_served(adapted=True)])
+    one = plain[0]
     inputs = [{"input_ids": torch.tensor([ids])} for ids in prompts]
     exact = vectors(one, inputs)
-    bound = IN_INT8 * error_in_bfloat16([int8_model(source, folder / "int8", parts) for parts in (1, 2)], exact, inputs)
-    write(folder, [{"ids": ids} for ids in prompts], tokens, exact, bound)
+    bound = IN_INT8 * error_in_bfloat16(plain[2:], exact, inputs)
+    write(folder, [{"ids": ids} for ids in prompts], tokens, exact, bound, adapter={"tokens": changed})
+
+
+class Adapted(torch.nn.Module):
+    """A layer of any kind and what an adapter, of peft's layer, adds to it."""
+
+    def __init__(self, layer, added):
+        super().__init__()
+        self.layer, self.scale = layer, added.scaling["default"]
+        self.down, self.up = deepcopy(added.lora_A["default"]).bfloat16(), deepcopy(added.lora_B["default"]).bfloat16()
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x)) * self.scale
+
+
+def add_adapter(model, adapter):
+    """Put the adapter of peft's model to layers that peft does not know."""
+    for path, added in adapter.base_model.model.named_modules():
+        if hasattr(added, "lora_A"):
+            model.set_submodule(path, Adapted(model.get_submodule(path), added))
 
 
 def in_int4(model, folder, kept):
@@ -164,11 +204,7 @@ def of_int4(folder, experts):
     model.save_pretrained(folder)
     save_tokenizer(folder)
     in_int4(model, folder, ["lm_head"])
-    prompts, (tokens,) = prompts_for([[model]])
-    inputs = [{"input_ids": torch.tensor([ids])} for ids in prompts]
-    exact = vectors(model, inputs)
-    bound = IN_FLOAT32 * error_in_bfloat16([model.bfloat16()], exact, inputs)
-    write(folder, [{"ids": ids} for ids in prompts], tokens, exact, bound)
+    answered(model, folder)
 
 
 def with_pictures(experts):

@@ -36,11 +36,6 @@ def _of_the_engine(vllm_config: Any) -> Iterator[tuple[str, str]]:
     leave = "leave --enable-lora out, and merge the adapter into the model"
     if model.runner_type != "generate":
         yield "a pooling model", f"no test has shown it to be right; {leave}"
-    if model.quantization is not None:
-        yield (
-            f"a quantised checkpoint (quantization {model.quantization!r})",
-            f"no test has shown it to be right; {leave}",
-        )
     if model.use_mla:
         yield "multi-head latent attention", f"its kernels read the weight of kv_b_proj without its adapter; {leave}"
     if states.has_states(model):

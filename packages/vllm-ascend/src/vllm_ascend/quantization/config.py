@@ -20,6 +20,8 @@ __all__ = ["METHOD", "AscendQuantizationConfig", "choose_by_folder"]
 METHOD = "ascend"
 # Formats of vLLM that read a checkpoint as its author has written it; others have files of their own, or none.
 _CHECKPOINT_FORMATS = ("auto", "hf", "safetensors", "mistral", "fastsafetensors", "instanttensor", "runai_streamer")
+# How vLLM begins the names of layers of a model that drafts for another.
+_OF_DRAFT = "draft_model."
 
 
 class AscendQuantizationConfig(QuantizationConfig):
@@ -94,6 +96,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         from vllm_ascend.quantization.linear import W8A8DynamicLinearMethod, W8A8StaticLinearMethod
         from vllm_ascend.quantization.moe import W8A8DynamicExpertsMethod
 
+        prefix = prefix.removeprefix(_OF_DRAFT)
         if isinstance(layer, LinearBase):
             kind = self.description.linear(prefix, self.packed_modules_mapping)
             if kind == FLOAT:

@@ -21,6 +21,8 @@ _OVER_RANKS = {
     "tensor_parallel_size": ("draft_model", "eagle", "mtp"),
     "data_parallel_size": ("draft_model", "mtp"),
 }
+# Methods for models that are quantised.
+_OF_QUANTISED = ("draft_model", *_OF_TEXT)
 _MTP = ("deepseek_mtp", "glm4_moe_mtp")
 _MOST_TOKENS = 128  # vLLM's rejection sampler asserts it in a step
 # What vLLM's `SpeculativeConfig` has beside methods, and the only values that are served.
@@ -66,11 +68,12 @@ def broken(vllm_config: Any) -> Iterator[str]:
 
 
 def _beside(vllm_config: Any) -> Iterator[str]:
-    """What is not served together with any method."""
+    """What is not served together with this method, most of it with none."""
     of_models = (features.POOLING, features.ENCODER_DECODER, features.STATES, features.MULTIMODAL)
     switched_on = (features.PROMPT_EMBEDS, features.SLEEP, features.LORA, features.KV_CONNECTORS)
     yield from features.used(vllm_config, *of_models, *switched_on)
-    if (quantised_by := vllm_config.model_config.quantization) is not None:
+    quantised_by = vllm_config.model_config.quantization
+    if quantised_by is not None and vllm_config.speculative_config.method not in _OF_QUANTISED:
         yield f"models quantised by {quantised_by!r}"
     if options := vllm_config.additional_config:
         yield f"options of additional_config ({', '.join(options)})"
