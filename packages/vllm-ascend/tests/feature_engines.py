@@ -169,7 +169,10 @@ def small_qwen3(folder):
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_int8_of_compressed_tensors(ranks, static, tmp_path, run_engines):
-    """The tokens of the same weights in ModelSlim's form. Its weights are kept after a sleep without them."""
+    """The tokens of the same weights in ModelSlim's form. Its weights are kept after a sleep without them.
+
+    Of two ranks with static scales, ModelSlim's first adds what the offset asks for of all inputs, and each of compressed-tensors its own part: partial products round otherwise.
+    """
     from ascend_sim.checkpoints import quantise
 
     model = small_qwen3(tmp_path / "float")
@@ -178,7 +181,7 @@ def test_int8_of_compressed_tensors(ranks, static, tmp_path, run_engines):
     else:
         modelslim = quantise(tmp_path / "float", tmp_path / "modelslim", keep_float=("lm_head",))
     folder = as_compressed(modelslim, tmp_path / "compressed", static=static)
-    sampling = {"prompts": PROMPTS[:4], "sampling": SAMPLING}
+    sampling = {"prompts": PROMPTS[:4], "sampling": SAMPLING | {"logprobs": 3}}
     asleep = sampling | {"before": [["sleep", 2], ["wake_up", ["weights"]], ["reload"], ["wake_up", ["kv_cache"]]]}
     engine = {name: value for name, value in TINY.items() if "lora" not in name}
     engine |= {"tensor_parallel_size": ranks, "dtype": "bfloat16"}
@@ -186,10 +189,24 @@ def test_int8_of_compressed_tensors(ranks, static, tmp_path, run_engines):
         {"engine": engine | {"model": str(modelslim)}, "runs": [sampling]},
         {"engine": engine | {"model": str(folder), "enable_sleep_mode": True}, "runs": [sampling, asleep]},
     ]
-    expected, result = run_engines(jobs, **(ONE_PROCESS if ranks == 1 else {}))
+    expected, result = run_engines(jobs, **ONE_PROCESS)
     assert [one["said"] for one in result["actions"][1]] == [None] * 4
-    assert tokens(result) == tokens(expected)
-    assert tokens(result, 1) == tokens(expected)
+    assert tokens(result, 1) == tokens(result)
+    if static and ranks > 1:
+        assert_same_until_a_tie(result["runs"][0], expected["runs"][0])
+    else:
+        assert tokens(result) == tokens(expected)
+
+
+def assert_same_until_a_tie(outputs, others):
+    """Each pair of outputs has the same tokens, or the first two that differ lie no further apart than rounding has moved the likely ones of that step."""
+    for output, other in zip(outputs, others, strict=True):
+        steps = zip(output["tokens"], other["tokens"], output["logprobs"], other["logprobs"], strict=True)
+        for mine, its, here, there in steps:
+            if mine != its:
+                moved = max(abs(here[token] - there[token]) for token in here.keys() & there.keys())
+                assert there[str(its)] - there[str(mine)] <= 2 * moved
+                break
 
 
 @pytest.mark.parametrize("form", ["modelslim", "compressed-tensors", "gptq", "awq"])
@@ -211,7 +228,7 @@ def test_adapters_of_quantised_layers(ranks, form, tmp_path, run_engines):
     engine = TINY | {"model": str(folder), "dtype": "bfloat16", "tensor_parallel_size": ranks}
     without = {name: value for name, value in engine.items() if "lora" not in name}
     jobs = [{"engine": without, "runs": [asked]}, {"engine": engine, "runs": runs}]
-    expected, result = run_engines(jobs, **(ONE_PROCESS if ranks == 1 else {}))
+    expected, result = run_engines(jobs, **ONE_PROCESS)
     assert tokens(result) == tokens(expected)
     assert all(one != other for one, other in zip(tokens(result), tokens(result, 1), strict=True))
 
