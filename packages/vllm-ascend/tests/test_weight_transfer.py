@@ -8,17 +8,15 @@ import sys
 
 import pytest
 import torch
+from engine_jobs import GREEDY, SMALL
 from engine_processes import ENVIRONMENT, HERE, LIMIT, start, wait
 from moe_families import TOKENS, made_families
 from served import Server, running
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
-GREEDY = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False}
-SMALL = {
-    "dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 64 << 20,
-    "skip_tokenizer_init": True,
-}  # fmt: skip
+SAMPLING = GREEDY | {"max_tokens": TOKENS, "detokenize": False}
+TINY = SMALL | {"max_model_len": 256, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 64 << 20, "skip_tokenizer_init": True}  # fmt: skip
 PACKED, SINGLE = {"packed_buffer_size_bytes": 100_000}, {"packed": False}
 
 
@@ -65,8 +63,8 @@ def test_rounds_of_a_dense_model(ranks, qwen3, run):
         {"weights": str(second), "leaves": True},
         {"weights": str(first), "wire": SINGLE},
     ]
-    engine = {"model": str(folder), **SMALL, "tensor_parallel_size": ranks}
-    results = run({"engine": engine, "prompts": prompts, "sampling": GREEDY, "rounds": rounds})
+    engine = {"model": str(folder), **TINY, "tensor_parallel_size": ranks}
+    results = run({"engine": engine, "prompts": prompts, "sampling": SAMPLING, "rounds": rounds})
     assert [one["said"] for one in results] == [None] * 4
     assert [one["tokens"] for one in results] == [before, expected, others, expected]
 
@@ -75,10 +73,10 @@ def test_failures_end_on_both_sides(qwen3, run):
     """Each round fails in a way of its own, and the one after it succeeds. The engine answers after each."""
     folder, prompts, _, ((first, expected), (second, _)) = qwen3
     wrong = ["source", "name", "shape", "part"]
-    rounds = [{"weights": str(second), "wrong": kind, "wire": PACKED, "asks": kind == "source"} for kind in wrong]
+    rounds = [{"weights": str(second), "wrong": kind, "wire": PACKED} for kind in wrong]
     rounds.append({"weights": str(first), "wire": PACKED})
-    engine = {"model": str(folder), **SMALL, "tensor_parallel_size": 2}
-    said = run({"engine": engine, "prompts": prompts, "sampling": GREEDY, "rounds": rounds})
+    engine = {"model": str(folder), **TINY, "tensor_parallel_size": 2}
+    said = run({"engine": engine, "prompts": prompts, "sampling": SAMPLING, "rounds": rounds})
     assert said[1]["said"] == ["ArithmeticError", "the trainer's own"]
     assert "nowhere" in said[2]["said"][1]
     assert "does not have the shape" in said[3]["said"][1]
@@ -92,16 +90,16 @@ def test_experts_and_latent_attention(tmp_path_factory, hugging_face, run):
     """Experts in the slots of their ranks, and the copies of weights that latent attention derives."""
     folder, prompts, before = made_families(tmp_path_factory.mktemp, hugging_face)["deepseek_v3"]
     other, expected = trained(folder, prompts, hugging_face, tmp_path_factory.mktemp("trained"), 3)
-    engine = {"model": str(folder), **SMALL, "tensor_parallel_size": 2, "enable_expert_parallel": True}
+    engine = {"model": str(folder), **TINY, "tensor_parallel_size": 2, "enable_expert_parallel": True}
     rounds = [{"weights": str(other), "wire": PACKED}]
-    results = run({"engine": engine, "prompts": prompts, "sampling": GREEDY, "rounds": rounds})
+    results = run({"engine": engine, "prompts": prompts, "sampling": SAMPLING, "rounds": rounds})
     assert [one["tokens"] for one in results] == [before, expected]
 
 
 def test_a_device_is_given_once(qwen3, run):
     folder, prompts, before, ((first, _), _) = qwen3
-    engine = {"model": str(folder), **SMALL}
-    job = {"engine": engine, "prompts": prompts, "sampling": GREEDY, "rounds": [{"weights": str(first)}], "device": 0}
+    engine = {"model": str(folder), **TINY}
+    job = {"engine": engine, "prompts": prompts, "sampling": SAMPLING, "rounds": [{"weights": str(first)}], "device": 0}
     said = run(job)
     assert said[1]["said"][1].startswith("ranks 0 and 1 of the transfer are on one NPU (device 0 of ")
     assert said[1]["tokens"] == before

@@ -81,7 +81,6 @@ def make(folder, form, bits, *, symmetric, channels=False):
     Returns:
         The model that it stands for, in float32.
     """
-    from safetensors.torch import save_file
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(6)
@@ -89,25 +88,42 @@ def make(folder, form, bits, *, symmetric, channels=False):
         vocab_size=500, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=128,
         max_position_embeddings=256, initializer_range=0.1, tie_word_embeddings=False,
     )).float().eval()  # fmt: skip
-    tensors = {}
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if not name.endswith("_proj.weight"):
                 if name.endswith("bias"):
                     tensor.normal_()
                 tensor.copy_(tensor.bfloat16())
-                tensors[name] = tensor.bfloat16().contiguous()
-                continue
-            numbers, scale, zero, stands_for = quantised(
-                tensor, bits, symmetric=symmetric, group=tensor.shape[1] if channels else GROUP
-            )
-            tensor.copy_(stands_for)
-            tensors |= form(name.removesuffix(".weight"), numbers, scale.bfloat16(), zero, bits, symmetric=symmetric)
-    model.save_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        model.save_pretrained(folder)
+        quantise(model, folder, form, bits, symmetric=symmetric, channels=channels)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = config_of(form, bits, symmetric=symmetric, channels=channels)
     config["dtype"] = config["torch_dtype"] = "bfloat16"
     (folder / "config.json").write_text(json.dumps(config))
     return model
+
+
+def quantise(model, folder, form, bits, *, symmetric, channels=False, **config):
+    """Give the projections of a model the numbers that they are rounded to, and write its checkpoint, in one file, anew with them.
+
+    Args:
+        model: in float32.
+        folder: of its checkpoint.
+        form, bits, symmetric, channels: as of `make`.
+        config: what else its `quantization_config` says.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    layers = {path: layer for path, layer in model.named_modules() if path.endswith("_proj") and ".layers." in path}
+    for path, layer in layers.items():  # some files have an older name for a part of the model
+        stored = path if f"{path}.weight" in tensors else path.replace("model.language_model.", "model.")
+        weight = layer.weight
+        group = weight.shape[1] if channels else GROUP
+        numbers, scale, zero, stands_for = quantised(weight, bits, symmetric=symmetric, group=group)
+        weight.copy_(stands_for)
+        del tensors[f"{stored}.weight"]
+        tensors |= form(stored, numbers, scale.bfloat16(), zero, bits, symmetric=symmetric)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    whole = json.loads((folder / "config.json").read_text())
+    whole["quantization_config"] = config_of(form, bits, symmetric=symmetric, channels=channels) | config
+    (folder / "config.json").write_text(json.dumps(whole))

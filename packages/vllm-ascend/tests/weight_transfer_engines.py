@@ -9,7 +9,7 @@ import sys
 
 
 class Direct:
-    """The engine in this process, as a trainer calls it; notes what was called."""
+    """The engine in this process, as a trainer calls it."""
 
     def __init__(self, llm):
         self.llm = llm
@@ -69,7 +69,7 @@ def main(job_file, result_file):
     with open(job_file) as handle:
         job = json.load(handle)
     llm = LLM(**job["engine"], weight_transfer_config=WeightTransferConfig(backend="hccl"))
-    torch.npu.set_device(torch.npu.device_count() - 1 if job.get("device") is None else job["device"])
+    torch.npu.set_device(job.get("device", torch.npu.device_count() - 1))
     parallel = llm.llm_engine.vllm_config.parallel_config
 
     def answers():
@@ -81,14 +81,13 @@ def main(job_file, result_file):
     for one in job["rounds"]:
         said = None
         try:
+            weights = source(one["weights"], one.get("wrong"))
             if engine is None:
                 info = HCCLTrainerInitInfo(
                     "127.0.0.1", 0, 1 + parallel.world_size_across_dp, rank=0, **one.get("wire", {})
                 )
-                engine = HCCLTrainerWeightTransferEngine.trainer_init(
-                    info, client=Direct(llm), source=source(one["weights"], None)
-                )
-            engine.source = source(one["weights"], one.get("wrong"))
+                engine = HCCLTrainerWeightTransferEngine.trainer_init(info, client=Direct(llm), source=weights)
+            engine.source = weights
             engine.send_weights()
             llm.reset_prefix_cache()
         except Exception as error:
@@ -96,7 +95,7 @@ def main(job_file, result_file):
             if engine is not None:
                 engine.shutdown()
                 engine = None
-        results.append({"said": said, "tokens": answers() if one.get("asks", True) else None})
+        results.append({"said": said, "tokens": answers()})
         if one.get("leaves") and engine is not None:
             engine.shutdown()
             engine = None

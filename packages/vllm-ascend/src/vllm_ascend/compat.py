@@ -138,6 +138,12 @@ def drop_late_answers() -> None:
     call = MultiprocExecutor.collective_rpc
     late: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # answers of calls that have failed, by queue
 
+    def read(queue: Any, left: Callable[[], float | None]) -> Any:
+        while late.get(queue):
+            queue.dequeue(timeout=left())
+            late[queue] -= 1
+        return queue.dequeue(timeout=left())
+
     def collective_rpc(self: Any, method: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
         waits = not kwargs.get("non_block", False)
         future = call(self, method, timeout, *args, **kwargs | {"non_block": True})
@@ -146,17 +152,16 @@ def drop_late_answers() -> None:
         queues = list(self.response_mqs) if rank is None else [self.response_mqs[rank]]
         ends = None if timeout is None else time.monotonic() + timeout
 
+        def left() -> float | None:
+            return None if ends is None else max(0.0, ends - time.monotonic())
+
         def answers() -> Any:
-            found = []
+            found: list[Any] = []
             unread = list(queues)
             try:
                 while unread:
-                    queue = unread[0]
-                    for before in range(late.get(queue, 0), -1, -1):
-                        left = None if ends is None else max(0.0, ends - time.monotonic())
-                        status, answer = queue.dequeue(timeout=left)
-                        late[queue] = max(before - 1, 0)
-                    unread.pop(0)
+                    status, answer = read(unread[0], left)
+                    del unread[0]
                     if status != WorkerProc.ResponseStatus.SUCCESS:
                         raise RuntimeError(
                             f"Worker failed with error '{answer}', please check the stack trace above for the root cause"

@@ -8,6 +8,7 @@ weights are loaded anew. Here each element of each parameter must have been writ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -89,9 +90,6 @@ class WeightsAnew:
         model: a model that runs, as it is before vLLM lays it out.
         model_config: its config.
         source: what the weights come from, for errors.
-
-    Attributes:
-        record: notes, while it is entered, what is written.
     """
 
     record: LoadRecord
@@ -108,15 +106,26 @@ class WeightsAnew:
         expected = {name: one for name, one in _expected(self._model) if name not in self._tied}
         self.record = LoadRecord(expected)
 
-    def refuse_missing(self, *, partial: bool) -> None:
-        """Raise ValueError that names the tensors that have not come. With `partial`, layers of which nothing came may keep their weights."""
-        _refuse(
-            list(_missing(self._model, self.record, partial=partial)),
-            self._source,
-            "Layers that were complete have the new weights, all others the old ones; load a complete checkpoint",
-        )
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Record what is written inside. After a failure incomplete layers have the weights that they had."""
+        try:
+            with self.record:
+                yield
+        except BaseException:
+            self._keep_incomplete_layers()
+            raise
 
-    def keep_incomplete_layers(self) -> None:
+    def refuse_missing(self, *, partial: bool) -> None:
+        """Raise ValueError that names the tensors that have not come; incomplete layers have the weights that they had. With `partial`, no tensor of a layer need come."""
+        if missing := list(_missing(self._model, self.record, partial=partial)):
+            self._keep_incomplete_layers()
+            advice = (
+                "Layers that were complete have the new weights, all others the old ones; load a complete checkpoint"
+            )
+            _refuse(missing, self._source, advice)
+
+    def _keep_incomplete_layers(self) -> None:
         """Give layers whose weights have not all come the ones back that they had, and let the model run again."""
         for layer in self._model.modules():
             info = get_layerwise_info(layer)
@@ -140,14 +149,10 @@ def reloading(model: nn.Module, model_config: ModelConfig, *, partial: bool) -> 
     load: Callable[..., Any] = model.load_weights  # type: ignore[assignment]  # a method, which nn.Module's type does not know
 
     def load_weights(weights: Iterable[tuple[str, Tensor]]) -> Any:
-        try:
-            anew.expect()
-            with anew.record:
-                loaded = load(weights)
-            anew.refuse_missing(partial=partial)
-        except BaseException:
-            anew.keep_incomplete_layers()
-            raise
+        anew.expect()
+        with anew.loading():
+            loaded = load(weights)
+        anew.refuse_missing(partial=partial)
         return loaded
 
     return load_weights

@@ -21,7 +21,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_ascend import compat, graphs, layers, loader, parallel, states, warmup
 from vllm_ascend.attention import kinds, probe
 from vllm_ascend.failing import ends_the_engine
-from vllm_ascend.layers import linear, mamba, moving
+from vllm_ascend.layers import mamba
 from vllm_ascend.model_runner import AscendModelRunner
 from vllm_ascend.profiler import NpuProfiler
 from vllm_ascend.quantization import compressed, weight_only
@@ -103,12 +103,6 @@ class AscendWorker(Worker):
         backend = cast(AscendSleepBackend, self.sleep_mode_backend)
         backend.parameters = lambda: self.model_runner.get_model().parameters()
         return backend.pool(tag)
-
-    def start_weight_update(self) -> None:
-        """Begin to receive weights from a trainer. ValueError as of `AscendModelRunner.reload_weights`."""
-        linear.refuse_to_reload()
-        moving.refuse_to_reload()
-        super().start_weight_update()
 
     def finish_weight_update(self) -> None:
         """Compute with what a trainer has sent. After a failure another update may begin, which vLLM prevents. ValueError as of the transfer's engine."""

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import weight_only_models
 from int8_models import Int8Linear, int8_model
 from lora_adapters import ALL
 from pooling_models import save_tokenizer
 from rounding import OtherOrder
-from weight_only_models import GROUP, compressed_tensors, config_of, quantised
 
 TOKENS = 8
 LENGTHS = (5, 40, 129, 150)  # within a block of the cache (128), one token more, and beyond
@@ -25,6 +25,7 @@ SIZES = {
     "max_position_embeddings": 256, "tie_word_embeddings": False, "initializer_range": 0.1,
 }  # fmt: skip
 EXPERTS = {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
+INT4 = {"form": weight_only_models.compressed_tensors, "bits": 4, "symmetric": False}
 OF_TOWERS = ("qkv", "proj", "fc1", "fc2", "0", "2")  # stay in float beside int8 layers
 # How much larger than Hugging Face's errors in bfloat16 those of vectors may be. float32 rounds 16 bits later, in each of at most 512 sums (test_pooling.py). An int8 model's other
 # operations are in bfloat16 as well, with errors of their own.
@@ -172,38 +173,12 @@ def add_adapter(model, adapter):
             model.set_submodule(path, Adapted(model.get_submodule(path), added))
 
 
-def in_int4(model, folder, kept):
-    """Give a model the numbers that four bits hold, and write its checkpoint anew with them.
-
-    Args:
-        model: in float32.
-        folder: of its checkpoint, in one file.
-        kept: modules that stay as they are, as compressed-tensors names them. All others of the checkpoint that end in "_proj" change.
-    """
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    layers = {path: layer for path, layer in model.named_modules() if path.endswith("_proj") and ".layers." in path}
-    for path, layer in layers.items():
-        stored = path if f"{path}.weight" in tensors else path.replace("model.language_model.", "model.")
-        numbers, scale, zero, stands_for = quantised(layer.weight, 4, symmetric=False, group=GROUP)
-        layer.weight.copy_(stands_for)
-        del tensors[f"{stored}.weight"]
-        tensors |= compressed_tensors(stored, numbers, scale, zero, 4, symmetric=False)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = config_of(compressed_tensors, 4, symmetric=False, channels=False) | {
-        "ignore": list(kept)
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 def of_int4(folder, experts):
     """A model of text with weights of 4 bits. Experts of 4 bits are refused by their config, so theirs stay as they are."""
     model = random_model(experts)
     model.save_pretrained(folder)
     save_tokenizer(folder)
-    in_int4(model, folder, ["lm_head"])
+    weight_only_models.quantise(model, folder, **INT4)
     answered(model, folder)
 
 
@@ -231,7 +206,7 @@ def of_pictures(folder, experts, int8, int4):
     if int8:
         model = int8_language_model(source, folder, model)
     if int4:
-        in_int4(model, folder, ["lm_head", "re:.*visual.*"])
+        weight_only_models.quantise(model, folder, **INT4, ignore=["lm_head", "re:.*visual.*"])
     ids = [request["expanded"] for request in requests]
     tokens = [reference.greedy(model, *both)[0][:TOKENS] for both in zip(ids, more, strict=True)]
     inputs = [reference.inputs_of(model, *both) for both in zip(ids, more, strict=True)]

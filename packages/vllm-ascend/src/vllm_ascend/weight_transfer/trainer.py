@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from vllm.distributed.weight_transfer.base import TrainerInitInfo, VLLMWeightSyncClient, WeightSource
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
-from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES, DEFAULT_PACKED_NUM_BUFFERS
+from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient, WeightSource
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
 from vllm_ascend import compat
+from vllm_ascend.weight_transfer import BACKEND
 from vllm_ascend.weight_transfer.group import TransferGroup
 from vllm_ascend.weight_transfer.worker import HCCLWeightTransferInitInfo
 
@@ -20,7 +20,7 @@ __all__ = ["HCCLTrainerInitInfo", "HCCLTrainerWeightTransferEngine"]
 
 
 @dataclass
-class HCCLTrainerInitInfo(TrainerInitInfo):
+class HCCLTrainerInitInfo(NCCLTrainerInitInfo):
     """Where the trainer listens, and how weights are sent. vLLM's `WeightTransferTrainerFactory` finds the engine by it.
 
     Args:
@@ -34,14 +34,8 @@ class HCCLTrainerInitInfo(TrainerInitInfo):
         rank: this process's among those of the trainer; 0 sends, the others only take part in what the source gathers.
     """
 
-    backend: ClassVar[str] = "hccl"
+    backend: ClassVar[str] = BACKEND
 
-    master_address: str
-    master_port: int
-    world_size: int
-    packed: bool = True
-    packed_buffer_size_bytes: int = DEFAULT_PACKED_BUFFER_SIZE_BYTES
-    packed_num_buffers: int = DEFAULT_PACKED_NUM_BUFFERS
     timeout_seconds: float = 600.0
 
 
@@ -52,8 +46,8 @@ class HCCLTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):
     by `trainer_init`, after `shutdown`.
     """
 
-    init_info_cls = HCCLTrainerInitInfo  # type: ignore[assignment]  # vLLM's engine is typed for NCCL's
-    model_update_group: TransferGroup | None  # type: ignore[assignment]  # so is this
+    init_info_cls = HCCLTrainerInitInfo
+    model_update_group: TransferGroup | None  # type: ignore[assignment]  # vLLM's engine is typed for NCCL's
 
     @classmethod
     def trainer_init(  # type: ignore[override]  # and this

@@ -89,14 +89,13 @@ class HCCLWeightTransferEngine(NCCLWeightTransferEngine):
         """
         assert self._anew is not None
         try:
-            with self._anew.record:
+            with self._anew.loading():
                 super().receive_weights(update_info)
         except BaseException as error:
             if isinstance(error, AssertionError):  # vLLM's loaders assert shapes, without a word
                 error = ValueError(
                     "a tensor that the trainer has sent does not have the shape that the model's checkpoint has"
                 )
-            self._anew.keep_incomplete_layers()
             if self.model_update_group is not None:
                 self.model_update_group.fail(error)
             raise error
@@ -108,9 +107,5 @@ class HCCLWeightTransferEngine(NCCLWeightTransferEngine):
             ValueError: parts of a layer that have not come. Layers that were complete have the new weights, all others the old ones.
         """
         assert self._anew is not None
-        try:
-            self._anew.refuse_missing(partial=True)
-        except BaseException:
-            self._anew.keep_incomplete_layers()
-            raise
+        self._anew.refuse_missing(partial=True)
         super().finish_weight_update()
